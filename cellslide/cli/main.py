@@ -1,0 +1,95 @@
+"""The `cellslide` command: finds commands by name without importing them, and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+
+from cellslide import __version__
+from cellslide.errors import CellslideError
+
+# name -> (where it lives, short help). The help stands here so that `--help` imports no command.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "info": ("cellslide.cli.info:command", "Show size, levels and pixel size of a slide."),
+    "doctor": ("cellslide.cli.doctor:command", "Check packages, GPU, codecs, cache and weights."),
+    "segment": ("cellslide.cli.segment:command", "Find every nucleus of one or many slides."),
+    "export": ("cellslide.cli.export:command", "Write other formats from a finished cells.zarr."),
+    "evaluate": ("cellslide.cli.evaluate:command", "Score a model or its predictions on a labelled data set."),
+    "train": ("cellslide.cli.train:command", "Train a segmentation model on labelled data sets."),
+    "weights": ("cellslide.cli.weights:command", "List, show, fetch, verify or add model weights."),
+    "bench": ("cellslide.cli.bench:command", "Measure the speed of the stages on this machine."),
+    "demo": ("cellslide.cli.demo:command", "Run the whole thing on a slide that is made here, offline."),
+}
+
+
+class LazyGroup(click.Group):
+    """A click group whose commands are imported when they are called, and that ends with cellslide's exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one command, or None if there is no such name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        command.name = cmd_name
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands from the table alone."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run; in standalone mode leave with the exit code that the outcome asks for."""
+        if not standalone_mode:
+            return super().main(args, *rest, standalone_mode=False, **extra)
+        sys.exit(self._run(args, *rest, **extra))
+
+    def _run(self, args: Sequence[str] | None, *rest: Any, **extra: Any) -> int:
+        try:
+            result = super().main(args, *rest, standalone_mode=False, **extra)
+        except click.ClickException as error:
+            error.show()
+            return error.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            return _say("stopped", 130)
+        except CellslideError as error:
+            return _say(str(error), error.exit_code)
+        except BrokenPipeError:
+            # `cellslide ... | head`: the reader left; nothing more can be written, also not at shutdown.
+            sys.stdout = None  # type: ignore[assignment]
+            return 1
+        except Exception as error:
+            return _say(f"unexpected {type(error).__name__}: {error} (-v shows where)", 1)
+        return result if isinstance(result, int) else 0
+
+
+def _say(message: str, code: int) -> int:
+    """Print one line on stderr, the traceback too under `-v`, and return the exit code."""
+    if logging.getLogger("cellslide").isEnabledFor(logging.DEBUG):
+        traceback.print_exc()
+    click.echo("cellslide: " + " ".join(message.split()), err=True)
+    return code
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, "--version", prog_name="cellslide")
+def cli() -> None:
+    """A slide in, a table of its nuclei out: QuPath GeoJSON and a SpatialData zarr.
+
+    \b
+    Example:
+      cellslide demo                              see it work, offline, in three minutes
+      cellslide segment slide.svs -o out          every nucleus of a slide
+      cellslide COMMAND --help                    options and examples of one command
+    """

@@ -1,0 +1,92 @@
+"""Settings, one frozen dataclass per stage: defaults live here only, and each check names the flag and the legal range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from cellslide.errors import UsageError
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Engine = Literal["torch", "onnx"]
+OutputFormat = Literal["zarr", "geojson", "parquet", "csv", "labels"]
+OUTPUT_FORMATS: tuple[OutputFormat, ...] = ("zarr", "geojson", "parquet", "csv", "labels")
+
+
+def _require(ok: bool, flag: str, value: object, legal: str) -> None:
+    if not ok:
+        raise UsageError(f"{flag} {value}: must be {legal}")
+
+
+@dataclass(frozen=True, slots=True)
+class TissueConfig:
+    """Where to look: the built-in mask, a mask image, or everywhere, and optionally only inside a region of interest."""
+
+    enabled: bool = True
+    mask: Path | None = None
+    roi: Path | None = None
+    thumbnail_mpp: float = 8.0
+    min_area_um2: float = 2_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class TileConfig:
+    """Tile edge and overlap in plane pixels; None takes the model's default."""
+
+    size_px: int | None = None
+    overlap_px: int | None = None
+
+    def __post_init__(self) -> None:
+        size, overlap = self.size_px, self.overlap_px
+        _require(size is None or 64 <= size <= 8192, "--tile-size", size, "64 to 8192 px")
+        _require(overlap is None or 0 <= overlap <= 2048, "--overlap", overlap, "0 to 2048 px")
+        if size is not None and overlap is not None:
+            _require(overlap <= size // 2, "--overlap", overlap, f"at most half of --tile-size ({size // 2} px)")
+
+
+@dataclass(frozen=True, slots=True)
+class InferConfig:
+    """How the network runs; batch_size None is "auto". Nothing here may change the result beyond rounding."""
+
+    device: str = "auto"
+    batch_size: int | None = None
+    precision: Precision = "auto"
+    engine: Engine = "torch"
+    workers: int | None = None
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size is None or 1 <= self.batch_size <= 1024, "--batch-size", self.batch_size, "auto or 1 to 1024")
+        _require(self.workers is None or 0 <= self.workers <= 256, "--workers", self.workers, "0 to 256")
+
+
+@dataclass(frozen=True, slots=True)
+class OutputConfig:
+    """What is written; the zarr table is always written, since everything else is made from it."""
+
+    formats: tuple[OutputFormat, ...] = ("zarr", "geojson")
+    geojson_origin: Literal["bounds", "level0"] = "bounds"
+    profile: Literal["lean", "full"] = "lean"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.formats:
+            _require(name in OUTPUT_FORMATS, "--format", name, "one of " + ", ".join(OUTPUT_FORMATS))
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentConfig:
+    """All settings of `cellslide segment`; it is written to `run.json` as it was resolved."""
+
+    model: str | None = None
+    weights: Path | None = None
+    mpp: float | None = None
+    tissue: TissueConfig = field(default_factory=TissueConfig)
+    tiles: TileConfig = field(default_factory=TileConfig)
+    infer: InferConfig = field(default_factory=InferConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.mpp is None or 0.05 <= self.mpp <= 2.0, "--mpp", self.mpp, "0.05 to 2 µm per pixel")

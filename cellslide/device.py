@@ -1,0 +1,79 @@
+"""Choice of device and number format, and what memory allows."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from cellslide.config import Precision
+from cellslide.errors import MissingDependencyError, UsageError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Past this many pixels in a batch a GPU gains nothing, and the host would hold gigabytes of maps.
+MAX_BATCH_PX = 16 * 1024 * 1024
+MAX_BATCH = 64
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that `--device` names; auto takes CUDA, then MPS, then the CPU.
+
+    Raises UsageError for a name that is none, MissingDependencyError for a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "mps", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
+        raise UsageError(f"--device {name}: must be auto, cpu, mps, cuda or cuda:N")
+    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (kind == "cuda" and int(number or 0) >= n_cuda) or (kind == "mps" and not _has_mps()):
+        raise MissingDependencyError(
+            f"--device {name}: not on this machine (CUDA devices: {n_cuda}); use --device auto or cpu, or see cellslide doctor"
+        )
+    return torch.device(name)
+
+
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()
+
+
+def resolve_precision(asked: Precision, device: torch.device) -> str:
+    """Return fp32, bf16 or fp16; auto is bf16 on GPUs that compute in it, fp16 on older tensor cores, else fp32."""
+    if asked != "auto":
+        return asked
+    if device.type != "cuda":
+        return "fp32"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "bf16" if major >= 8 else "fp16" if major == 7 else "fp32"
+
+
+def device_name(device: torch.device) -> str:
+    """Return the device as the run record names it, e.g. "cuda:0 (NVIDIA A100)"."""
+    if device.type != "cuda":
+        return str(device)
+    return f"cuda:{device.index or 0} ({torch.cuda.get_device_name(device)})"
+
+
+def peak_device_bytes(device: torch.device) -> int:
+    """Return the most device memory torch has held (bytes); 0 where that is not counted."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def available_cpus() -> int:
+    """Return the cores this process may use, which on a cluster are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether torch ran out of memory; only CUDA has a type of its own for it."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def batch_limit(tile_px: int, device: torch.device) -> int:
+    """Return the largest batch worth trying for tiles of this edge (px)."""
+    if device.type == "cpu":
+        return 2 if tile_px <= 256 else 1
+    if device.type == "mps":
+        return max(1, min(4, (1024 * 1024) // tile_px**2))
+    return max(1, min(MAX_BATCH, MAX_BATCH_PX // tile_px**2))

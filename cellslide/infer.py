@@ -1,0 +1,242 @@
+"""Tiles through the network: normalise, forward, reduce on the device, hand small maps back.
+
+The engines (torch here, onnxruntime in `cellslide.onnx`) take uint8 RGB and give `HoverMaps` for models that find masks,
+`Instances` for models that find boxes or points. A launch returns at once on a GPU, so that the next batch can be put on
+the device before the last one is fetched.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cellslide.config import InferConfig
+from cellslide.device import (
+    DTYPES,
+    batch_limit,
+    device_name,
+    is_out_of_memory,
+    peak_device_bytes,
+    resolve_device,
+    resolve_precision,
+)
+from cellslide.errors import CellslideError, UsageError, WeightsError
+from cellslide.types import HoverMaps, Instances, ModelSpec, UInt8
+
+TileOutput = HoverMaps | Instances
+Arrays = Mapping[str, NDArray[Any]]
+
+log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """Runs a network on batches of tiles of one size."""
+
+    spec: ModelSpec
+    name: str
+    precision: str
+    device: str
+    batch_size: int
+
+    def launch(self, images: UInt8) -> Callable[[], list[TileOutput]]:
+        """Start on uint8 RGB tiles (B, H, W, 3); the returned call waits and gives one output per tile."""
+        ...
+
+    def peak_device_bytes(self) -> int:
+        """Return the most device memory held so far."""
+        ...
+
+
+def make_engine(module: nn.Module, spec: ModelSpec, config: InferConfig, tile_px: int) -> Engine:
+    """Return the engine that `--engine` names, for tiles of `tile_px`.
+
+    Raises UsageError when the tile size does not fit the model, MissingDependencyError when the device or engine is absent.
+    """
+    if tile_px % spec.multiple_px:
+        raise UsageError(f"--tile-size {tile_px}: must be a multiple of {spec.multiple_px} px for {spec.name}")
+    if config.engine == "onnx":
+        from cellslide.onnx import OnnxEngine
+
+        return OnnxEngine(module, spec, config, tile_px)
+    return TorchEngine(module, spec, config, tile_px)
+
+
+def output_names(spec: ModelSpec) -> tuple[str, ...]:
+    """Return the names of what `TileNet` gives for this model, in order."""
+    typed = bool(spec.classes)
+    if spec.kind == "mask":
+        return ("foreground", "foreground_prob", "hv", *(("type_prob",) if typed else ()))
+    place = "box_xyxy" if spec.kind == "box" else "point_xy"
+    return (place, "score", *(("class_prob",) if typed else ()))
+
+
+class TileNet(nn.Module):
+    """The network between uint8 tiles and reduced maps, all of it on the device; also what is exported to ONNX.
+
+    forward: images uint8 (B, H, W, 3) RGB -> tensors in the order of `output_names`.
+    A mask model gives logits under their published names. A box or point model gives `boxes` (B, Q, 4) xyxy or `points`
+    (B, Q, 2) in tile pixels, `scores` (B, Q) with 0 for an unused query, and `class_prob` (B, Q, K) when it has classes.
+    """
+
+    def __init__(self, module: nn.Module, spec: ModelSpec) -> None:
+        super().__init__()
+        self.module = module
+        self.kind, self.typed, self.model_name = spec.kind, bool(spec.classes), spec.name
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        # (B, H, W, 3) seen as (B, 3, H, W) lies in memory as channels_last already.
+        x = images.permute(0, 3, 1, 2).float() / 255.0
+        out = self.module((x - self.mean) / self.std)
+        return self._maps(out) if self.kind == "mask" else self._places(out)
+
+    def _maps(self, out: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        logits = out["nuclei_binary_map"].float()
+        margin = logits[:, 1] - logits[:, 0]
+        maps = ((margin > 0).to(torch.uint8), torch.sigmoid(margin).half(), out["hv_map"].float())
+        if not self.typed:
+            return maps
+        if "nuclei_type_map" not in out:
+            raise WeightsError(f"{self.model_name}: the weights name classes but the model has no type branch")
+        return (*maps, torch.softmax(out["nuclei_type_map"].float(), dim=1).half())
+
+    def _places(self, out: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        place = out["boxes" if self.kind == "box" else "points"].float()
+        found = (place, out["scores"].float())
+        return (*found, out["class_prob"].float()) if self.typed else found
+
+
+def unpack(arrays: Arrays, kind: str, row: int, size_px: int) -> TileOutput:
+    """Return the output of one tile of a batch."""
+    if kind == "mask":
+        types = arrays["type_prob"][row] if "type_prob" in arrays else None
+        return HoverMaps(arrays["foreground"][row], arrays["foreground_prob"][row], arrays["hv"][row], types)
+    return _instances(arrays, kind, row, size_px)
+
+
+def _instances(arrays: Arrays, kind: str, row: int, size_px: int) -> Instances:
+    score = arrays["score"][row]
+    keep = score > 0
+    probs = arrays["class_prob"][row][keep].astype(np.float32) if "class_prob" in arrays else None
+    score = score[keep].astype(np.float32)
+    if kind == "point":
+        xy = arrays["point_xy"][row][keep].astype(np.float64)
+        none = np.zeros(len(xy), np.float32)
+        return Instances(xy, score, none, np.zeros(len(xy), np.bool_), class_prob=probs)
+    box = arrays["box_xyxy"][row][keep].astype(np.float32)
+    low, high = box[:, :2], box[:, 2:]
+    cut = (low <= 0).any(axis=1) | (high >= size_px).any(axis=1)
+    return Instances((low + high).astype(np.float64) / 2, score, np.prod(high - low, axis=1), cut, probs, box)
+
+
+@dataclass(slots=True)
+class _Fetched:
+    """Outputs on their way to the host; `source` keeps what the device still reads alive."""
+
+    outputs: tuple[Tensor, ...]
+    ready: Any
+    source: Tensor
+
+    def numpy(self) -> list[NDArray[Any]]:
+        if self.ready is not None:
+            self.ready.synchronize()
+        return [t.numpy() for t in self.outputs]
+
+
+class TorchEngine:
+    """The network in torch: autocast, channels_last, optional compile; out of memory halves the micro-batch."""
+
+    name = "torch"
+
+    def __init__(self, module: nn.Module, spec: ModelSpec, config: InferConfig, tile_px: int) -> None:
+        self.spec, self.tile_px = spec, tile_px
+        self._device = resolve_device(config.device)
+        self.device = device_name(self._device)
+        self.precision = resolve_precision(config.precision, self._device)
+        net = TileNet(module, spec).eval().to(self._device)
+        if self._device.type != "mps":
+            net = net.to(memory_format=torch.channels_last)
+        self._net: Callable[[Tensor], tuple[Tensor, ...]] = net
+        self.batch_size = config.batch_size or self._auto_batch()
+        if config.compile:
+            self._net = torch.compile(net)
+
+    def _auto_batch(self) -> int:
+        limit = batch_limit(self.tile_px, self._device)
+        if self._device.type != "cuda":
+            return limit
+        # One tile is tried, since what a tile takes depends on the model, its size and the number format.
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        self.batch_size = 1
+        self.launch(np.zeros((1, self.tile_px, self.tile_px, 3), np.uint8))()
+        per_tile = max(torch.cuda.max_memory_allocated(self._device) - before, 1)
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return max(1, min(limit, int(0.6 * free / per_tile)))
+
+    def launch(self, images: UInt8) -> Callable[[], list[TileOutput]]:
+        """Start on uint8 RGB tiles (B, H, W, 3), in micro-batches of at most `batch_size`.
+
+        Raises CellslideError when not even one tile fits into the device's memory.
+        """
+        started: list[_Fetched] = []
+        first = 0
+        while first < len(images):
+            step = self._try(images[first : first + self.batch_size])
+            if step is None:
+                self._halve()
+                continue
+            started.append(step)
+            first += len(step.source)
+        return lambda: [tile for step in started for tile in self._collect(step)]
+
+    def _collect(self, step: _Fetched) -> list[TileOutput]:
+        arrays = dict(zip(output_names(self.spec), step.numpy(), strict=True))
+        return [unpack(arrays, self.spec.kind, row, self.tile_px) for row in range(len(step.source))]
+
+    def _try(self, images: UInt8) -> _Fetched | None:
+        try:
+            return self._forward(images)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the handler: the error holds the tensors of the failed pass.
+        return None
+
+    def _halve(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.batch_size == 1:
+            raise CellslideError(
+                f"one tile of {self.tile_px} px does not fit into the memory of {self.device}: use a smaller --tile-size"
+            )
+        self.batch_size //= 2
+        log.warning("out of memory on %s: going on with --batch-size %d", self.device, self.batch_size)
+
+    @torch.inference_mode()
+    def _forward(self, images: UInt8) -> _Fetched:
+        host = torch.from_numpy(images)
+        on_gpu = self._device.type == "cuda"
+        host = host.pin_memory() if on_gpu else host
+        dtype = DTYPES[self.precision]
+        with torch.autocast(self._device.type, dtype=dtype, enabled=dtype != torch.float32):
+            out = self._net(host.to(self._device, non_blocking=on_gpu))
+        if not on_gpu:
+            return _Fetched(tuple(t.cpu() for t in out), None, host)
+        fetched = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in out)
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(self._device))
+        return _Fetched(fetched, ready, host)
+
+    def peak_device_bytes(self) -> int:
+        """Return the most device memory torch has held (bytes)."""
+        return peak_device_bytes(self._device)

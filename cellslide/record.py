@@ -1,0 +1,160 @@
+"""The run record: `RunRecord` <-> `run.json`, written in one step, and what identifies a run so that it can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cellslide.errors import SlideError
+from cellslide.types import Counts, FailedTile, RunRecord, Seconds, SlideInfo, WeightsRef
+
+RUN_FILE = "run.json"
+HEAD_BYTES = 1 << 20
+
+# Settings that choose how or where a run is done, not what it finds.
+_NOT_THE_RESULT = ("config.infer.", "config.output.", "config.model", "config.weights", "config.mpp")
+
+
+def now_utc() -> str:
+    """Return the time in UTC as ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def plain(value: Any) -> Any:
+    """Turn dataclasses, paths and tuples into what JSON knows."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def head_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's size and first 1 MiB; of a folder, of its file names, sizes and the first file's head.
+
+    Cheap enough for a slide of many GB, and enough to notice that the slide was exchanged.
+    """
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        name = file.relative_to(path).as_posix() if path.is_dir() else ""
+        digest.update(f"{name}:{file.stat().st_size}\n".encode())
+    if files:
+        with files[0].open("rb") as stream:
+            digest.update(stream.read(HEAD_BYTES))
+    return digest.hexdigest()
+
+
+def describe_slide(info: SlideInfo) -> dict[str, Any]:
+    """Return the `slide` entry of the record; `mpp` is in µm per level-0 pixel, the mean of x and y."""
+    return {
+        "path": str(info.path),
+        "sha256_head": head_sha256(info.path) if info.path.exists() else None,
+        "mpp": (info.mpp_x + info.mpp_y) / 2,
+        "mpp_source": info.mpp_source,
+        "width": info.width_px,
+        "height": info.height_px,
+        "vendor": info.vendor,
+    }
+
+
+def to_dict(record: RunRecord) -> dict[str, Any]:
+    """Return the record as `run.json` holds it; `error` only where there is one."""
+    content: dict[str, Any] = plain(record)
+    if record.error is None:
+        del content["error"]
+    return content
+
+
+def from_dict(content: Mapping[str, Any]) -> RunRecord:
+    """Return the record that `to_dict` gave."""
+    known = {f.name for f in fields(RunRecord)}
+    values = {k: v for k, v in content.items() if k in known}
+    values["weights"] = [WeightsRef(**w) for w in content["weights"]]
+    values["counts"] = Counts(**content["counts"])
+    values["failed_tiles"] = [FailedTile(**t) for t in content["failed_tiles"]]
+    values["seconds"] = Seconds(**content["seconds"])
+    return RunRecord(**values)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON beside its place and rename it, so that a file that is there is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def write_record(folder: Path, record: RunRecord) -> Path:
+    """Write `run.json` into the slide's folder and return its path."""
+    path = folder / RUN_FILE
+    write_json(path, to_dict(record))
+    return path
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """Return the record of a slide's folder, or None where there is none.
+
+    Raises SlideError when there is a file that is no run record.
+    """
+    path = folder / RUN_FILE
+    if not path.is_file():
+        return None
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SlideError(f"{path}: not a run record ({type(error).__name__}: {error}); --overwrite starts anew") from error
+
+
+def fingerprint(record: RunRecord) -> dict[str, str]:
+    """Return what decides the result, as flat text: version, weights, slide, tissue, tiles, decode, engine, precision.
+
+    Two runs with equal fingerprints may share finished tiles; device, batch size, workers and formats are left out.
+    """
+    flat: dict[str, str] = {}
+    _flatten("config", plain(record.config), flat)
+    flat = {k: v for k, v in flat.items() if not k.startswith(_NOT_THE_RESULT)}
+    flat["cellslide_version"] = record.cellslide_version
+    flat["engine"], flat["precision"] = record.engine, record.precision
+    for key in ("sha256_head", "mpp"):
+        flat[f"slide.{key}"] = str(record.slide[key])
+    for i, weights in enumerate(record.weights):
+        _flatten(f"weights.{i}", {"id": weights.id, "sha256": weights.sha256}, flat)
+    return flat
+
+
+def _flatten(prefix: str, value: Any, into: dict[str, str]) -> None:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        into[prefix] = str(value)
+        return
+    for key, item in items:
+        _flatten(f"{prefix}.{key}", item, into)
+
+
+def differences(old: Mapping[str, str], new: Mapping[str, str], most: int = 4) -> str:
+    """Return in words where two fingerprints differ, at most `most` entries, or "" where they do not."""
+    keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    words = [f"{k}: {old.get(k, 'absent')} then, {new.get(k, 'absent')} now" for k in keys[:most]]
+    return "; ".join(words) + (f"; and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def peak_rss_bytes() -> int:
+    """Return the most memory this process has held (bytes); worker processes are not counted."""
+    if platform.system() == "Windows":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

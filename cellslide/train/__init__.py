@@ -1,0 +1,1 @@
+"""Training of segmentation models: recipe, data, targets, losses, and one LightningModule a model."""

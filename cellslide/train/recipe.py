@@ -1,0 +1,307 @@
+"""The recipe of a training run: one frozen dataclass a topic, read from YAML, every key checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from cellslide.errors import UsageError
+
+Supervision = Literal["instances", "foreground", "points"]
+Range = tuple[float, float]
+
+
+def _require(ok: bool, key: str, value: object, legal: str) -> None:
+    if not ok:
+        raise UsageError(f"recipe {key}: {value} must be {legal}")
+
+
+@dataclass(frozen=True, slots=True)
+class ValConfig:
+    """Which samples of a data set validate: whole patients, or a split of the manifest. Patients never straddle."""
+
+    patients: tuple[str, ...] = ()
+    split: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetConfig:
+    """How one data set is used.
+
+    supervision      instances (all branches), foreground (instance numbers are not trusted where nuclei touch),
+                     points (foreground branch and types, at sure pixels only).
+    mpp              a number in µm/px, "manifest", or "from-nuclei" (per image, so that the median nucleus has
+                     `nucleus_um` as its diameter).
+    weight           share of the drawn crops, relative to the other sets.
+    split            the rows of the manifest that are used at all; "test" is never read.
+    trust_single     foreground sets: train the HoVer branch too where a blob holds one nucleus.
+    point_radius_um, background_um
+                     point sets: sure nucleus within the first, sure background beyond the second where it is bright.
+    """
+
+    weight: float = 1.0
+    supervision: Supervision = "instances"
+    mpp: float | str = "manifest"
+    nucleus_um: float = 5.25
+    split: str | None = "train"
+    trust_single: bool = True
+    point_radius_um: float = 1.25
+    background_um: float = 8.0
+    val: ValConfig = field(default_factory=ValConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.weight >= 0, "datasets.weight", self.weight, "0 or more")
+        _require(self.split != "test", "datasets.split", self.split, "another split: test data never enters training")
+        _require(self.val.split != "test", "datasets.val.split", self.val.split, "another split than test")
+        known = isinstance(self.mpp, str) and self.mpp in ("manifest", "from-nuclei")
+        ok = known or (not isinstance(self.mpp, str) and 0.05 <= self.mpp <= 2)
+        _require(ok, "datasets.mpp", self.mpp, "0.05 to 2, manifest or from-nuclei")
+
+
+@dataclass(frozen=True, slots=True)
+class AugmentConfig:
+    """Strength of the augmentation; a probability of 0 turns a step off.
+
+    Ranges are (low, high); `he_scale` and `he_shift` act on stain amounts, `od_shift` on the optical density.
+    """
+
+    flip: bool = True
+    rotate_p: float = 0.5
+    scale: Range = (0.7, 1.4)
+    scale_p: float = 0.8
+    shear: float = 0.08
+    stain_p: float = 0.8
+    he_scale: float = 0.35
+    he_shift: float = 0.05
+    color_p: float = 0.7
+    brightness: float = 0.2
+    contrast: float = 0.25
+    saturation: float = 0.3
+    hue: float = 0.05
+    gamma: float = 0.25
+    blur_p: float = 0.3
+    blur_sigma: Range = (0.3, 1.4)
+    sharpen_p: float = 0.15
+    jpeg_p: float = 0.3
+    jpeg_quality: Range = (30, 90)
+    noise_p: float = 0.2
+    noise_sigma: float = 8.0
+
+    def __post_init__(self) -> None:
+        _require(0 < self.scale[0] <= self.scale[1], "augment.scale", self.scale, "a rising pair above 0")
+        for name in ("rotate_p", "scale_p", "stain_p", "color_p", "blur_p", "sharpen_p", "jpeg_p", "noise_p"):
+            _require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "0 to 1")
+
+
+@dataclass(frozen=True, slots=True)
+class LossConfig:
+    """Weights of the loss terms (CellViT's by default) and the shape of the focal Tversky loss."""
+
+    np_dice: float = 1.0
+    np_tversky: float = 1.0
+    np_ce: float = 0.0
+    hv_mse: float = 2.5
+    hv_msge: float = 8.0
+    nt_ce: float = 0.5
+    nt_dice: float = 0.2
+    nt_tversky: float = 0.5
+    tversky_alpha: float = 0.7
+    tversky_beta: float = 0.3
+    tversky_gamma: float = 4 / 3
+
+
+@dataclass(frozen=True, slots=True)
+class OptimConfig:
+    """AdamW and its schedule.
+
+    schedule  exponential multiplies the rate by `gamma` each epoch, as published; cosine falls to `final_lr` of it.
+    ema       decay of the averaged weights that are validated and shipped; 0 turns averaging off.
+    """
+
+    lr: float = 3e-4
+    encoder_lr_scale: float = 1.0
+    weight_decay: float = 1e-4
+    betas: Range = (0.85, 0.95)
+    schedule: Literal["exponential", "cosine"] = "exponential"
+    gamma: float = 0.85
+    warmup_steps: int = 0
+    final_lr: float = 0.01
+    grad_clip: float = 1.0
+    ema: float = 0.999
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", self.lr, "above 0")
+        _require(0 <= self.ema < 1, "optim.ema", self.ema, "0 up to, not including, 1")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Architecture by its registry name, its configuration, and how its images and classes are named."""
+
+    arch: str = "cellvta"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    classes: tuple[str, ...] = ()
+    freeze_encoder: bool = False
+    encoder_weights: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """HoVer decode of the trained model, used for validation and written to its card."""
+
+    mode: Literal["published", "fixed"] = "fixed"
+    kernel_px: int = 11
+    min_marker_px: int = 3
+    min_object_px: int = 10
+    energy_threshold: float = 0.4
+    foreground_threshold: float = 0.5
+    hv_gradient_range: Range | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything a run depends on besides the files of the data sets.
+
+    An epoch is `epoch_samples` drawn crops of `crop_px`; `max_minutes` also ends the run by the clock, and the learning
+    rate then follows whichever is further, steps or time (so such a run repeats only as far as the clock does).
+    """
+
+    id: str = "cellvta-small"
+    mpp: float = 0.5
+    crop_px: int = 256
+    batch_size: int = 8
+    epochs: int = 50
+    epoch_samples: int = 800
+    max_minutes: float | None = None
+    nuclei_share: float = 0.8
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    channels_last: bool = True
+    datasets: Mapping[str, DatasetConfig] = field(default_factory=dict)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+    def __post_init__(self) -> None:
+        _require(0.05 <= self.mpp <= 2, "mpp", self.mpp, "0.05 to 2 µm/px")
+        _require(self.crop_px % 16 == 0 and self.crop_px >= 32, "crop_px", self.crop_px, "a multiple of 16, at least 32")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        ok = self.epoch_samples >= self.batch_size
+        _require(ok, "epoch_samples", self.epoch_samples, f"at least one batch ({self.batch_size})")
+        _require(0 <= self.nuclei_share <= 1, "nuclei_share", self.nuclei_share, "0 to 1")
+
+    @property
+    def epoch_steps(self) -> int:
+        """Optimizer steps in an epoch; an incomplete last batch is not drawn."""
+        return self.epoch_samples // self.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.epoch_steps * self.epochs
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain containers that `recipe_from` reads back."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+
+def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe from YAML (None: all defaults); `overrides` replace its top-level keys.
+
+    Raises UsageError that names an unknown key or a value of the wrong kind.
+    """
+    document: Any = {}
+    if path is not None:
+        try:
+            document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise UsageError(f"--recipe {path}: cannot be read ({error})") from error
+    if not isinstance(document, dict):
+        raise UsageError(f"--recipe {path}: must be a mapping of keys to values")
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    return recipe_from({**document, **given})
+
+
+def recipe_from(document: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from plain containers; raises UsageError on unknown keys and wrong kinds."""
+    return _build(Recipe, document, "")
+
+
+T = TypeVar("T")
+
+
+def _build(cls: type[T], document: object, where: str) -> T:
+    if not isinstance(document, Mapping):
+        raise UsageError(f"recipe {where or 'file'}: must be a mapping, found {document!r}")
+    kinds = typing.get_type_hints(cls)
+    unknown = sorted(set(document) - set(kinds))
+    if unknown:
+        raise UsageError(f"recipe {where}: unknown key {', '.join(map(str, unknown))}; known: {', '.join(kinds)}")
+    return cls(**{key: _convert(kinds[key], value, f"{where}{key}.") for key, value in document.items()})
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    key, origin, args = where.rstrip("."), typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _build(kind, value, where)
+    if origin is Literal:
+        _require(value in args, key, value, "one of " + ", ".join(map(str, args)))
+        return value
+    if origin is types.UnionType or origin is typing.Union:
+        return _convert_union(args, value, where)
+    if origin is tuple:
+        return _convert_tuple(args, value, where)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        _require(isinstance(value, Mapping), key, value, "a mapping")
+        return {name: _convert(args[1], item, f"{where}{name}.") for name, item in value.items()}
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        return _number(value, key)
+    _require(type(value) is kind, key, repr(value), f"of type {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def _number(value: float | str, key: str) -> float:
+    # YAML reads 3e-4 as text, because it lacks the point.
+    try:
+        return float(value)
+    except ValueError:
+        raise UsageError(f"recipe {key}: {value!r} must be a number") from None
+
+
+def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    if isinstance(value, str) and str in args:
+        return value
+    return _convert(next(a for a in args if a not in (type(None), str)) if set(args) - {type(None), str} else str, value, where)
+
+
+def _convert_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    _require(isinstance(value, list | tuple), where.rstrip("."), value, "a list")
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(_convert(args[0], item, where) for item in value)
+    _require(len(value) == len(args), where.rstrip("."), value, f"a list of {len(args)}")
+    return tuple(_convert(kind, item, where) for kind, item in zip(args, value, strict=True))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,365 @@
+"""Typed records that cross stage borders. Only numpy is imported here.
+
+Frames
+------
+level-0    pixels of the full-resolution slide plane, no bounds offset subtracted.
+plane      the slide resampled to the model's pixel size; `Plane` converts between the two.
+tile       plane pixels relative to the top left corner of a tile's read box.
+
+Points are (x, y), arrays [row, col], boxes xyxy and half-open. Pixel i covers [i, i + 1), so its centre is i + 0.5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+UInt8 = NDArray[np.uint8]
+Bool = NDArray[np.bool_]
+
+ModelKind = Literal["mask", "box", "point"]
+MppSource = Literal["flag", "list", "vendor", "ome", "tiff"]
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One level of the pyramid: size in its own pixels, `downsample` relative to level 0."""
+
+    width_px: int
+    height_px: int
+    downsample: float
+
+
+@dataclass(frozen=True, slots=True)
+class SlideInfo:
+    """What a slide is: level-0 size in pixels, pixel size in µm, pyramid and vendor bounds (x, y, width, height)."""
+
+    slide_id: str
+    path: Path
+    vendor: str
+    width_px: int
+    height_px: int
+    mpp_x: float
+    mpp_y: float
+    mpp_source: MppSource
+    levels: tuple[Level, ...]
+    objective_power: float | None = None
+    bounds: tuple[int, int, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """The slide resampled to `mpp`; `scale_x`, `scale_y` are level-0 pixels per plane pixel."""
+
+    mpp: float
+    scale_x: float
+    scale_y: float
+    width_px: int
+    height_px: int
+
+    @classmethod
+    def of(cls, info: SlideInfo, mpp: float) -> Plane:
+        """Return the plane of `info` at `mpp` µm/px; it covers the slide, so its size is rounded up."""
+        scale_x, scale_y = mpp / info.mpp_x, mpp / info.mpp_y
+        # A pixel size that differs from the model's by rounding in the header must not resample the slide.
+        scale_x = 1.0 if abs(scale_x - 1.0) < 0.01 else scale_x
+        scale_y = 1.0 if abs(scale_y - 1.0) < 0.01 else scale_y
+        width, height = (int(np.ceil(n / s - 1e-6)) for n, s in ((info.width_px, scale_x), (info.height_px, scale_y)))
+        return cls(mpp, scale_x, scale_y, max(width, 1), max(height, 1))
+
+    def to_level0(self, xy: NDArray[Any]) -> Float64:
+        """Convert plane points (N, 2) to level-0 pixels."""
+        return np.asarray(xy, np.float64) * (self.scale_x, self.scale_y)
+
+    def from_level0(self, xy: NDArray[Any]) -> Float64:
+        """Convert level-0 points (N, 2) to plane pixels."""
+        return np.asarray(xy, np.float64) / (self.scale_x, self.scale_y)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One tile of the plane: it reads `read_xyxy` (may leave the plane) and owns `own_xyxy`; own boxes partition the plane.
+
+    `index` counts over the whole grid, row by row, also over tiles that are skipped, so it names a place and never moves.
+    """
+
+    index: int
+    row: int
+    col: int
+    read_xyxy: tuple[int, int, int, int]
+    own_xyxy: tuple[int, int, int, int]
+
+    @property
+    def size_px(self) -> int:
+        """Edge of the square read box in plane pixels."""
+        return self.read_xyxy[2] - self.read_xyxy[0]
+
+    def to_plane(self, xy: NDArray[Any]) -> Float64:
+        """Convert tile points (N, 2) to plane pixels."""
+        return np.asarray(xy, np.float64) + (self.read_xyxy[0], self.read_xyxy[1])
+
+
+@dataclass(frozen=True, slots=True)
+class ClassSpec:
+    """A class as written to files: its name and its colour, 0..255 RGB."""
+
+    name: str
+    color: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class HoverDecode:
+    """How HoVer maps become instances.
+
+    mode            "published" scales the maps by their extremes in the tile, bit for bit as HoVer-Net and CellViT do;
+                    "fixed" scales by `hv_gradient_range`, so that a nucleus does not depend on what else is in its tile.
+    kernel_px       Sobel aperture (21 at 0.25 µm/px, 11 at 0.5).
+    min_marker_px   smallest marker (10 at 0.25 µm/px, 3 at 0.5).
+    min_object_px   smallest foreground component (always 10 in the published form).
+    energy_threshold  above it a pixel is a border between nuclei (0.4 published).
+    """
+
+    mode: Literal["published", "fixed"] = "published"
+    kernel_px: int = 21
+    min_marker_px: int = 10
+    min_object_px: int = 10
+    energy_threshold: float = 0.4
+    foreground_threshold: float = 0.5
+    hv_gradient_range: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What a pipeline must know of a model: input pixels, what it finds, and how its maps are decoded.
+
+    `classes` excludes background and is empty for a model that does not type nuclei. `tile_px` and `overlap_px` are
+    defaults in plane pixels; read boxes are multiples of `multiple_px`.
+    """
+
+    name: str
+    kind: ModelKind
+    mpp: float
+    tile_px: int
+    overlap_px: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    classes: tuple[ClassSpec, ...] = ()
+    multiple_px: int = 16
+    decode: HoverDecode = field(default_factory=HoverDecode)
+    weights_id: str = ""
+    weights_sha256: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HoverMaps:
+    """Network output of one tile, small enough to hand to another process.
+
+    foreground       uint8 (H, W), 1 where the nucleus logit wins (a tie is background).
+    foreground_prob  float16 (H, W).
+    hv               float32 (2, H, W): horizontal, vertical.
+    type_prob        float16 (K + 1, H, W) with background first, or None.
+    """
+
+    foreground: UInt8
+    foreground_prob: NDArray[np.float16]
+    hv: Float32
+    type_prob: NDArray[np.float16] | None = None
+
+
+def _check_lengths(record: object, n: int, columns: tuple[str, ...]) -> None:
+    for name in columns:
+        column = getattr(record, name)
+        if column is not None and len(column) != n:
+            raise ValueError(f"{type(record).__name__}.{name} has {len(column)} rows, expected {n}")
+
+
+@dataclass(frozen=True, slots=True)
+class Instances:
+    """Nuclei of one tile, in tile pixels.
+
+    centroid_xy   float64 (N, 2).
+    score         float32 (N,), the detector's confidence, 0..1.
+    area_px       float32 (N,), 0 for points.
+    class_prob    float32 (N, K) over the model's classes, rows sum to 1, or None.
+    box_xyxy      float32 (N, 4) or None.
+    contour_xy, contour_start
+                  float32 (P, 2) and int64 (N + 1,): outline of nucleus i is contour_xy[start[i]:start[i+1]], open ring,
+                  or None for boxes and points.
+    cut           bool (N,): touches the edge of the read box.
+    embedding     float32 (N, D) or None.
+    """
+
+    centroid_xy: Float64
+    score: Float32
+    area_px: Float32
+    cut: Bool
+    class_prob: Float32 | None = None
+    box_xyxy: Float32 | None = None
+    contour_xy: Float32 | None = None
+    contour_start: Int64 | None = None
+    embedding: Float32 | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.centroid_xy)
+        _check_lengths(self, n, ("score", "area_px", "cut", "class_prob", "box_xyxy", "embedding"))
+        if (self.contour_xy is None) != (self.contour_start is None):
+            raise ValueError("contour_xy and contour_start go together")
+        if self.contour_start is not None:
+            _check_lengths(self, n + 1, ("contour_start",))
+
+    def __len__(self) -> int:
+        return len(self.centroid_xy)
+
+    def take(self, rows: NDArray[Any]) -> Instances:
+        """Return the rows given by a boolean mask or by indices, in that order."""
+        return _take(self, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """Nuclei in level-0 pixels; columns as in `Instances`, plus where they came from.
+
+    tile_index   int32 (N,), the tile that found the nucleus.
+    row          int32 (N,), the tile row whose own boxes hold the centroid: the first key of the final order.
+    area_um2     float32 (N,).
+    """
+
+    centroid_xy: Float64
+    tile_index: Int32
+    row: Int32
+    score: Float32
+    area_um2: Float32
+    class_prob: Float32 | None = None
+    box_xyxy: Float64 | None = None
+    contour_xy: Float64 | None = None
+    contour_start: Int64 | None = None
+    embedding: Float32 | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.centroid_xy)
+        _check_lengths(self, n, ("tile_index", "row", "score", "area_um2", "class_prob", "box_xyxy", "embedding"))
+        if self.contour_start is not None:
+            _check_lengths(self, n + 1, ("contour_start",))
+
+    def __len__(self) -> int:
+        return len(self.centroid_xy)
+
+    def take(self, rows: NDArray[Any]) -> Cells:
+        """Return the rows given by a boolean mask or by indices, in that order."""
+        return _take(self, rows)
+
+
+Record = TypeVar("Record", Instances, Cells)
+
+
+def _take(record: Record, rows: NDArray[Any]) -> Record:
+    rows = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
+    columns: dict[str, Any] = {}
+    for spec in fields(record):
+        column = getattr(record, spec.name)
+        if column is not None and not spec.name.startswith("contour_"):
+            columns[spec.name] = column[rows]
+    if record.contour_start is not None and record.contour_xy is not None:
+        columns["contour_xy"], columns["contour_start"] = take_rings(record.contour_xy, record.contour_start, rows)
+    return type(record)(**columns)
+
+
+def take_rings(xy: NDArray[Any], start: Int64, rows: NDArray[Any]) -> tuple[NDArray[Any], Int64]:
+    """Return the rings `rows` of a flat (vertices, offsets) pair, in that order."""
+    lengths = (start[1:] - start[:-1])[rows]
+    new_start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    gather = np.repeat(start[:-1][rows] - new_start[:-1], lengths) + np.arange(new_start[-1])
+    return xy[gather], new_start
+
+
+def concat(records: list[Record]) -> Record:
+    """Join records row-wise; an optional column must be present in all or in none."""
+    if not records:
+        raise ValueError("nothing to join")
+    columns: dict[str, Any] = {}
+    for spec in fields(records[0]):
+        if spec.name == "contour_start":
+            continue
+        parts = [getattr(r, spec.name) for r in records]
+        present = [p for p in parts if p is not None]
+        if present and len(present) != len(parts):
+            raise ValueError(f"column {spec.name} is missing in some records")
+        columns[spec.name] = np.concatenate(present) if present else None
+    if records[0].contour_start is not None:
+        lengths = [np.diff(r.contour_start) for r in records if r.contour_start is not None]
+        columns["contour_start"] = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+    return type(records[0])(**columns)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a run met: tiles in the grid that were searched, empty ones, failed ones, nuclei before and after the merge."""
+
+    tiles: int = 0
+    tiles_empty: int = 0
+    tiles_failed: int = 0
+    nuclei_raw: int = 0
+    nuclei: int = 0
+
+
+@dataclass(slots=True)
+class Seconds:
+    """Wall seconds by stage; stages overlap, so `total` is less than their sum."""
+
+    read: float = 0.0
+    infer: float = 0.0
+    decode: float = 0.0
+    merge: float = 0.0
+    classify: float = 0.0
+    write: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsRef:
+    """The weights a run used."""
+
+    id: str
+    sha256: str
+    licence: str
+
+
+@dataclass(frozen=True, slots=True)
+class FailedTile:
+    """A tile that could not be done: level-0 corner of its read box, and why."""
+
+    x: int
+    y: int
+    error: str
+
+
+@dataclass(slots=True)
+class RunRecord:
+    """What `run.json` holds; `status` is "running" until the slide is complete, then "done" or "done_with_errors"."""
+
+    cellslide_version: str
+    status: Literal["running", "interrupted", "done", "done_with_errors", "failed"]
+    slide: dict[str, Any]
+    config: dict[str, Any]
+    weights: list[WeightsRef]
+    device: str
+    engine: str
+    precision: str
+    seed: int
+    started: str
+    finished: str | None = None
+    counts: Counts = field(default_factory=Counts)
+    failed_tiles: list[FailedTile] = field(default_factory=list)
+    seconds: Seconds = field(default_factory=Seconds)
+    peak_rss_bytes: int = 0
+    peak_device_bytes: int = 0
+    error: str | None = None

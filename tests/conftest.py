@@ -1,0 +1,46 @@
+"""Fixtures that all tests may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def shared_folder() -> Path | None:
+    """Return the folder of shared data sets and fixtures, or None where this machine has none."""
+    named = os.environ.get("CELLSLIDE_SHARED")
+    folder = Path(named) if named else CHECKOUT.parent / "shared"
+    return folder if (folder / "contract.md").is_file() else None
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Return the folder of shared data sets and fixtures; tests that need it are skipped without it."""
+    folder = shared_folder()
+    if folder is None:
+        pytest.skip(
+            "no shared data here: set CELLSLIDE_SHARED to the folder, or put it at ../shared beside the checkout"
+        )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may reach a model hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where no CUDA device is, asking torch only when such a test was collected."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
