@@ -143,6 +143,8 @@ def add_nucleus(canvas: Canvas, kind: Kind, xy: tuple[float, float], angle: floa
     height, width = canvas.shape
     if min(x0, y0) < 0 or x0 + 2 * reach > width or y0 + 2 * reach > height:
         return False
+    if canvas.labels[int(xy[1]), int(xy[0])]:
+        return False  # Most tries end here, before anything is drawn.
     box = slice(y0, y0 + 2 * reach), slice(x0, x0 + 2 * reach)
     depth = _nucleus_depth(rng, (xy[0] - x0, xy[1] - y0), 2 * reach, (a, b, angle), kind.wobble)
     if canvas.labels[box][depth > -kind.gap_px].any():
@@ -207,7 +209,7 @@ def _stroma(canvas: Canvas, fibres: Float32) -> None:
     )
 
 
-def _gland(canvas: Canvas, centre: tuple[float, float], radius_px: float) -> Bool:
+def _gland(canvas: Canvas, centre: tuple[float, float], radius_px: float, mottle: Float32, mucus: Float32) -> Bool:
     """Paint one gland: a ring of columnar cells round a lumen; return the pixels that it takes."""
     rng = canvas.rng
     outer = _star(rng, radius_px, 0.09)
@@ -216,11 +218,9 @@ def _gland(canvas: Canvas, centre: tuple[float, float], radius_px: float) -> Boo
     streaks = smooth_noise(rng, (1, 361), 2.0)[0]
     cell_walls = np.interp(angle, np.linspace(-np.pi, np.pi, 361), streaks).astype(np.float32)
     body = _soft(depth, 3)
-    mottle = smooth_noise(rng, canvas.shape, 2.2)
     fade = np.clip(depth / thick, 0, 1)
     _lay(canvas, body, 0.11 - 0.04 * fade + 0.018 * mottle, 0.155 + 0.025 * mottle + 0.02 * cell_walls)
     lumen = _soft(depth - thick - 3 * cell_walls, 4)
-    mucus = np.clip(0.03 + 0.02 * smooth_noise(rng, canvas.shape, 14), 0, 1)
     _lay(canvas, lumen, 0.4 * mucus, mucus)
     for row_px in (24, 42):
         share = 1.0 if row_px == 24 else 0.35
@@ -276,7 +276,9 @@ def _vessel(canvas: Canvas, centre: tuple[float, float], radius_px: float) -> Bo
 
 
 def _red_cell(canvas: Canvas, x: int, y: int) -> None:
-    """Paint one red cell: a pink disc, paler in the middle, that covers what lies below."""
+    """Paint one red cell: a pink disc, paler in the middle, that covers what lies below; none at the slide's edge."""
+    if min(x, y) < 16 or x + 16 > canvas.shape[1] or y + 16 > canvas.shape[0]:
+        return
     rows, cols = np.mgrid[-16:16, -16:16] + 0.5
     r = np.hypot(cols, rows * canvas.rng.uniform(1, 1.3)).astype(np.float32)
     box = slice(y - 16, y + 16), slice(x - 16, x + 16)
@@ -295,8 +297,10 @@ def _compose(canvas: Canvas, fibres: Float32) -> None:
     rng = canvas.rng
     _stroma(canvas, fibres)
     taken = np.zeros(canvas.shape, bool)
+    mottle = smooth_noise(rng, canvas.shape, 2.2)
+    mucus = np.clip(0.03 + 0.02 * smooth_noise(rng, canvas.shape, 14), 0, 1)
     for x, y, radius in GLANDS:
-        taken |= _gland(canvas, (x + rng.normal(0, 12), y + rng.normal(0, 12)), radius)
+        taken |= _gland(canvas, (x + rng.normal(0, 12), y + rng.normal(0, 12)), radius, mottle, mucus)
     for x, y, radius in VESSELS:
         taken |= _vessel(canvas, (x, y), radius)
     sheet = _blob(canvas.shape, TUMOUR_AT, _star(rng, 360, 0.2))[0]
@@ -315,7 +319,7 @@ def _compose(canvas: Canvas, fibres: Float32) -> None:
 def _tissue(rng: np.random.Generator, shape: tuple[int, int]) -> Float32:
     """Return 1 on tissue and 0 on glass with a ragged edge; the piece lies free on the glass."""
     y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
-    out = ((x / shape[1] - 0.49) / 0.45) ** 4 + ((y / shape[0] - 0.5) / 0.45) ** 4
+    out = np.square(np.square((x / shape[1] - 0.49) / 0.45)) + np.square(np.square((y / shape[0] - 0.5) / 0.45))
     ragged = out + 0.16 * smooth_noise(rng, shape, 110) + 0.02 * smooth_noise(rng, shape, 9)
     return _soft((1 - ragged).astype(np.float32), 0.02)
 

@@ -27,7 +27,7 @@ from cellslide.device import (
     resolve_device,
     resolve_precision,
 )
-from cellslide.errors import CellslideError, UsageError, WeightsError
+from cellslide.errors import CellslideError, WeightsError
 from cellslide.types import HoverMaps, Instances, ModelSpec, UInt8
 
 TileOutput = HoverMaps | Instances
@@ -52,20 +52,6 @@ class Engine(Protocol):
     def peak_device_bytes(self) -> int:
         """Return the most device memory held so far."""
         ...
-
-
-def make_engine(module: nn.Module, spec: ModelSpec, config: InferConfig, tile_px: int) -> Engine:
-    """Return the engine that `--engine` names, for tiles of `tile_px`.
-
-    Raises UsageError when the tile size does not fit the model, MissingDependencyError when the device or engine is absent.
-    """
-    if tile_px % spec.multiple_px:
-        raise UsageError(f"--tile-size {tile_px}: must be a multiple of {spec.multiple_px} px for {spec.name}")
-    if config.engine == "onnx":
-        from cellslide.onnx import OnnxEngine
-
-        return OnnxEngine(module, spec, config, tile_px)
-    return TorchEngine(module, spec, config, tile_px)
 
 
 def output_names(spec: ModelSpec) -> tuple[str, ...]:

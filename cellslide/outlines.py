@@ -44,15 +44,15 @@ def trace_outlines(labels: NDArray[Any], n: int) -> tuple[Float32, Int64]:
     return _largest_loops(xy, loop_start, owner, n)
 
 
-def _boundary_sides(padded: Int32) -> tuple[Int64, Int64, Int64]:
+def _boundary_sides(padded: Int32) -> tuple[Int64, Int64, Int32]:
     """Return pixel, side and index of the following side for every pixel side between a label and anything else."""
     width = padded.shape[1]
     flat = padded.ravel()
     ahead, ahead_left = _AHEAD @ (width, 1), _AHEAD_LEFT @ (width, 1)
-    inside = np.flatnonzero(flat)
-    label = flat[inside]
+    inside = np.flatnonzero(flat != 0)
+    label = flat.take(inside)
     # The outward neighbour of a side lies ahead of the side before it: the top's is what is ahead of the left side.
-    bounds = [inside[flat[inside + ahead[side - 1]] != label] for side in range(4)]
+    bounds = [inside[flat.take(inside + ahead[side - 1]) != label] for side in range(4)]
     pixel = np.concatenate(bounds)
     side = np.repeat(np.arange(4), [len(part) for part in bounds])
     own = flat[pixel]
@@ -63,31 +63,32 @@ def _boundary_sides(padded: Int32) -> tuple[Int64, Int64, Int64]:
     next_side = (side + np.where(is_left, 3, np.where(is_ahead, 0, 1))) % 4
     place = np.empty(4 * flat.size, np.int32)  # only entries written here are read back
     place[pixel * 4 + side] = np.arange(len(pixel), dtype=np.int32)
-    return pixel, side, place[next_pixel * 4 + next_side].astype(np.int64)
+    return pixel, side, place.take(next_pixel * 4 + next_side)
 
 
-def _walk_loops(follow: Int64) -> tuple[Int64, Int64]:
+def _walk_loops(follow: Int32) -> tuple[Int64, Int64]:
     """Order the elements of a permutation loop by loop; returns (order, offsets of the loops). Pointer doubling, O(n log n)."""
     n = len(follow)
-    head = np.arange(n)
-    jump = follow
+    own = np.arange(n, dtype=np.int32)
+    head, jump = own, follow
     while True:  # after k rounds `head` is the least index among the next 2^k elements
-        lower = np.minimum(head, head[jump])
+        lower = np.minimum(head, head.take(jump))
         if np.array_equal(lower, head):
             break
-        head, jump = lower, jump[jump]
+        head, jump = lower, jump.take(jump)
     last = follow == head
-    jump = np.where(last, np.arange(n), follow)
-    left = (~last).astype(np.int64)  # steps to the end of the loop
+    jump = np.where(last, own, follow)
+    left = (~last).astype(np.int32)  # steps to the end of the loop
     while True:
-        further = left[jump]
+        further = left.take(jump)
         if not further.any():
             break
-        left, jump = left + further, jump[jump]
-    heads, loop, count = np.unique(head, return_inverse=True, return_counts=True)
-    start = np.concatenate([[0], np.cumsum(count)]).astype(np.int64)
+        left, jump = left + further, jump.take(jump)
+    is_head = head == own
+    start = _offsets(left[is_head] + 1)
+    loop_end = start[np.cumsum(is_head)]
     order = np.empty(n, np.int64)
-    order[start[loop] + count[loop] - 1 - left] = np.arange(n)
+    order[loop_end[head] - 1 - left] = own
     return order, start
 
 
@@ -168,8 +169,10 @@ def ring_bounds(xy: NDArray[Any], start: Int64) -> Float64:
     bounds = np.full((len(start) - 1, 4), np.nan)
     filled = start[1:] > start[:-1]
     if filled.any():
-        bounds[filled, :2] = np.minimum.reduceat(xy, start[:-1][filled])
-        bounds[filled, 2:] = np.maximum.reduceat(xy, start[:-1][filled])
+        for axis in (0, 1):  # reduceat is several times faster on one column than on rows
+            column = np.ascontiguousarray(xy[:, axis])
+            bounds[filled, axis] = np.minimum.reduceat(column, start[:-1][filled])
+            bounds[filled, axis + 2] = np.maximum.reduceat(column, start[:-1][filled])
     return bounds
 
 

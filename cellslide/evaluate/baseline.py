@@ -25,10 +25,10 @@ class BaselineConfig:
     """
 
     smooth_um: float = 0.5
-    opening_um: float = 0.75
-    min_area_um2: float = 12.0
-    seed_smooth_um: float = 0.25
-    seed_depth_um: float = 0.25
+    opening_um: float = 0.5
+    min_area_um2: float = 7.0
+    seed_smooth_um: float = 0.5
+    seed_depth_um: float = 0.2
 
 
 def segment_classical(image: UInt8, mpp: float, config: BaselineConfig | None = None) -> Int32:
@@ -53,10 +53,10 @@ def _foreground(density: Float32, mpp: float, config: BaselineConfig) -> Bool:
     # A blank image has one grey value, which Otsu cannot part; it holds no nuclei.
     if float(np.ptp(smooth)) < 1e-6:
         return np.zeros(density.shape, np.bool_)
-    mask = smooth > threshold_otsu(smooth)
+    mask = smooth > threshold_otsu(smooth)  # type: ignore[no-untyped-call]
     radius = round(config.opening_um / mpp)
     if radius:
-        mask = ndimage.binary_opening(mask, disk(radius))
+        mask = ndimage.binary_opening(mask, disk(radius))  # type: ignore[no-untyped-call]
     min_area = max(round(config.min_area_um2 / mpp**2), 1)
     filled = ~_without_small(~mask, min_area)
     return _without_small(filled, min_area)
@@ -75,5 +75,10 @@ def _split(foreground: Bool, mpp: float, config: BaselineConfig) -> Int32:
 
     distance = ndimage.distance_transform_edt(foreground)
     smooth = ndimage.gaussian_filter(distance, config.seed_smooth_um / mpp)
-    seeds, _ = ndimage.label(h_maxima(smooth, config.seed_depth_um / mpp) & foreground, np.ones((3, 3)))
-    return np.asarray(watershed(-smooth, seeds, mask=foreground), np.int32)
+    peaks = h_maxima(smooth, config.seed_depth_um / mpp).astype(bool) & foreground  # type: ignore[no-untyped-call]
+    # A blob too shallow for a peak of its own is one nucleus, not none: all of it is the seed.
+    blobs, n_blobs = ndimage.label(foreground)
+    seedless = np.bincount(blobs[peaks], minlength=n_blobs + 1) == 0
+    seedless[0] = False
+    seeds, _ = ndimage.label(peaks | seedless[blobs], np.ones((3, 3)))
+    return np.asarray(watershed(-smooth, seeds, mask=foreground), np.int32)  # type: ignore[no-untyped-call]

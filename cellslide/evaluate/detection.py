@@ -139,11 +139,10 @@ def hover_type_score(
 
 def centroids(labels: Int32) -> tuple[Int64, Float64]:
     """Return the labels (N,) of a map, ascending, and their centroids (N, 2) as (x, y); pixel centres are at + 0.5."""
-    ids, inverse = np.unique(labels, return_inverse=True)
-    flat: Int64 = inverse.ravel()
-    area = np.bincount(flat, minlength=len(ids))
-    rows, cols = np.indices(labels.shape, sparse=True)
-    x = np.bincount(flat, np.broadcast_to(cols, labels.shape).ravel(), len(ids)) / area + 0.5
-    y = np.bincount(flat, np.broadcast_to(rows, labels.shape).ravel(), len(ids)) / area + 0.5
+    ids, inverse, area = np.unique(labels, return_inverse=True, return_counts=True)
+    flat = inverse.ravel()
+    cols = np.tile(np.arange(labels.shape[1]), labels.shape[0])
+    rows = np.repeat(np.arange(labels.shape[0]), labels.shape[1])
+    xy = np.column_stack([np.bincount(flat, at, len(ids)) for at in (cols, rows)]) / area[:, None] + 0.5
     nuclei = ids != 0
-    return ids[nuclei].astype(np.int64), np.column_stack([x, y])[nuclei]
+    return ids[nuclei].astype(np.int64), xy[nuclei]

@@ -35,9 +35,13 @@ def crop_matrix(rng: np.random.Generator, config: AugmentConfig, centre_xy: Floa
 
 
 def warp(image: UInt8, labels: Int32, matrix: Float64, crop_px: int) -> tuple[UInt8, Int32]:
-    """Cut a crop by an affine map from crop to source pixels: image linear and mirrored, labels nearest and IGNORE outside."""
+    """Cut a crop by an affine map from crop to source pixels.
+
+    The image is sampled linearly and mirrored outside, labels are nearest and IGNORE outside.
+    """
     size = (crop_px, crop_px)
-    linear = cv2.warpAffine(image, matrix, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT_101)
+    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    linear = cv2.warpAffine(image, matrix, size, flags=how, borderMode=cv2.BORDER_REFLECT_101)
     # Float32 holds every label below 2**24 exactly, and warpAffine takes no int32.
     nearest = cv2.warpAffine(
         labels.astype(np.float32), matrix, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
@@ -76,7 +80,8 @@ def degrade(rng: np.random.Generator, config: AugmentConfig, image: UInt8) -> UI
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(*config.blur_sigma))
     elif rng.random() < config.sharpen_p:
         soft = cv2.GaussianBlur(image, (0, 0), 1.0)
-        image = cv2.addWeighted(image, 1.0 + (amount := rng.uniform(0.3, 1.2)), soft, -amount, 0)
+        amount = rng.uniform(0.3, 1.2)
+        image = cv2.addWeighted(image, 1 + amount, soft, -amount, 0)
     if rng.random() < config.noise_p:
         noise = rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(1, config.noise_sigma))
         image = _to_uint8(image + noise)

@@ -14,7 +14,7 @@ import yaml
 
 from cellslide.errors import UsageError
 
-Supervision = Literal["instances", "foreground", "points"]
+Supervision = Literal["auto", "instances", "foreground", "points"]
 Range = tuple[float, float]
 
 
@@ -35,23 +35,25 @@ class ValConfig:
 class DatasetConfig:
     """How one data set is used.
 
-    supervision      instances (all branches), foreground (instance numbers are not trusted where nuclei touch),
-                     points (foreground branch and types, at sure pixels only).
+    supervision      auto (told from the manifest), instances (all branches), foreground (instance numbers are not
+                     trusted where nuclei touch), points (foreground branch and types, at sure pixels only).
     mpp              a number in µm/px, "manifest", or "from-nuclei" (per image, so that the median nucleus has
                      `nucleus_um` as its diameter).
     weight           share of the drawn crops, relative to the other sets.
     split            the rows of the manifest that are used at all; "test" is never read.
     trust_single     foreground sets: train the HoVer branch too where a blob holds one nucleus.
+    exclude_patients patients that are left out altogether, because they stand in a set kept for evaluation.
     point_radius_um, background_um
                      point sets: sure nucleus within the first, sure background beyond the second where it is bright.
     """
 
     weight: float = 1.0
-    supervision: Supervision = "instances"
+    supervision: Supervision = "auto"
     mpp: float | str = "manifest"
     nucleus_um: float = 5.25
     split: str | None = "train"
     trust_single: bool = True
+    exclude_patients: tuple[str, ...] = ()
     point_radius_um: float = 1.25
     background_um: float = 8.0
     val: ValConfig = field(default_factory=ValConfig)
@@ -195,7 +197,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require(0.05 <= self.mpp <= 2, "mpp", self.mpp, "0.05 to 2 µm/px")
-        _require(self.crop_px % 16 == 0 and self.crop_px >= 32, "crop_px", self.crop_px, "a multiple of 16, at least 32")
+        whole = self.crop_px % 16 == 0 and self.crop_px >= 32
+        _require(whole, "crop_px", self.crop_px, "a multiple of 16, at least 32")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         ok = self.epoch_samples >= self.batch_size
@@ -288,7 +291,8 @@ def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
         return None
     if isinstance(value, str) and str in args:
         return value
-    return _convert(next(a for a in args if a not in (type(None), str)) if set(args) - {type(None), str} else str, value, where)
+    others = [a for a in args if a not in (type(None), str)]
+    return _convert(others[0] if others else str, value, where)
 
 
 def _convert_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:

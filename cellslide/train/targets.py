@@ -51,7 +51,10 @@ def point_labels(image: UInt8, xy: Float64, radius_px: float, background_px: flo
     labels[(distance > background_px) & (grey > threshold)] = 0
     ys, xs = np.mgrid[0:height, 0:width]
     for k, (x, y) in enumerate(xy):
-        box = np.s_[max(int(y - radius_px - 1), 0) : int(y + radius_px + 2), max(int(x - radius_px - 1), 0) : int(x + radius_px + 2)]
+        box = np.s_[
+            max(int(y - radius_px - 1), 0) : int(y + radius_px + 2),
+            max(int(x - radius_px - 1), 0) : int(x + radius_px + 2),
+        ]
         near = (xs[box] + 0.5 - x) ** 2 + (ys[box] + 0.5 - y) ** 2 <= radius_px**2
         labels[box][near] = k + 1
     return labels

@@ -1,0 +1,173 @@
+"""Many slides, one after another: a bad one is recorded and the rest goes on; signals stop the run cleanly."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from cellslide import __version__
+from cellslide.errors import CellslideError, Interrupted
+from cellslide.pipeline import IDLE, Layout, Watch, in_words, lay_out, open_source, read_tile, run_slide
+from cellslide.record import head_sha256, now_utc, read_record, write_record
+from cellslide.segmenter import Segmenter, resolved
+from cellslide.slide import Slide
+from cellslide.slides import SlideInput
+from cellslide.types import RunRecord, WeightsRef
+
+# Broken weights or a missing device would fail every slide in the same way.
+ENVIRONMENT = 3
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SlideOutcome:
+    """How one slide ended: `cells` found, seconds spent, why it failed, and the exit code that alone it would give."""
+
+    slide: str
+    status: Literal["done", "skipped", "failed"]
+    cells: int | None
+    seconds: float
+    error: str | None = None
+    exit_code: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the line of `--log-json`."""
+        names = ("slide", "status", "cells", "seconds", "error")
+        return {name: getattr(self, name) for name in names}
+
+
+def segment_slides(
+    sources: Iterable[SlideInput], segmenter: Segmenter, out_dir: Path, watch: Watch = IDLE
+) -> Iterator[SlideOutcome]:
+    """Segment slides in order and yield how each ended.
+
+    Raises Interrupted when asked to stop, and errors of environment or weights, which no other slide would escape.
+    """
+    for source in sources:
+        watch.check()
+        start = time.perf_counter()
+        try:
+            record, skipped = run_slide(source, segmenter, out_dir, watch)
+        except Interrupted:
+            raise
+        except Exception as error:
+            if getattr(error, "exit_code", 0) == ENVIRONMENT:
+                raise
+            yield _failure(source, segmenter, out_dir, error, time.perf_counter() - start)
+        else:
+            yield _outcome(source, record, skipped, time.perf_counter() - start)
+
+
+def _outcome(source: SlideInput, record: RunRecord, skipped: bool, seconds: float) -> SlideOutcome:
+    if record.status == "done_with_errors":
+        first = record.failed_tiles[0]
+        words = f"{record.counts.tiles_failed} of {record.counts.tiles} tiles failed, the first at ({first.x}, {first.y}): {first.error}"
+        return SlideOutcome(source.slide_id, "failed", record.counts.nuclei, seconds, words, 1)
+    return SlideOutcome(source.slide_id, "skipped" if skipped else "done", record.counts.nuclei, seconds)
+
+
+def _failure(source: SlideInput, segmenter: Segmenter, out_dir: Path, error: Exception, seconds: float) -> SlideOutcome:
+    log.debug("%s failed", source.path, exc_info=error)
+    words = in_words(error)
+    _record_failure(source, segmenter, out_dir / source.slide_id, words)
+    return SlideOutcome(source.slide_id, "failed", None, seconds, words, getattr(error, "exit_code", 1))
+
+
+def _record_failure(source: SlideInput, segmenter: Segmenter, folder: Path, words: str) -> None:
+    """Write a record for a slide that failed before it had one; what an earlier run left is not touched."""
+    try:
+        earlier = read_record(folder)
+    except CellslideError:
+        return
+    if earlier is not None and not (earlier.status == "failed" and earlier.slide["vendor"] is None):
+        return
+    spec, engine, now = segmenter.spec, segmenter.engine, now_utc()
+    unknown = dict.fromkeys(("mpp", "mpp_source", "width", "height", "vendor"))
+    head = head_sha256(source.path) if source.path.exists() else None
+    record = RunRecord(
+        cellslide_version=__version__,
+        status="failed",
+        slide={"path": str(source.path), "sha256_head": head, **unknown},
+        config=resolved(segmenter.config, spec),
+        weights=[WeightsRef(spec.weights_id, spec.weights_sha256, spec.licence)],
+        device=engine.device,
+        engine=engine.name,
+        precision=engine.precision,
+        seed=segmenter.config.infer.seed,
+        started=now,
+        finished=now,
+        error=words,
+    )
+    write_record(folder, record)
+
+
+def plan(source: SlideInput, segmenter: Segmenter, seconds_per_tile: float | None = None) -> tuple[int, float]:
+    """Return how many tiles a slide has and how long one takes here (s), measured with one tile unless given.
+
+    Reading and decoding run beside the network and are not counted.
+    """
+    with open_source(source, segmenter.config) as slide:
+        layout = lay_out(slide, segmenter)
+        if seconds_per_tile is None and layout.tiles:
+            seconds_per_tile = _time_one_tile(slide, layout, segmenter)
+    return len(layout.tiles), seconds_per_tile or 0.0
+
+
+def _time_one_tile(slide: Slide, layout: Layout, segmenter: Segmenter) -> float:
+    tile = layout.tiles[len(layout.tiles) // 2]
+    image = np.stack([read_tile(slide, layout.plane, tile)] * segmenter.engine.batch_size)
+    segmenter.engine.launch(image)()  # The first pass also allocates and compiles.
+    start = time.perf_counter()
+    segmenter.engine.launch(image)()
+    return (time.perf_counter() - start) / len(image)
+
+
+def exit_code(outcomes: list[SlideOutcome]) -> int:
+    """Return 0 when all slides are done, the code they share when all failed alike, else 1."""
+    codes = {o.exit_code for o in outcomes}
+    return codes.pop() if len(codes) == 1 else 1 if codes else 0
+
+
+def in_shard(slide_id: str, shard: tuple[int, int]) -> bool:
+    """Tell whether a slide belongs to shard I of N (I from 1); it depends on the slide's id alone."""
+    number, count = shard
+    return int.from_bytes(hashlib.sha256(slide_id.encode()).digest()[:8], "big") % count == number - 1
+
+
+class StopOnSignal:
+    """While it is entered, Ctrl-C and SIGTERM ask for a clean stop; called, it gives the exit code asked for, or None.
+
+    A second Ctrl-C stops at once.
+    """
+
+    def __init__(self) -> None:
+        self._code: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> int | None:
+        return self._code
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._code is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._code = 128 + number
+        log.warning("stopping after the tiles at hand; finished tiles are kept")

@@ -1,0 +1,230 @@
+"""`cellslide evaluate`: score a model, the classical baseline, or predictions on disk against a labelled data set."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cellslide.cli.options import (
+    config_option,
+    infer_options,
+    model_options,
+    tile_options,
+    verbosity_options,
+)
+from cellslide.config import InferConfig, SegmentConfig, TileConfig, TissueConfig
+from cellslide.errors import UsageError
+
+if TYPE_CHECKING:
+    from cellslide.evaluate.dataset import Dataset, Sample
+    from cellslide.evaluate.report import EvalReport, Predictor
+    from cellslide.evaluate.score import ClassSet, ImageScores, Nuclei
+    from cellslide.types import Cells
+
+CLASSICAL = "classical"
+OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER_IN = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+def _class_map(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    wrong = [value for value in values if not all(part.strip() for part in value.partition("=")[::2])]
+    if wrong:
+        raise click.BadParameter(f"{', '.join(wrong)}: must be PREDICTED=TRUE, such as Neoplastic=tumor")
+    return dict(value.split("=", 1) for value in values)
+
+
+@click.command()
+@click.argument("dataset", type=FOLDER_IN, metavar="DATASET_DIR")
+@model_options
+@click.option(
+    "--predictions",
+    type=FOLDER_IN,
+    metavar="DIR",
+    help="Score what lies here instead of a model: STEM/cells.zarr, label images STEM.png|.npy|.tif, "
+    "or points STEM.csv with x,y[,class].",
+)
+@click.option("--split", metavar="NAME", help="Only the images of this split of the manifest.  [default: all]")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N images.")
+@click.option(
+    "--mpp",
+    type=click.FloatRange(0.05, 2.0),
+    metavar="F",
+    help="Pixel size of the images in µm, over what the manifest says.  [default: the manifest's]",
+)
+@click.option(
+    "--map-class",
+    "class_map",
+    multiple=True,
+    callback=_class_map,
+    metavar="PREDICTED=TRUE",
+    help="Count a predicted class as one of the data set's; may be repeated.",
+)
+@click.option("--json", "json_file", type=OUTPUT_FILE, metavar="FILE", help="Write the scores as JSON.")
+@click.option("--per-image", type=OUTPUT_FILE, metavar="FILE", help="Write the scores of each image as CSV.")
+@infer_options
+@tile_options
+@config_option
+@click.option("--no-progress", is_flag=True, help="No progress bar.")
+@verbosity_options
+def command(
+    dataset: Path, model: str | None, weights: Path | None, predictions: Path | None, split: str | None,
+    limit: int | None, mpp: float | None, class_map: dict[str, str], json_file: Path | None, per_image: Path | None,
+    tile_size: int | None, overlap: int | None, compile_: bool, no_progress: bool, **infer: Any,
+) -> None:  # fmt: skip
+    """Score a model or its predictions on the labelled images in DATASET_DIR.
+
+    DATASET_DIR holds manifest.csv with images, masks (instance labels) or points. `--model classical` is the
+    baseline without training: haematoxylin, Otsu, watershed.
+
+    \b
+    Example:
+      cellslide evaluate data/tnbc --json scores.json
+      cellslide evaluate --model classical data/tnbc
+      cellslide evaluate --predictions out data/tnbc --split val
+    """
+    if predictions is not None and (model is not None or weights is not None):
+        raise UsageError("--predictions: scores what is on disk, so it goes without --model and --weights")
+    from cellslide.evaluate.dataset import read_dataset
+    from cellslide.evaluate.report import pixel_size, summarise, write_per_image
+    from cellslide.evaluate.score import ClassSet, dataset_classes
+
+    for file in (json_file, per_image):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+    data = read_dataset(dataset, split)
+    data = replace(data, samples=data.samples[:limit])
+    classes = ClassSet.of(dataset_classes(data), class_map)
+    for sample in data.samples:  # Before a network is loaded for nothing.
+        pixel_size(sample, mpp)
+    config = SegmentConfig(
+        model,
+        weights,
+        mpp,
+        TissueConfig(enabled=False),
+        TileConfig(tile_size, overlap),
+        InferConfig(compile=compile_, **infer),
+    )
+    with ExitStack() as resources:
+        name, predict = _predictor(config, predictions, resources)
+        scores = _score(data, predict, classes, mpp, no_progress)
+    report = summarise(name, data, split, classes, scores)
+    if json_file is not None:
+        _write(json_file, report.to_json())
+    if per_image is not None:
+        write_per_image(per_image, scores)
+    _show(report)
+
+
+def _predictor(config: SegmentConfig, predictions: Path | None, resources: ExitStack) -> tuple[str, Predictor]:
+    """Return the name of what is scored and the function that gives the nuclei of an image, alive with `resources`."""
+    if predictions is not None:
+        return str(predictions), lambda sample, mpp: _read(predictions, sample)
+    if config.model == CLASSICAL:
+        if config.weights is not None:
+            raise UsageError(f"--weights: --model {CLASSICAL} has none")
+        return CLASSICAL, _segment_classical
+    return _network(config, resources)
+
+
+def _segment_classical(sample: Sample, mpp: float) -> Nuclei:
+    from cellslide.evaluate.baseline import segment_classical
+    from cellslide.evaluate.score import Nuclei
+
+    return Nuclei.from_labels(segment_classical(sample.load_image(), mpp))
+
+
+def _network(config: SegmentConfig, resources: ExitStack) -> tuple[str, Predictor]:
+    from cellslide.pipeline import segment_array
+    from cellslide.segmenter import open_segmenter
+    from cellslide.weights import load_model
+
+    loaded = load_model(config.model, config.weights)
+    # An image has few tiles: decoding them here is quicker than starting processes, unless some are asked for.
+    config = replace(config, infer=replace(config.infer, workers=config.infer.workers or 0))
+    segmenter = resources.enter_context(open_segmenter(loaded, config))
+    names = tuple(c.name for c in loaded.spec.classes)
+
+    def predict(sample: Sample, mpp: float) -> Nuclei:
+        cells = segment_array(segmenter, sample.load_image(), mpp, config)
+        return nuclei_of(cells, (sample.height, sample.width), names)
+
+    return loaded.spec.weights_id or loaded.spec.name, predict
+
+
+def _read(folder: Path, sample: Sample) -> Nuclei:
+    from cellslide.evaluate.predictions import TABLE, find_prediction, read_prediction
+
+    path = find_prediction(folder, sample.stem)
+    return _read_table(path, sample) if path.name == TABLE else read_prediction(path)
+
+
+def _read_table(path: Path, sample: Sample) -> Nuclei:
+    """Read the cells of an image from a table; its level-0 pixels are the image's."""
+    from cellslide.evaluate.score import Nuclei
+    from cellslide.table import NUCLEUS, open_table
+    from cellslide.types import concat
+
+    with open_table(path) as table:
+        size = (table.slide.width_px, table.slide.height_px)
+        if size != (sample.width, sample.height):
+            raise UsageError(
+                f"{path}: made from an image of {size[0]} x {size[1]} px, not {sample.width} x {sample.height}"
+            )
+        parts = [chunk.cells for chunk in table.iter_chunks()]
+        names = () if table.class_names == (NUCLEUS.name,) else table.class_names
+        if parts:
+            return nuclei_of(concat(parts), (sample.height, sample.width), names)
+        return Nuclei.none((sample.height, sample.width) if table.kind == "mask" else None, names)
+
+
+def nuclei_of(cells: Cells, shape: tuple[int, int], names: tuple[str, ...]) -> Nuclei:
+    """Turn cells in image pixels into nuclei to score; outlines are filled into a label map of `shape` (H, W).
+
+    `names` are the classes of `cells.class_prob`, empty for a model that does not type nuclei.
+    """
+    import numpy as np
+
+    from cellslide.evaluate.score import Nuclei
+    from cellslide.outlines import rasterise
+
+    labels = label_id = None
+    if cells.contour_xy is not None and cells.contour_start is not None:
+        labels = rasterise(cells.contour_xy, cells.contour_start, shape)
+        label_id = np.arange(1, len(cells) + 1, dtype=np.int64)
+    if not names or cells.class_prob is None:
+        return Nuclei(cells.centroid_xy, labels, label_id)
+    prob = cells.class_prob.astype(np.float64)
+    class_name = tuple(names[i] for i in prob.argmax(axis=1)) if len(prob) else ()
+    return Nuclei(cells.centroid_xy, labels, label_id, class_name, prob, names)
+
+
+def _score(
+    data: Dataset, predict: Predictor, classes: ClassSet, mpp: float | None, no_progress: bool
+) -> list[ImageScores]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from cellslide.evaluate.report import evaluate_dataset
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=no_progress or not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(data.name, total=len(data))
+        return evaluate_dataset(data, predict, classes, mpp, lambda _: progress.advance(task))
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _show(report: EvalReport) -> None:
+    from rich.console import Console
+
+    Console().print(report.table())
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)

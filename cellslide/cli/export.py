@@ -1,0 +1,68 @@
+"""`cellslide export`: other formats from finished cell tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cellslide.cli.options import FOLDER, config_option, format_option, geojson_options, verbosity_options
+from cellslide.errors import CellslideError, UsageError
+
+if TYPE_CHECKING:
+    from cellslide.config import OutputConfig
+
+TABLE_NAME = "cells.zarr"
+
+
+@click.command(name="export")
+@click.argument("folders", nargs=-1, required=True, type=FOLDER, metavar="OUTDIR_OR_SLIDEDIR...")
+@format_option(default="geojson")
+@geojson_options
+@config_option
+@verbosity_options
+def command(folders: tuple[Path, ...], formats: tuple[str, ...], geojson_origin: str, profile: str) -> None:
+    """Write other formats beside each cells.zarr found in the given folders or one level below."""
+    from cellslide.config import OutputConfig
+
+    config = OutputConfig(formats=formats, geojson_origin=geojson_origin, profile=profile)  # type: ignore[arg-type]
+    failed = [path for path in find_tables(folders) if not _export_one(path, config)]
+    if failed:
+        raise CellslideError(f"{len(failed)} of the tables could not be exported: {', '.join(map(str, failed))}")
+
+
+def find_tables(folders: tuple[Path, ...]) -> list[Path]:
+    """Return every `cells.zarr` that is one of `folders`, in one, or one level below, once each, in a fixed order.
+
+    Raises UsageError naming the first folder that has none.
+    """
+    found: dict[Path, None] = {}
+    for folder in folders:
+        if folder.name == TABLE_NAME and folder.is_dir():
+            here = [folder]
+        else:
+            here = sorted(path for path in (*folder.glob(TABLE_NAME), *folder.glob(f"*/{TABLE_NAME}")) if path.is_dir())
+        if not here:
+            raise UsageError(
+                f"{folder}: no {TABLE_NAME} in it or one level below; run `cellslide segment -o {folder}` first"
+            )
+        found.update(dict.fromkeys(here))
+    return list(found)
+
+
+def _export_one(path: Path, config: OutputConfig) -> bool:
+    from cellslide.export import export_table
+    from cellslide.table import open_table
+
+    try:
+        with open_table(path) as table:
+            written = export_table(table, path.parent, config.formats, config.geojson_origin, config.profile)
+    except UsageError:
+        raise
+    except CellslideError as error:
+        click.echo(f"cellslide export: {error}", err=True)
+        return False
+    for target in written.values():
+        click.echo(str(target))
+    return True

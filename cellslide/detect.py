@@ -1,0 +1,220 @@
+"""Tiles -> Instances: reader threads, the network, and a pool of decoding processes, with bounded work in between.
+
+Results come in tile order whatever finishes first, and do not depend on batch size or workers. This module imports no
+torch, so that a decoding process starts fast and stays small.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cellslide.decode import decode_hover
+from cellslide.errors import CellslideError
+from cellslide.types import HoverDecode, HoverMaps, Instances, Seconds, Tile, UInt8
+
+if TYPE_CHECKING:
+    from cellslide.infer import Engine, TileOutput
+
+ReadTile = Callable[[Tile], UInt8]
+MAX_READERS = 8
+MAX_WORKERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class TileResult:
+    """What one tile gave: its instances (None when it holds no nucleus), or why it could not be done."""
+
+    tile: Tile
+    instances: Instances | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    tile: Tile
+    image: UInt8 | None
+    error: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    tile: Tile
+    future: Future[tuple[Instances, float]] | None = None
+    instances: Instances | None = None
+    error: str | None = None
+
+
+class _Inline(Executor):
+    """Runs each task when it is submitted, for `--workers 0`."""
+
+    def submit(self, fn, /, *args, **kwargs):  # type: ignore[no-untyped-def]
+        future: Future[object] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def default_workers(cpus: int) -> int:
+    """Return how many decoding processes serve a machine that grants `cpus` cores, one left for reading and the network."""
+    return max(1, min(cpus - 1, MAX_WORKERS))
+
+
+class Detector:
+    """An engine with its decoding pool, used for one slide after another; a context manager.
+
+    workers  decoding processes; 0 decodes in this one.
+    """
+
+    def __init__(self, engine: Engine, workers: int) -> None:
+        self.engine, self.workers = engine, workers
+        self._pool: Executor | None = None
+
+    def __enter__(self) -> Detector:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the decoding processes; tasks that wait are dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def run(self, read: ReadTile, tiles: Iterable[Tile], seconds: Seconds) -> Iterator[TileResult]:
+        """Yield one result per tile, in the order given; `seconds` gains the time of each stage.
+
+        A tile that cannot be read or decoded is yielded with its error. Raises CellslideError when a decoding process
+        dies or the device runs out of memory.
+        """
+        pending: deque[_Pending] = deque()
+        limit = 2 * max(self.workers, 1)
+        last: tuple[list[_Read], Callable[[], list[TileOutput]]] | None = None
+        for batch in self._batches(read, tiles):
+            seconds.read += sum(r.seconds for r in batch)
+            # The next batch is put on the device before the last one is fetched, so that the device never waits.
+            current = (batch, self._launch(batch, seconds))
+            for item in self._outputs(last, seconds):
+                pending.append(self._submit(*item))
+                while len(pending) > limit:
+                    yield self._result(pending.popleft(), seconds)
+            last = current
+        for item in self._outputs(last, seconds):
+            pending.append(self._submit(*item))
+        while pending:
+            yield self._result(pending.popleft(), seconds)
+
+    def _batches(self, read: ReadTile, tiles: Iterable[Tile]) -> Iterator[list[_Read]]:
+        readers = max(2, min(self.workers, MAX_READERS))
+        stream = read_ahead(read, tiles, readers, lambda: 2 * self.engine.batch_size + readers)
+        while batch := list(islice(stream, self.engine.batch_size)):
+            yield batch
+
+    def _launch(self, batch: list[_Read], seconds: Seconds) -> Callable[[], list[TileOutput]]:
+        images = [r.image for r in batch if r.image is not None]
+        if not images:
+            return list
+        start = time.perf_counter()
+        call = self.engine.launch(np.stack(images))
+        seconds.infer += time.perf_counter() - start
+        return call
+
+    def _outputs(
+        self, last: tuple[list[_Read], Callable[[], list[TileOutput]]] | None, seconds: Seconds
+    ) -> Iterator[tuple[_Read, TileOutput | None]]:
+        if last is None:
+            return
+        start = time.perf_counter()
+        outputs = iter(last[1]())
+        seconds.infer += time.perf_counter() - start
+        for read in last[0]:
+            yield read, next(outputs) if read.error is None else None
+
+    def _submit(self, read: _Read, output: TileOutput | None) -> _Pending:
+        if output is None:
+            return _Pending(read.tile, error=read.error)
+        if isinstance(output, Instances):
+            return _Pending(read.tile, instances=output if len(output) else None)
+        if not output.foreground.any():
+            return _Pending(read.tile)
+        try:
+            return _Pending(read.tile, self._executor().submit(decode_task, output, self.engine.spec.decode))
+        except BrokenProcessPool as error:
+            raise self._broken() from error
+
+    def _result(self, item: _Pending, seconds: Seconds) -> TileResult:
+        if item.future is None:
+            return TileResult(item.tile, item.instances, item.error)
+        try:
+            instances, spent = item.future.result()
+        except BrokenProcessPool as error:
+            raise self._broken() from error
+        except Exception as error:
+            # Whatever it is, it is this tile's: it is recorded with the tile, and the run ends non-zero.
+            return TileResult(item.tile, None, f"decode: {type(error).__name__}: {error}")
+        seconds.decode += spent
+        return TileResult(item.tile, instances if len(instances) else None)
+
+    def _executor(self) -> Executor:
+        if self._pool is None:
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.workers, spawn, _start_worker) if self.workers else _Inline()
+        return self._pool
+
+    def _broken(self) -> CellslideError:
+        self.close()  # The next slide gets new processes.
+        return CellslideError(
+            "a decoding process died, most likely killed for want of memory: use fewer --workers or a smaller --tile-size"
+        )
+
+
+def _start_worker() -> None:
+    # Ctrl-C reaches the whole process group; the main process decides when to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def decode_task(maps: HoverMaps, config: HoverDecode) -> tuple[Instances, float]:
+    """Decode one tile; return its instances (tile frame) and the seconds it took."""
+    start = time.perf_counter()
+    instances = decode_hover(maps, config)
+    return instances, time.perf_counter() - start
+
+
+def read_ahead(read: ReadTile, tiles: Iterable[Tile], readers: int, ahead: Callable[[], int]) -> Iterator[_Read]:
+    """Yield the tiles' images in order, reading at most `ahead()` of them beforehand on `readers` threads."""
+    rest = iter(tiles)
+    queue: deque[Future[_Read]] = deque()
+    pool = ThreadPoolExecutor(readers, thread_name_prefix="cellslide-read")
+    try:
+        while True:
+            queue.extend(pool.submit(_read, read, tile) for tile in islice(rest, max(0, ahead() - len(queue))))
+            if not queue:
+                return
+            yield queue.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read(read: ReadTile, tile: Tile) -> _Read:
+    start = time.perf_counter()
+    try:
+        image, error = read(tile), None
+    except Exception as failure:
+        # As in decoding: recorded with the tile; the run of the slide goes on and ends non-zero.
+        image, error = None, f"read: {type(failure).__name__}: {failure}"
+    return _Read(tile, image, error, time.perf_counter() - start)

@@ -1,0 +1,284 @@
+"""The result of an evaluation: scores of images gathered into one record, written as JSON, CSV and a table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cellslide.errors import UsageError
+from cellslide.evaluate import classification
+from cellslide.evaluate.dataset import Dataset, Sample
+from cellslide.evaluate.detection import RADIUS_UM, Tally
+from cellslide.evaluate.score import ClassSet, ImageScores, Nuclei, score_image, truth_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+IMAGE_COLUMNS = (
+    *("image", "organ", "mpp", "n_true", "n_pred", "bpq", "bdq", "bsq", "mpq", "aji", "aji_plus", "dice"),
+    *("tp_iou50", "fp_iou50", "fn_iou50", "tp_detection", "fp_detection", "fn_detection", "f1_detection"),
+)
+
+Predictor = Callable[[Sample, float], Nuclei]
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceScores:
+    """Instance scores of a data set: means over images that have true nuclei, but `f1_iou50` is from pooled counts."""
+
+    bpq: float | None = None
+    bdq: float | None = None
+    bsq: float | None = None
+    mpq: float | None = None
+    aji: float | None = None
+    dice: float | None = None
+    f1_iou50: float | None = None
+    bpq_tissue: float | None = None
+    aji_plus: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DetectionScores:
+    """Detection within `radius_um`, from counts pooled over the images."""
+
+    radius_um: float = RADIUS_UM
+    precision: float | None = None
+    recall: float | None = None
+    f1: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClassScores:
+    """Detection of one class with the class, from pooled counts; `support` is the number of true nuclei."""
+
+    name: str
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    support: int
+
+
+@dataclass(frozen=True, slots=True)
+class EvalReport:
+    """Scores of a model on a data set; None is what does not apply."""
+
+    model: str
+    dataset: str
+    split: str | None
+    n_images: int
+    n_nuclei: int
+    mpp: float | None
+    instance: InstanceScores
+    detection: DetectionScores
+    classes: tuple[ClassScores, ...] | None
+    mean_f1: float | None
+    accuracy: float | None
+    ece: float | None
+    brier: float | None
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Return the report as JSON text, keys in the order of the record and classes keyed by name."""
+        record = asdict(self)
+        if self.classes is not None:
+            record["classes"] = {c.name: {k: v for k, v in asdict(c).items() if k != "name"} for c in self.classes}
+        return json.dumps(record, indent=2, allow_nan=False) + "\n"
+
+    def table(self) -> Table:
+        """Return the report as a table for the terminal."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.model} on {self.dataset}: {self.n_images} images, {self.n_nuclei} nuclei")
+        table.add_column("score")
+        table.add_column("value", justify="right")
+        for name, value in self._rows():
+            table.add_row(name, "-" if value is None else f"{value:.4f}")
+        return table
+
+    def _rows(self) -> list[tuple[str, float | None]]:
+        rows: list[tuple[str, float | None]] = [(n, v) for n, v in asdict(self.instance).items() if v is not None]
+        within = f"within {self.detection.radius_um:g} µm"
+        rows += [(f"detection {n} {within}", getattr(self.detection, n)) for n in ("precision", "recall", "f1")]
+        rows += [(f"{c.name} f1 ({c.support} nuclei)", c.f1) for c in self.classes or ()]
+        rows += [(n, getattr(self, n)) for n in ("mean_f1", "accuracy", "ece", "brier") if getattr(self, n) is not None]
+        return rows
+
+
+def pixel_size(sample: Sample, mpp: float | None) -> float:
+    """Return the pixel size of a sample in µm, `mpp` if given; raises UsageError if neither says it."""
+    if mpp is not None:
+        return mpp
+    if sample.mpp is None:
+        raise UsageError(f"{sample.image_path}: the manifest gives no pixel size (mpp is empty); give it with --mpp")
+    return sample.mpp
+
+
+def evaluate_dataset(
+    dataset: Dataset,
+    predict: Predictor,
+    classes: ClassSet,
+    mpp: float | None = None,
+    on_image: Callable[[ImageScores], None] | None = None,
+) -> list[ImageScores]:
+    """Predict and score every image in the order of the manifest; `mpp` (µm/px) overrides the manifest.
+
+    Every pixel size is checked before the first prediction. Raises what `predict` raises, and UsageError.
+    """
+    sizes = [pixel_size(sample, mpp) for sample in dataset.samples]
+    scores = []
+    for sample, size in zip(dataset.samples, sizes, strict=True):
+        scores.append(score_image(sample, truth_of(sample), predict(sample, size), size, classes))
+        if on_image is not None:
+            on_image(scores[-1])
+    return scores
+
+
+def summarise(
+    model: str, dataset: Dataset, split: str | None, classes: ClassSet, scores: Sequence[ImageScores]
+) -> EvalReport:
+    """Gather the scores of images into the report of a data set."""
+    sizes = {s.mpp for s in scores}
+    shared = _share_classes(scores)
+    classified = _classes(scores, classes.names) if shared else None
+    accuracy, ece, brier = _typing(scores) if shared else (None, None, None)
+    return EvalReport(
+        model=model,
+        dataset=dataset.name,
+        split=split,
+        n_images=len(scores),
+        n_nuclei=sum(s.n_true for s in scores),
+        mpp=sizes.pop() if len(sizes) == 1 else None,
+        instance=_instance(scores, shared),
+        detection=_detection(scores),
+        classes=classified,
+        mean_f1=None if classified is None else _mean([c.f1 for c in classified if c.support]),
+        accuracy=accuracy,
+        ece=ece,
+        brier=brier,
+        warnings=tuple(_warnings(dataset, classes, scores)),
+    )
+
+
+def write_per_image(path: Path, scores: Sequence[ImageScores]) -> None:
+    """Write one CSV row per image; what does not apply is empty."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(IMAGE_COLUMNS)
+        writer.writerows(_image_row(s) for s in scores)
+
+
+def _image_row(s: ImageScores) -> list[Any]:
+    q, d = s.quality, s.detection
+    row = [s.image, s.organ, s.mpp, s.n_true, s.n_pred]
+    row += [_finite(v) for v in (s.bpq, s.bdq, s.bsq, _class_mean(s), s.aji, s.aji_plus, s.dice)]
+    row += [q.tp, q.fp, q.fn] if q else [None] * 3
+    return row + ([d.tp, d.fp, d.fn, d.f1] if d else [None] * 4)
+
+
+def _instance(scores: Sequence[ImageScores], shared_classes: bool) -> InstanceScores:
+    # An image without true nuclei is in no mean (its PQ is not defined); its false positives count in the pooled F1.
+    filled = [s for s in scores if s.n_true]
+    pooled = _pool([None if s.quality is None else Tally(s.quality.tp, s.quality.fp, s.quality.fn) for s in scores])
+    return InstanceScores(
+        bpq=_mean([s.bpq for s in filled]),
+        bdq=_mean([s.bdq for s in filled]),
+        bsq=_mean([s.bsq for s in filled]),
+        mpq=_mean([_class_mean(s) for s in filled]) if shared_classes else None,
+        aji=_mean([s.aji for s in filled]),
+        dice=_mean([s.dice for s in filled]),
+        f1_iou50=None if pooled is None else pooled.f1,
+        bpq_tissue=_tissue_mean(filled),
+        aji_plus=_mean([s.aji_plus for s in filled]),
+    )
+
+
+def _detection(scores: Sequence[ImageScores]) -> DetectionScores:
+    pooled = _pool([s.detection for s in scores])
+    if pooled is None:
+        return DetectionScores()
+    return DetectionScores(RADIUS_UM, pooled.precision, pooled.recall, pooled.f1)
+
+
+def _share_classes(scores: Sequence[ImageScores]) -> bool:
+    """Whether any predicted class is one that is scored; predictions without any nucleus have nothing against it."""
+    return any(s.scored_names for s in scores) or not any(s.other_names for s in scores)
+
+
+def _classes(scores: Sequence[ImageScores], names: Sequence[str]) -> tuple[ClassScores, ...] | None:
+    typed = [s.by_class for s in scores if s.by_class is not None]
+    if not typed or not names:
+        return None
+    tallies = [sum((image[k] for image in typed), Tally()) for k in range(len(names))]
+    return tuple(ClassScores(n, t.precision, t.recall, t.f1, t.support) for n, t in zip(names, tallies, strict=True))
+
+
+def _tissue_mean(scores: Sequence[ImageScores]) -> float | None:
+    """Mean over organs of the mean PQ over their images; None unless the organ of every image is known."""
+    if not all(_organ_known(s.organ) for s in scores):
+        return None
+    organs = sorted({s.organ for s in scores})
+    return _mean([_mean([s.bpq for s in scores if s.organ == organ]) for organ in organs])
+
+
+def _organ_known(organ: str) -> bool:
+    return bool(organ) and not organ.casefold().startswith(("unknown", "one of"))
+
+
+def _class_mean(s: ImageScores) -> float | None:
+    return None if s.class_pq is None else _mean(s.class_pq.tolist())
+
+
+def _typing(scores: Sequence[ImageScores]) -> tuple[float | None, float | None, float | None]:
+    """Accuracy, ECE and Brier score over all nuclei that were found."""
+    typed = [s.typed for s in scores if s.typed is not None]
+    if not typed:
+        return None, None, None
+    true = np.concatenate([t.true_class for t in typed])
+    named = np.concatenate([t.pred_class for t in typed])
+    accuracy = classification.accuracy(true, named)
+    probs = [t.prob for t in typed if t.prob is not None]
+    confidences = [t.confidence for t in typed if t.confidence is not None]
+    if len(probs) != len(typed):
+        return accuracy, None, None
+    ece = classification.expected_calibration_error(np.concatenate(confidences), true == named)
+    return accuracy, ece, classification.brier_score(np.concatenate(probs), true)
+
+
+def _warnings(dataset: Dataset, classes: ClassSet, scores: Sequence[ImageScores]) -> list[str]:
+    found = []
+    derived = sum(sample.derived_instances for sample in dataset.samples)
+    if derived:
+        found.append(
+            f"{derived} image(s) have a hand-drawn foreground only (instances are derived): they give Dice alone"
+        )
+    empty = sum(s.n_true == 0 for s in scores)
+    if empty:
+        found.append(f"{empty} image(s) have no true nucleus: they are in no mean over images")
+    other = sorted({name for s in scores for name in s.other_names})
+    if other:
+        found.append(
+            f"predicted classes that are not scored: {', '.join(other)} (the data set has {', '.join(classes.names)}; "
+            "--map-class PREDICTED=TRUE says which is which)"
+        )
+    return found
+
+
+def _pool(tallies: Sequence[Tally | None]) -> Tally | None:
+    known = [t for t in tallies if t is not None]
+    return sum(known, Tally()) if known else None
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None and not math.isnan(v)]
+    return math.fsum(known) / len(known) if known else None

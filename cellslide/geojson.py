@@ -1,0 +1,201 @@
+"""The cell table as GeoJSON that QuPath 0.4 to 0.7 reads: one detection per nucleus, streamed, no object per cell.
+
+What QuPath demands and this keeps: rings closed and valid on its grid of 0.01 px (one bad ring costs the whole file),
+UUIDs as `id`, a colour with every class, measurements finite numbers. Its reader holds a whole file, or zip entry, as
+a tree in memory (about 1 GB per 100,000 cells), hence the entries of at most 50,000.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from cellslide.anndata_store import Columns
+from cellslide.jsontext import choice, constant, decimals, pack, strings, to_words, vertices
+from cellslide.outlines import ring_areas, valid_rings
+from cellslide.spatial import close_rings
+from cellslide.table import CellChunk, CellTable
+from cellslide.types import Float64, Int64, UInt8
+
+Origin = Literal["bounds", "level0"]
+Profile = Literal["lean", "full"]
+
+ENTRY_CELLS = 50_000
+BLOCK_CELLS = 10_000
+COMPRESSION = 4
+SMALLEST_PX2 = 0.25
+GZ_NAME, ZIP_NAME = "cells.geojson.gz", "cells.geojson.zip"
+LEAN_OBS, FULL_OBS = ("gate",), ("gate", "abstained")
+PROBABILITIES = {"prob": "prob", "prob_local": "prob local", "prob_global": "prob global"}
+
+
+def write_geojson(table: CellTable, out_dir: Path, origin: Origin = "bounds", profile: Profile = "lean") -> Path:
+    """Write `cells.geojson.gz`, or `cells.geojson.zip` above ENTRY_CELLS cells, and remove the other; returns its path.
+
+    `origin` "bounds" subtracts the corner of the slide's bounds, as QuPath shows it; "level0" keeps level-0 pixels.
+    """
+    big = len(table) > ENTRY_CELLS
+    target, stale = (out_dir / name for name in ((ZIP_NAME, GZ_NAME) if big else (GZ_NAME, ZIP_NAME)))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    try:
+        (_write_zip if big else _write_gz)(partial, _Layout.of(table, origin, profile), table)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    stale.unlink(missing_ok=True)
+    return target
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What every feature of one file has in common; `shift_px` is subtracted from level-0 pixels."""
+
+    shift_px: Float64
+    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
+    obs: tuple[str, ...]
+    obsm: tuple[str, ...] = ()
+    features: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def of(cls, table: CellTable, origin: Origin, profile: Profile) -> _Layout:
+        bounds = table.slide.bounds if origin == "bounds" else None
+        colored = zip(table.class_names, table.colors, strict=True)
+        classes = tuple(_compact({"name": name, "color": list(color)}) for name, color in colored)
+        full = profile == "full"
+        return cls(
+            np.array(bounds[:2] if bounds else (0, 0), np.float64),
+            classes,
+            table.class_names,
+            tuple(name for name in (FULL_OBS if full else LEAN_OBS) if name in table.columns),
+            tuple(name for name in PROBABILITIES if full and name in table.matrices),
+            table.features if full else (),
+        )
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def _write_gz(path: Path, layout: _Layout, table: CellTable) -> None:
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", COMPRESSION, raw, mtime=0) as stream:
+        buffered = io.BufferedWriter(stream, 1 << 20)
+        _write_collection(buffered.write, _texts(table, layout, BLOCK_CELLS))
+        buffered.flush()
+
+
+def _write_zip(path: Path, layout: _Layout, table: CellTable) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=COMPRESSION) as archive:
+        texts = _texts(table, layout, BLOCK_CELLS)
+        for part in range(-(-len(table) // ENTRY_CELLS)):
+            # Opened by name, an entry is dated 1980, so that a rerun gives the same bytes.
+            with archive.open(f"cells-{part:03d}.geojson", "w") as stream:
+                _write_collection(stream.write, _first(texts, ENTRY_CELLS // BLOCK_CELLS))
+
+
+def _first(texts: Iterator[bytes], n: int) -> Iterator[bytes]:
+    for _, text in zip(range(n), texts, strict=False):
+        yield text
+
+
+def _write_collection(write: Callable[[bytes], object], texts: Iterator[bytes]) -> None:
+    write(b'{"type":"FeatureCollection","features":[\n')
+    for i, text in enumerate(texts):
+        # Every feature begins with the comma that parts it from the one before.
+        write(text[1:] if i == 0 else text)
+    write(b"\n]}\n")
+
+
+def _texts(table: CellTable, layout: _Layout, rows: int) -> Iterator[bytes]:
+    chunks = table.iter_chunks(rows, obs=layout.obs, obsm=layout.obsm, features=bool(layout.features))
+    for chunk in chunks:
+        yield _features(chunk, layout)
+
+
+def _features(chunk: CellChunk, layout: _Layout) -> bytes:
+    """Return the features of a chunk, each as `,\\n{...}`."""
+    n, cells = len(chunk), chunk.cells
+    point = cells.contour_xy is None or cells.contour_start is None
+    kind = '"Point","coordinates":' if point else '"Polygon","coordinates":[['
+    opening = constant('","geometry":{"type":' + kind, n)
+    head = [constant(',\n{"type":"Feature","id":"', n), strings(chunk.uuid, 36), opening]
+    centroid_xy = cells.centroid_xy - layout.shift_px
+    if cells.contour_xy is None or cells.contour_start is None:
+        cents, start = _cents(centroid_xy), np.arange(n + 1, dtype=np.int64)
+    else:
+        cents, start = _ring_cents(cells.contour_xy - layout.shift_px, cells.contour_start, centroid_xy)
+    is_first = np.zeros(len(cents), np.bool_)
+    is_first[start[:-1]] = True
+    body = vertices(cents, is_first).view(np.uint64)
+    tail = [constant("}" if point else "]]}", n), *_properties(chunk, layout)]
+    return pack(to_words(head), body, np.diff(start), to_words(tail))
+
+
+def _cents(xy: Float64) -> Int64:
+    return np.rint(xy * 100).astype(np.int64)
+
+
+def _ring_cents(xy: Float64, start: Int64, centroid_xy: Float64) -> tuple[Int64, Int64]:
+    """Return closed valid rings in hundredths of a pixel; a ring of next to no area becomes a pixel about its centroid.
+
+    A valid ring of ordinary size stays one polygon when QuPath snaps it to the same grid, slivers need not.
+    """
+    rings, ring_start, alive = valid_rings(xy, start)
+    alive &= ring_areas(rings, ring_start) >= SMALLEST_PX2
+    if not alive.all():
+        parts = np.split(rings, ring_start[1:-1])
+        for i in np.flatnonzero(~alive):
+            parts[i] = np.round(centroid_xy[i], 2) + [[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]]
+        rings = np.concatenate(parts)
+        ring_start = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+    closed, closed_start = close_rings(_cents(rings), ring_start)
+    return closed, closed_start
+
+
+def _properties(chunk: CellChunk, layout: _Layout) -> list[UInt8]:
+    n = len(chunk)
+    kind = choice(['"classification":' + text + "," for text in layout.classes] + [""], chunk.class_index)
+    opening = constant(',"properties":{"objectType":"detection",', n)
+    measured: list[UInt8] = []
+    seen = np.zeros(n, np.bool_)
+    for name, values, places in _measurements(chunk, layout):
+        finite = np.isfinite(values)
+        key = np.concatenate([constant(",", n), constant(_compact(name) + ":", n)], axis=1)
+        key[~seen, 0] = 0
+        text = np.concatenate([key, decimals(np.where(finite, values, 0), places)], axis=1)
+        text[~finite] = 0
+        seen |= finite
+        measured.append(text)
+    return [opening, kind, constant('"measurements":{', n), *measured, constant("}}}", n)]
+
+
+def _measurements(chunk: CellChunk, layout: _Layout) -> Iterator[tuple[str, Float64, int]]:
+    """Yield name, values (N,) and decimals; a value that is not finite is left out of its feature."""
+    yield "probability", chunk.class_prob.astype(np.float64), 4
+    yield "score", chunk.cells.score.astype(np.float64), 4
+    yield "area µm²", chunk.cells.area_um2.astype(np.float64), 2
+    for name in layout.obs:
+        values = chunk.columns.obs[name]
+        if isinstance(values, np.ndarray):
+            yield name, values.astype(np.float64), 4
+    yield from _wide(chunk.columns, layout)
+
+
+def _wide(columns: Columns, layout: _Layout) -> Iterator[tuple[str, Float64, int]]:
+    for name in layout.obsm:
+        for k, word in enumerate(layout.class_names):
+            yield f"{PROBABILITIES[name]}: {word}", columns.obsm[name][:, k].astype(np.float64), 4
+    if columns.x is not None:
+        for k, name in enumerate(layout.features):
+            if name != "area_um2":
+                yield name.replace("_um", " µm").replace("_", " "), columns.x[:, k].astype(np.float64), 4

@@ -1,0 +1,382 @@
+"""Tiles -> slide: the one place that turns tile pixels into level-0 pixels, and the merge of overlapping tiles.
+
+Ownership: own boxes partition the plane, and a nucleus belongs to the tile whose own box holds its centroid. A tile reports
+its own nuclei and, beyond its own box, those within a narrow band, so that two tiles that place a centroid on either side
+of a seam cannot both disown it. What two tiles report twice is found along the seams only: same place, or outlines that
+overlap. The owner's nucleus stays; among equals the larger, then the one from the earlier tile. Cells of one tile never
+exclude each other, and touching neighbours from two tiles overlap too little to be taken for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellslide.outlines import ring_areas, ring_bounds, to_polygons
+from cellslide.types import Bool, Cells, Float64, Instances, Int32, Int64, Plane, SlideInfo, Tile, concat, take_rings
+
+BAND_UM = 3.0
+SAME_PLACE_UM = 1.5
+SAME_POINT_UM = 3.0
+SAME_OVERLAP = 1 / 3
+_STEPS_PER_PX = 1024.0
+
+
+class Grid(Protocol):
+    """What the merge asks of a tile grid: tiles by index, row by row."""
+
+    @property
+    def plane(self) -> Plane: ...
+    @property
+    def n_rows(self) -> int: ...
+    @property
+    def n_cols(self) -> int: ...
+    def tile(self, index: int) -> Tile: ...
+
+
+def to_cells(instances: Instances, tile: Tile, plane: Plane, info: SlideInfo, band_um: float = BAND_UM) -> Cells:
+    """Convert the nuclei of a tile to level-0 pixels and keep those this tile answers for.
+
+    Kept: centroid on the slide and in the own box or within `band_um` of it; or farther out, when the nucleus is so large that
+    the owner's read box cuts it. Nuclei cut by the read box are dropped unless that edge is the plane's. Centroids are rounded
+    to 1/1024 px, so that every tile gives a nucleus the same number.
+    """
+    own = _level0_box(tile.own_xyxy, plane)
+    centroid = _round(plane.to_level0(_round(tile.to_plane(instances.centroid_xy))))
+    bounds = _instance_bounds(instances)
+    keep = ~(instances.cut & _cut_inside(bounds, tile, plane))
+    keep &= _answers_for(centroid, bounds, tile, plane, own, band_um)
+    keep &= ((centroid >= 0) & (centroid < (info.width_px, info.height_px))).all(axis=1)
+    chosen = instances.take(keep)
+    centroid = centroid[keep]
+    above, below = centroid[:, 1] < own[1], centroid[:, 1] >= own[3]
+    pixel_um2 = plane.scale_x * info.mpp_x * plane.scale_y * info.mpp_y
+    contour = None if chosen.contour_xy is None else plane.to_level0(tile.to_plane(chosen.contour_xy))
+    return Cells(
+        centroid_xy=centroid,
+        tile_index=np.full(len(chosen), tile.index, np.int32),
+        row=(tile.row - above.astype(np.int32) + below.astype(np.int32)).astype(np.int32),
+        score=chosen.score,
+        area_um2=(chosen.area_px * pixel_um2).astype(np.float32),
+        class_prob=chosen.class_prob,
+        box_xyxy=None if chosen.box_xyxy is None else _boxes_to_level0(chosen.box_xyxy, tile, plane),
+        contour_xy=contour,
+        contour_start=chosen.contour_start,
+        embedding=chosen.embedding,
+    )
+
+
+def _round(xy: Float64) -> Float64:
+    return np.rint(xy * _STEPS_PER_PX) / _STEPS_PER_PX
+
+
+def _level0_box(xyxy: tuple[int, int, int, int], plane: Plane) -> Float64:
+    return plane.to_level0(np.array(xyxy).reshape(2, 2)).ravel()
+
+
+def _boxes_to_level0(box_xyxy: NDArray[Any], tile: Tile, plane: Plane) -> Float64:
+    return plane.to_level0(tile.to_plane(np.asarray(box_xyxy, np.float64).reshape(-1, 2))).reshape(-1, 4)
+
+
+def _instance_bounds(instances: Instances) -> Float64:
+    """Return boxes xyxy (N, 4) in tile pixels, from outlines, boxes or points."""
+    points = np.tile(instances.centroid_xy, 2)
+    if instances.contour_xy is not None and instances.contour_start is not None:
+        bounds = ring_bounds(instances.contour_xy, instances.contour_start)
+        return np.where(np.isnan(bounds), points, bounds)
+    return points if instances.box_xyxy is None else instances.box_xyxy.astype(np.float64)
+
+
+def _cut_inside(bounds: Float64, tile: Tile, plane: Plane) -> Bool:
+    """Whether a nucleus touches an edge of the read box that lies inside the plane, where more of it may follow."""
+    x0, y0, x1, y1 = tile.read_xyxy
+    inside = (x0 > 0, y0 > 0, x1 < plane.width_px, y1 < plane.height_px)
+    touches = np.stack([bounds[:, 0], bounds[:, 1], x1 - x0 - bounds[:, 2], y1 - y0 - bounds[:, 3]], axis=1) < 0.5
+    return np.asarray((touches & inside).any(axis=1))
+
+
+def _answers_for(
+    centroid: Float64, bounds: Float64, tile: Tile, plane: Plane, own: Float64, band_um: float
+) -> Bool:
+    """Whether the centroid is in the own box or its band, or the nucleus reaches out of the read box of its owner."""
+    band = band_um / plane.mpp * np.array([plane.scale_x, plane.scale_y])
+    outside = np.concatenate([own[:2] - centroid, centroid - own[2:]], axis=1)
+    near = (outside <= np.tile(band, 2)).all(axis=1)
+    # Read boxes of neighbours overlap evenly about the seam: as far as this one reaches out of its own box, theirs reach in.
+    read, ours = np.array(tile.read_xyxy), np.array(tile.own_xyxy)
+    reach_in = np.abs(ours - read)
+    inner = bounds + np.tile(read[:2], 2)
+    cut_there = np.stack(
+        [
+            (outside[:, 0] > 0) & (inner[:, 2] > ours[0] + reach_in[0] - 0.5),
+            (outside[:, 1] > 0) & (inner[:, 3] > ours[1] + reach_in[1] - 0.5),
+            (outside[:, 2] >= 0) & (inner[:, 0] < ours[2] - reach_in[2] + 0.5),
+            (outside[:, 3] >= 0) & (inner[:, 1] < ours[3] - reach_in[3] + 0.5),
+        ]
+    ).any(axis=0)
+    return np.asarray(near | cut_there)
+
+
+def merge_stream(parts: Iterable[Cells], grid: Grid) -> Iterator[Cells]:
+    """Merge the cells of tiles, given in order of tile index, and yield them in blocks in final order.
+
+    Final order: tile row that holds the centroid, then x, then y; equal places keep tile order. About three tile rows are in
+    memory at a time. How tiles are grouped into parts does not matter. Raises ValueError when parts come out of order.
+    """
+    merger = SeamMerger(grid)
+    current, waiting = -1, list[Cells]()
+    for part in parts:
+        for row, cells in _by_row(part, grid.n_cols):
+            if row < current or (waiting and row == current and cells.tile_index[0] < waiting[-1].tile_index[-1]):
+                raise ValueError(f"tile {cells.tile_index[0]} comes after a later one")
+            if row > current and waiting:
+                yield from merger.add_row(current, concat(waiting))
+                waiting = []
+            current = row
+            waiting.append(cells)
+    if waiting:
+        yield from merger.add_row(current, concat(waiting))
+    yield from merger.finish()
+
+
+def _by_row(part: Cells, n_cols: int) -> Iterator[tuple[int, Cells]]:
+    rows = part.tile_index // n_cols
+    if len(part) and rows[0] == rows[-1]:
+        yield int(rows[0]), part
+        return
+    for row in np.unique(rows):
+        yield int(row), part.take(rows == row)
+
+
+@dataclass(slots=True)
+class _Block:
+    """Cells of one tile row with what the merge knows of them.
+
+    box   float64 (N, 4), bounds in level-0 px.     open     not yet decided.     kept     decided and not yet handed out.
+    """
+
+    cells: Cells
+    box: Float64
+    open: Bool
+    kept: Bool
+
+
+class SeamMerger:
+    """Takes tile rows from top to bottom and hands out finished rows of cells, sorted.
+
+    A nucleus is decided once everything that could exclude it is known, so the result is that of one merge over the whole
+    slide; groups that reach into the next tile row's read boxes wait for it.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        plane = grid.plane
+        columns = [grid.tile(col).own_xyxy[2] for col in range(grid.n_cols - 1)]
+        rows = [grid.tile(row * grid.n_cols).own_xyxy[3] for row in range(grid.n_rows - 1)]
+        # Beyond the outermost tiles nothing is seen twice, so those cells need not be looked at.
+        self._x_cuts = np.concatenate([[-np.inf], np.array(columns) * plane.scale_x, [np.inf]])
+        self._y_cuts = np.concatenate([[-np.inf], np.array(rows) * plane.scale_y, [np.inf]])
+        self._um = np.array([plane.mpp / plane.scale_x, plane.mpp / plane.scale_y])
+        self._blocks: list[_Block] = []
+
+    def add_row(self, row: int, cells: Cells) -> list[Cells]:
+        """Take all cells found by tile row `row` and return the rows that are final, one block each."""
+        count = len(cells)
+        self._blocks.append(_Block(cells, _bounds(cells), np.ones(count, np.bool_), np.zeros(count, np.bool_)))
+        next_row = row + 1
+        top = np.inf
+        if next_row < self._grid.n_rows:
+            below = self._grid.tile(next_row * self._grid.n_cols)
+            top = below.read_xyxy[1] * self._grid.plane.scale_y - SAME_POINT_UM / self._um[1]
+        open_rows = self._decide(top)
+        return self._hand_out(min([row, *open_rows]))
+
+    def finish(self) -> list[Cells]:
+        """Return what is left."""
+        self._decide(np.inf)
+        return self._hand_out(self._grid.n_rows)
+
+    def _decide(self, top: float) -> list[int]:
+        """Decide the open cells that nothing below `top` can touch; returns the final rows of those that stay open."""
+        handles = [np.flatnonzero(block.open) for block in self._blocks]
+        pool = _Pool.gather(self._blocks, handles)
+        if len(pool.tile) == 0:
+            return []
+        pairs = self._same(pool)
+        waits = _spread(pool.box[:, 3] > top, pairs)
+        kept = ~waits & _best(self._rank(pool, pairs), pairs)
+        begin = 0
+        for block, handle in zip(self._blocks, handles, strict=True):
+            part = slice(begin, begin + len(handle))
+            block.open[handle], block.kept[handle] = waits[part], kept[part]
+            begin += len(handle)
+        return [int(pool.row[waits].min())] if waits.any() else []
+
+    def _hand_out(self, below: int) -> list[Cells]:
+        """Return the kept cells whose final row is less than `below`, sorted, and forget blocks that are used up."""
+        pieces, ready = list[Cells](), list[Bool]()
+        for block in self._blocks:
+            final = block.kept & (block.cells.row < below)
+            block.kept &= ~final
+            if not final.any():
+                continue
+            # Copying a whole block is cheaper than picking most of its outlines twice.
+            whole = 2 * np.count_nonzero(final) > len(final)
+            pieces.append(block.cells if whole else block.cells.take(final))
+            ready.append(final if whole else final[final])
+        self._blocks = [block for block in self._blocks if block.open.any() or block.kept.any()]
+        if not pieces:
+            return []
+        joined, rows = concat(pieces), np.flatnonzero(np.concatenate(ready))
+        x, y = joined.centroid_xy[rows].T
+        order = rows[np.lexsort((y, x, joined.row[rows]))]
+        ends = np.flatnonzero(np.diff(joined.row[order])) + 1
+        return [joined.take(part) for part in np.split(order, ends)]
+
+    def _own_boxes(self, tile: Int32) -> Float64:
+        row, col = np.divmod(tile, self._grid.n_cols)
+        return np.stack([self._x_cuts[col], self._y_cuts[row], self._x_cuts[col + 1], self._y_cuts[row + 1]], axis=1)
+
+    def _rank(self, pool: _Pool, pairs: Int64) -> Int64:
+        """Return (N,) places of the cells in `pairs` when the best comes first: owned, larger, earlier tile, left, upper."""
+        rivals = np.unique(pairs)
+        tile, x, y = pool.tile[rivals], pool.centroid[rivals, 0], pool.centroid[rivals, 1]
+        own = self._own_boxes(tile)
+        owned = (x >= own[:, 0]) & (y >= own[:, 1]) & (x < own[:, 2]) & (y < own[:, 3])
+        rank = np.zeros(len(pool.tile), np.int64)
+        rank[rivals[np.lexsort((y, x, tile, -pool.area[rivals], ~owned))]] = np.arange(len(rivals))
+        return rank
+
+    def _same(self, pool: _Pool) -> Int64:
+        """Return pairs (M, 2) of cells that two tiles report and that are one nucleus."""
+        import shapely
+
+        um = np.tile(self._um, 2)
+        margin = 0.0 if pool.has_extent else SAME_POINT_UM / 2
+        own, box = self._own_boxes(pool.tile) * um, pool.box * um + np.array([-1, -1, 1, 1]) * margin
+        # Whatever lies in a tile's own box farther from its edge than any foreign cell intrudes has no rival.
+        intrusion = np.concatenate([own[:, :2] - box[:, :2], box[:, 2:] - own[:, 2:]], axis=1)
+        seam = np.flatnonzero((intrusion >= -max(0.0, float(intrusion.max()))).any(axis=1))
+        shapes = shapely.box(*box[seam].T)
+        first, second = seam[shapely.STRtree(shapes).query(shapes)]
+        rivals = (first < second) & (pool.tile[first] != pool.tile[second])
+        first, second = first[rivals], second[rivals]
+        gap = np.hypot(*((pool.centroid[first] - pool.centroid[second]) * self._um).T)
+        same = gap <= (SAME_PLACE_UM if pool.has_extent else SAME_POINT_UM)
+        if pool.has_extent:
+            rest = np.flatnonzero(~same)
+            same[rest] = pool.overlap(first[rest], second[rest]) >= SAME_OVERLAP
+        return np.stack([first[same], second[same]], axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """The open cells of all blocks, light columns only; `source` (block, row in it) finds the outlines when needed."""
+
+    blocks: list[_Block]
+    source: Int64
+    centroid: Float64
+    box: Float64
+    tile: Int32
+    row: Int32
+    area: NDArray[Any]
+    has_extent: bool
+
+    @classmethod
+    def gather(cls, blocks: list[_Block], handles: list[NDArray[Any]]) -> _Pool:
+        """Collect the rows `handles` of each block."""
+        pairs = list(zip(blocks, handles, strict=True))
+
+        def column(values: list[NDArray[Any]], shape: tuple[int, ...]) -> NDArray[Any]:
+            return np.concatenate([np.zeros(shape), *values]) if not values else np.concatenate(values)
+
+        source = [np.stack([np.full(len(h), i), h], axis=1) for i, h in enumerate(handles)]
+        extent = any(b.cells.contour_start is not None or b.cells.box_xyxy is not None for b in blocks)
+        return cls(
+            blocks,
+            column(source, (0, 2)).astype(np.int64),
+            column([b.cells.centroid_xy[h] for b, h in pairs], (0, 2)),
+            column([b.box[h] for b, h in pairs], (0, 4)),
+            column([b.cells.tile_index[h] for b, h in pairs], (0,)).astype(np.int32),
+            column([b.cells.row[h] for b, h in pairs], (0,)).astype(np.int32),
+            column([b.cells.area_um2[h] for b, h in pairs], (0,)),
+            extent,
+        )
+
+    def overlap(self, first: Int64, second: Int64) -> Float64:
+        """Return (M,) the area two cells share over that of the smaller one; outlines only where boxes leave it open."""
+        import shapely
+
+        low = np.maximum(self.box[first, :2], self.box[second, :2])
+        high = np.minimum(self.box[first, 2:], self.box[second, 2:])
+        shared = np.prod(np.maximum(high - low, 0), axis=1)
+        if not self._has_outlines():
+            smaller = np.minimum(_box_area(self.box[first]), _box_area(self.box[second]))
+            return np.divide(shared, smaller, out=np.zeros_like(shared), where=smaller > 0)
+        cells, place = np.unique(np.concatenate([first, second]), return_inverse=True)
+        xy, start = self._rings(cells)
+        area = ring_areas(xy, start)
+        smaller = np.minimum(area[place[: len(first)]], area[place[len(first) :]])
+        share = np.divide(shared, smaller, out=np.zeros_like(shared), where=smaller > 0)
+        doubt = np.flatnonzero(share >= SAME_OVERLAP)
+        if len(doubt):
+            polygons = to_polygons(xy, start)
+            one, other = (shapely.make_valid(polygons[place[part]]) for part in (doubt, doubt + len(first)))
+            share[doubt] = shapely.area(shapely.intersection(one, other)) / smaller[doubt]
+        return share
+
+    def _has_outlines(self) -> bool:
+        return self.blocks[0].cells.contour_start is not None
+
+    def _rings(self, cells: Int64) -> tuple[Float64, Int64]:
+        """Return the outlines of pool rows `cells` (sorted, so block by block)."""
+        parts_xy, lengths = [np.zeros((0, 2))], [np.zeros(0, np.int64)]
+        for number, block in enumerate(self.blocks):
+            rows = self.source[cells][self.source[cells, 0] == number, 1]
+            if len(rows) and block.cells.contour_xy is not None and block.cells.contour_start is not None:
+                xy, start = take_rings(block.cells.contour_xy, block.cells.contour_start, rows)
+                parts_xy.append(xy)
+                lengths.append(np.diff(start))
+        return np.concatenate(parts_xy), np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+
+
+def _bounds(cells: Cells) -> Float64:
+    """Return boxes xyxy (N, 4) in level-0 pixels, from outlines, boxes or points."""
+    points = np.tile(cells.centroid_xy, 2)
+    if cells.contour_xy is not None and cells.contour_start is not None:
+        bounds = ring_bounds(cells.contour_xy, cells.contour_start)
+        return np.where(np.isnan(bounds), points, bounds)
+    return points if cells.box_xyxy is None else cells.box_xyxy
+
+
+def _box_area(box: Float64) -> Float64:
+    return np.asarray((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]))
+
+
+def _spread(marked: Bool, pairs: Int64) -> Bool:
+    """Mark every cell that is linked, over any number of pairs, to a marked one."""
+    marked = marked.copy()
+    while True:
+        touched = pairs[marked[pairs].any(axis=1)]
+        if marked[touched].all():
+            return marked
+        marked[touched] = True
+
+
+def _best(rank: Int64, pairs: Int64) -> Bool:
+    """Keep cells from the best down, each unless a kept one excludes it (in rounds: all that beat their undecided rivals)."""
+    kept, undecided = np.zeros(len(rank), np.bool_), np.ones(len(rank), np.bool_)
+    while undecided.any():
+        beaten = np.zeros(len(rank), np.bool_)
+        beaten[np.where(rank[pairs[:, 0]] < rank[pairs[:, 1]], pairs[:, 1], pairs[:, 0])] = True
+        winners = undecided & ~beaten
+        kept |= winners
+        excluded = pairs[winners[pairs].any(axis=1)].ravel()
+        undecided &= ~winners
+        undecided[excluded] = False
+        pairs = pairs[undecided[pairs].all(axis=1)]
+    return kept

@@ -1,0 +1,372 @@
+"""Reading checkpoints: safely, whole, and without being told their sizes.
+
+A published `.pth` is a dict with `arch` (class name), `config` (flat, dotted keys) and `model_state_dict`; everything else
+in it is ignored. Only tensors and plain values are unpickled. Sizes are read from the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from cellslide.errors import WeightsError
+from cellslide.models import build_model, canonical_arch
+from cellslide.models.cellvit import PUBLISHED
+from cellslide.types import ClassSpec
+
+State = Mapping[str, Tensor]
+
+PANNUKE = (
+    ClassSpec("Neoplastic", (255, 0, 0)),
+    ClassSpec("Inflammatory", (34, 221, 77)),
+    ClassSpec("Connective", (35, 92, 236)),
+    ClassSpec("Dead", (254, 255, 0)),
+    ClassSpec("Epithelial", (255, 159, 68)),
+)
+CONIC = tuple(
+    ClassSpec(name, color)
+    for name, color in zip(
+        ("neutrophil", "epithelial", "lymphocyte", "plasma", "eosinophil", "connective"),
+        (*(c.color for c in PANNUKE), (35, 255, 255)),
+        strict=True,
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a weights file holds: architecture (short name), flat config as published, tensors by name."""
+
+    arch: str
+    config: Mapping[str, Any]
+    state: State
+
+
+def read_checkpoint(path: Path, arch: str | None = None) -> Checkpoint:
+    """Read a `.pth` or `.safetensors` file on the CPU; `arch` is used where the file names none.
+
+    Raises WeightsError when the file is not a checkpoint or would run code when unpickled.
+    """
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    state = _strip_parallel(_find_state(content, path))
+    config = _flatten(content.get("config") or {})
+    name = content.get("arch") or arch or guess_arch(state)
+    if not isinstance(name, str):
+        raise WeightsError(f"{path}: the checkpoint names no architecture and its tensors fit none that is known")
+    short = canonical_arch(name)
+    return Checkpoint(_sam_size(state) if name == "CellViTSAM" else short, config, state)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {"model_state_dict": state, "arch": meta.get("arch"), "config": json.loads(meta.get("config", "{}"))}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _numpy_scalars() -> list[Any]:
+    """Return what numpy scalars need to be unpickled, under the module names of numpy 1 and 2."""
+    scalar = np.float64(1).__reduce__()[0]
+    kinds = ("Float64", "Float32", "Float16", "Int64", "Int32", "Int16", "Int8", "UInt8", "Bool")
+    return [
+        (scalar, "numpy._core.multiarray.scalar"),
+        (scalar, "numpy.core.multiarray.scalar"),
+        np.dtype,
+        *(getattr(np.dtypes, f"{kind}DType") for kind in kinds),
+    ]
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    allowed = _numpy_scalars()
+    try:
+        with torch.serialization.safe_globals(allowed):
+            # Mapped, since the optimiser's state may be twice the size of the model and is not wanted.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise WeightsError(_blocked(path, allowed, error)) from error
+    except Exception as error:
+        # torch.load fails in many ways on a damaged file; all of them mean the same here.
+        raise WeightsError(f"{path}: not a readable checkpoint ({type(error).__name__}: {_first_line(error)})") from error
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path}: holds a {type(content).__name__}, not a checkpoint dict")
+    return dict(content)
+
+
+def _blocked(path: Path, allowed: list[Any], error: Exception) -> str:
+    try:
+        with torch.serialization.safe_globals(allowed):
+            names = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError):
+        # Files of the old format cannot be listed; the message of the first refusal names the object.
+        names = ""
+    what = names or _first_line(error)
+    return f"{path}: refused, unpickling it would run code; blocked: {what}. Ask its author for a safetensors file"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    named = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
+    return (named or lines or [""])[0].strip()
+
+
+def _find_state(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    state = content.get("model_state_dict", content)
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise WeightsError(f"{path}: no `model_state_dict` of tensors in it")
+    return {str(name): tensor for name, tensor in state.items()}
+
+
+def _strip_parallel(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    if all(name.startswith("module.") for name in state):
+        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def guess_arch(state: State) -> str | None:
+    """Return the architecture whose tensors these look like, or None."""
+    if "encoder.spm.stem.0.weight" in state:
+        return "cellvta"
+    if "encoder.neck.0.weight" in state:
+        return "CellViTSAM"
+    if "encoder.reg_token" in state:
+        return "cellvit_virchow2"
+    if "encoder.blocks.0.ls1.gamma" in state:
+        packed = state["encoder.blocks.0.mlp.fc1.weight"].shape[0] == 2 * state["encoder.blocks.0.mlp.fc2.weight"].shape[1]
+        return "cellvit_virchow" if packed else "cellvit_uni"
+    return "cellvit_256" if "encoder.pos_embed" in state else None
+
+
+def _sam_size(state: State) -> str:
+    dim = state["encoder.pos_embed"].shape[-1] if "encoder.pos_embed" in state else 0
+    sizes = {PUBLISHED[name].embed_dim: name for name in PUBLISHED if name.startswith("cellvit_sam")}
+    return sizes.get(dim, "cellvit_sam_h")
+
+
+def infer_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the builder's config from the shapes of the tensors.
+
+    Head counts and the blocks that feed the decoder are in no shape: published ones are known; else `model.num_heads` and
+    `model.extract_layers` of the checkpoint's config count, then heads of 64 channels and four equal runs of blocks.
+    Raises WeightsError when tensors that tell the sizes are missing.
+    """
+    try:
+        sizes = _decoder_config(checkpoint.state) | _vit_config(checkpoint)
+        return sizes | (_cellvta_config(checkpoint) if checkpoint.arch == "cellvta" else _cellvit_config(checkpoint))
+    except KeyError as error:
+        raise WeightsError(f"not a {checkpoint.arch} checkpoint: {error} is missing") from error
+
+
+def _n_blocks(state: State) -> int:
+    found = {int(m[1]) for name in state if (m := re.match(r"encoder\.blocks\.(\d+)\.", name))}
+    return len(found)
+
+
+def _vit_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    state = checkpoint.state
+    dim, patch = state["encoder.patch_embed.proj.weight"].shape[0], state["encoder.patch_embed.proj.weight"].shape[-1]
+    depth = _n_blocks(state)
+    prefix = 1 + (state["encoder.reg_token"].shape[1] if "encoder.reg_token" in state else 0)
+    found = {"embed_dim": dim, "depth": depth, "num_heads": _heads(checkpoint, dim, depth), "patch_size": patch}
+    table = state.get("encoder.pos_embed")
+    if table is None and checkpoint.arch == "cellvta":
+        return found | {"use_pos_embed": False}
+    table = state["encoder.pos_embed"]
+    side = table.shape[1] if table.ndim == 4 else math.isqrt(table.shape[1] - prefix)
+    return found | {"img_size": side * patch}
+
+
+def _heads(checkpoint: Checkpoint, dim: int, depth: int) -> int:
+    table = checkpoint.state.get("encoder.blocks.0.attn.rel_pos_h")
+    if table is not None:
+        return dim // int(table.shape[1])
+    published = PUBLISHED["cellvit_uni" if checkpoint.arch == "cellvta" else checkpoint.arch]
+    if (published.embed_dim, published.depth) == (dim, depth):
+        return published.num_heads
+    named = checkpoint.config.get("model.num_heads")
+    if isinstance(named, int) and named > 0 and dim % named == 0:
+        return named
+    return max(dim // 64, 1)
+
+
+def _decoder_config(state: State) -> dict[str, Any]:
+    def rows(name: str) -> int:
+        return int(state[f"{name}.weight"].shape[0]) if f"{name}.weight" in state else 0
+
+    tissue = "classifier_head" if "classifier_head.weight" in state else "encoder.head"
+    branch = "hv_map_decoder"
+    widths = (
+        rows(f"{branch}.decoder0_header.0.block.0"),
+        state[f"{branch}.decoder2_upsampler.2.weight"].shape[1],
+        state[f"{branch}.decoder3_upsampler.3.weight"].shape[1],
+        state[f"{branch}.decoder3_upsampler.3.weight"].shape[0],
+    )
+    return {
+        "num_nuclei_classes": rows("nuclei_type_maps_decoder.decoder0_header.2"),
+        "num_tissue_classes": rows(tissue),
+        "decoder_widths": tuple(map(int, widths)),
+    }
+
+
+def _cellvta_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    state, dim = checkpoint.state, checkpoint.state["encoder.patch_embed.proj.weight"].shape[0]
+    depth, run = _n_blocks(state), _n_blocks(state) // 4
+    layer = "encoder.interactions.0"
+    extra = {m[1] for name in state if (m := re.match(r"encoder\.interactions\.3\.extra_extractors\.(\d+)\.", name))}
+    # Three levels of four points each in the injectors, as published; the rest of the rows are heads.
+    heads = state[f"{layer}.injector.attn.attention_weights.weight"].shape[0] // 12
+    return {
+        "mlp_ratio": state["encoder.blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        "interaction_indexes": tuple((i * run, depth - 1 if i == 3 else (i + 1) * run - 1) for i in range(4)),
+        "conv_inplane": state["encoder.spm.stem.0.weight"].shape[0],
+        "deform_num_heads": heads,
+        "deform_ratio": state[f"{layer}.injector.attn.value_proj.weight"].shape[0] / dim,
+        "cffn_ratio": state[f"{layer}.extractor.ffn.fc1.weight"].shape[0] / dim,
+        "n_extra_extractors": len(extra),
+    }
+
+
+def _cellvit_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    state, depth = checkpoint.state, _n_blocks(checkpoint.state)
+    hidden = state["encoder.blocks.0.mlp.fc1.weight" if "encoder.blocks.0.mlp.fc1.weight" in state else "encoder.blocks.0.mlp.lin1.weight"]
+    found = {
+        "mlp_hidden": hidden.shape[0],
+        "extract_layers": _extract_layers(checkpoint, depth),
+        "regression_loss": state["nuclei_binary_map_decoder.decoder0_header.2.weight"].shape[0] == 4,
+        "skip_widths": (state["decoder1.0.block.0.weight"].shape[1], state["decoder1.1.block.0.weight"].shape[1]),
+    }
+    if "encoder.reg_token" in state:
+        found["n_registers"] = state["encoder.reg_token"].shape[1]
+    if "encoder.neck.0.weight" in state:
+        found |= {"neck_dim": state["encoder.neck.0.weight"].shape[0], **_windows(state, depth)}
+    return found
+
+
+def _extract_layers(checkpoint: Checkpoint, depth: int) -> tuple[int, ...]:
+    published = PUBLISHED[checkpoint.arch]
+    if depth == published.depth:
+        return published.extract_layers
+    named = checkpoint.config.get("model.extract_layers")
+    if isinstance(named, (list, tuple)) and len(named) == 4:
+        return tuple(int(i) for i in named)
+    return tuple(depth * i // 4 for i in range(1, 5))
+
+
+def _windows(state: State, depth: int) -> dict[str, Any]:
+    """Return SAM's window and its global blocks: those whose table spans the whole position grid."""
+    whole = 2 * state["encoder.pos_embed"].shape[1] - 1
+    lengths = [state[f"encoder.blocks.{i}.attn.rel_pos_h"].shape[0] for i in range(depth)]
+    local = {length for length in lengths if length != whole}
+    if len(local) > 1:
+        raise WeightsError(f"relative positions of {len(local)} window sizes: not a SAM encoder")
+    return {
+        "global_attn_indexes": tuple(i for i, length in enumerate(lengths) if length == whole),
+        "window_size": (local.pop() + 1) // 2 if local else 14,
+    }
+
+
+class _WithoutStorage(TorchFunctionMode):
+    """Gives new tensors no memory and no values; small computed ones (arange, linspace) stay real."""
+
+    ALLOCATORS = frozenset({torch.empty, torch.zeros, torch.ones, torch.full})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self.ALLOCATORS and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build_empty(arch: str, config: Mapping[str, Any]) -> nn.Module:
+    """Build an architecture without memory for its weights: they are about to be replaced, and take seconds to draw."""
+    with _WithoutStorage():
+        return build_model(arch, config)
+
+
+def load_strict(module: nn.Module, state: State, where: str) -> nn.Module:
+    """Put `state` into `module` as float32 copies and return it in eval mode.
+
+    Raises WeightsError that lists every missing, unexpected and misshapen tensor.
+    """
+    own = module.state_dict()
+    missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    shapes = [
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in state and own[name].shape != state[name].shape
+    ]
+    faults = [_listed("missing", missing), _listed("unexpected", unexpected), _listed("other shape", shapes)]
+    if any(faults):
+        raise WeightsError(f"{where} does not fit {type(module).__name__}: " + "; ".join(f for f in faults if f))
+    copies = {name: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True) for name, t in state.items()}
+    module.load_state_dict(copies, strict=True, assign=True)
+    return module.eval()
+
+
+def _listed(what: str, names: Iterable[str]) -> str:
+    names = list(names)
+    return f"{len(names)} {what}: {', '.join(names)}" if names else ""
+
+
+def classes_of(config: Mapping[str, Any], n_channels: int) -> tuple[ClassSpec, ...]:
+    """Return the classes of a network with `n_channels` type channels, background not among them.
+
+    Names come from `dataset_config.nuclei_types.*` where they fill the channels, else from PanNuke or CoNIC by count.
+    """
+    prefix = "dataset_config.nuclei_types."
+    named = {int(v): k.removeprefix(prefix) for k, v in config.items() if k.startswith(prefix)}
+    colors = {c.name.lower(): c.color for c in (*CONIC, *PANNUKE)}
+    count = max(n_channels - 1, 0)
+    if count and all(i in named for i in range(1, count + 1)) and max(named) == count:
+        spare = [c.color for c in CONIC]
+        return tuple(ClassSpec(named[i], colors.get(named[i].lower(), spare[(i - 1) % 6])) for i in range(1, count + 1))
+    known = {0: (), len(PANNUKE): PANNUKE, len(CONIC): CONIC}
+    if count in known:
+        return known[count]
+    return tuple(ClassSpec(f"class {i}", CONIC[(i - 1) % 6].color) for i in range(1, count + 1))
+
+
+def normalisation_of(config: Mapping[str, Any]) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
+    """Return mean and std from `transformations.normalize.*`, or None where the config has none."""
+    mean, std = (config.get(f"transformations.normalize.{k}") for k in ("mean", "std"))
+    if not isinstance(mean, (list, tuple)) or not isinstance(std, (list, tuple)) or len(mean) != 3 or len(std) != 3:
+        return None
+    (m0, m1, m2), (s0, s1, s2) = map(float, mean), map(float, std)
+    return (m0, m1, m2), (s0, s1, s2)
+
+
+def mpp_of(config: Mapping[str, Any]) -> float | None:
+    """Return the pixel size that the config names, in µm, directly or as a magnification; None where it names none."""
+    for key in ("data.mpp", "mpp", "data.wsi_mpp"):
+        if isinstance(config.get(key), (int, float)):
+            return float(config[key])
+    for key in ("data.magnification", "magnification", "dataset_config.magnification"):
+        if config.get(key) in (20, 40):
+            return 10.0 / float(config[key])
+    return None

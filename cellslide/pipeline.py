@@ -1,0 +1,357 @@
+"""A slide in, a cell table out: the whole flow.
+
+slide -> plane -> tissue -> tiles -> (read, network, decode) -> cells -> parts on disk -> merge -> table -> files -> record
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from cellslide import __version__
+from cellslide.config import OutputConfig, SegmentConfig, TissueConfig
+from cellslide.detect import TileResult
+from cellslide.errors import CellslideError, Interrupted, SlideError, TileError, UsageError
+from cellslide.export import export_table
+from cellslide.merge import merge_stream, to_cells
+from cellslide.parts import Parts, TilePart
+from cellslide.record import (
+    describe_slide,
+    differences,
+    fingerprint,
+    now_utc,
+    peak_rss_bytes,
+    read_record,
+    write_record,
+)
+from cellslide.segmenter import Segmenter, open_segmenter, resolved, tile_px_for
+from cellslide.slide import Slide, open_slide, slide_from_array
+from cellslide.slides import SlideInput
+from cellslide.table import CellTableWriter, open_table
+from cellslide.tiles import TileGrid, select_tiles, tile_grid
+from cellslide.tissue import TissueMask, find_tissue, write_tissue
+from cellslide.types import Cells, FailedTile, ModelKind, Plane, RunRecord, Seconds, SlideInfo, Tile, UInt8, WeightsRef, concat
+from cellslide.weights import LoadedModel
+
+TABLE = "cells.zarr"
+# What stands in a slide's folder when a format has been written.
+FILES = {
+    "zarr": TABLE,
+    "geojson": "cells.geojson.*",
+    "parquet": "cells.parquet",
+    "csv": "cells.csv*",
+    "labels": "labels.ome.zarr",
+}
+# A part is written after so many tiles or seconds: a killed run loses little, and a slide is not a thousand files.
+PART_TILES = 64
+PART_SECONDS = 20.0
+
+StopCheck = Callable[[], int | None]
+
+
+class Progress(Protocol):
+    """Hears how a slide gets on."""
+
+    def begin(self, slide_id: str, tiles: int, done: int) -> None:
+        """Hear that a slide starts, with `done` of its tiles finished by an earlier run."""
+
+    def advance(self, nuclei: int) -> None:
+        """Hear that one more tile is done, with so many nuclei."""
+
+    def stage(self, name: str) -> None:
+        """Hear what follows when the tiles are done."""
+
+
+class Silent:
+    """Progress that nobody sees."""
+
+    def begin(self, slide_id: str, tiles: int, done: int) -> None:
+        """Say nothing."""
+
+    def advance(self, nuclei: int) -> None:
+        """Say nothing."""
+
+    def stage(self, name: str) -> None:
+        """Say nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What goes along with a run: who hears of it, and who may ask it to stop (with the exit code to end with)."""
+
+    progress: Progress = Silent()
+    stop: StopCheck = lambda: None
+
+    def check(self) -> None:
+        """Raise Interrupted when it is time to stop."""
+        if (code := self.stop()) is not None:
+            raise Interrupted(code)
+
+
+IDLE = Watch()
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a slide is searched: the plane, the grid over it, the tissue (None: everywhere) and the tiles, in grid order."""
+
+    plane: Plane
+    grid: TileGrid
+    mask: TissueMask | None
+    tiles: list[Tile]
+
+
+def segment_slide(source: SlideInput, segmenter: Segmenter, out_dir: Path, watch: Watch = IDLE) -> RunRecord:
+    """Find every nucleus of one slide and write its folder `out_dir/<slide_id>`; goes on from tiles that are finished.
+
+    Raises UsageError when the folder holds work done with other settings, Interrupted when asked to stop, SlideError when
+    the slide cannot be read.
+    """
+    return run_slide(source, segmenter, out_dir, watch)[0]
+
+
+def run_slide(source: SlideInput, segmenter: Segmenter, out_dir: Path, watch: Watch = IDLE) -> tuple[RunRecord, bool]:
+    """Do what `segment_slide` does; also tell whether the slide was complete before."""
+    folder, config, began = out_dir / source.slide_id, segmenter.config, time.perf_counter()
+    with open_source(source, config) as slide:
+        record = begin_record(slide.info, segmenter)
+        if earlier := finished(folder, record, config.output):
+            return earlier, True
+        parts = Parts.open(folder, fingerprint(record), config.output.overwrite)
+        with kept(record, folder, segmenter, began):
+            layout = lay_out(slide, segmenter)
+            write_searched(folder, layout, slide, config)
+            detect_tiles(slide, layout, segmenter, parts, record, watch)
+            write_cells(folder, slide.info, layout, segmenter, parts, record, watch)
+            write_formats(folder, config.output, record, watch)
+        if record.status == "done":
+            parts.remove()
+    return record, False
+
+
+def segment_array(model: LoadedModel | Segmenter, image: UInt8, mpp: float, config: SegmentConfig) -> Cells:
+    """Return the nuclei of an image uint8 (H, W, 3) RGB of `mpp` µm/px, by the stages that a slide passes, in memory.
+
+    Coordinates are pixels of the image. Raises TileError when a tile cannot be done.
+    """
+    if isinstance(model, LoadedModel):
+        # Few tiles: decoding them here is quicker than starting processes.
+        infer = replace(config.infer, workers=config.infer.workers or 0, batch_size=config.infer.batch_size or 1)
+        with open_segmenter(model, replace(config, infer=infer)) as segmenter:
+            return segment_array(segmenter, image, mpp, config)
+    slide = slide_from_array(image, mpp)
+    everywhere = replace(model, config=replace(model.config, tissue=TissueConfig(enabled=False)))
+    layout = lay_out(slide, everywhere)
+    results = model.detector.run(partial(read_tile, slide, layout.plane), layout.tiles, Seconds())
+    parts = [to_part(result, layout.plane, slide.info) for result in results]
+    for part in parts:
+        if part.error is not None:
+            raise TileError(f"tile {part.tile_index} of the image: {part.error}")
+    found = list(merge_stream((p.cells for p in parts if p.cells is not None), layout.grid))
+    return concat(found) if found else no_cells(model.spec.kind, len(model.spec.classes))
+
+
+def open_source(source: SlideInput, config: SegmentConfig) -> Slide:
+    """Open a slide with the pixel size that `--mpp` or the list gives, if any."""
+    given = source.mpp if config.mpp is None else config.mpp
+    return open_slide(source.path, given, "list" if config.mpp is None else "flag", source.slide_id)
+
+
+def begin_record(info: SlideInfo, segmenter: Segmenter) -> RunRecord:
+    """Return the record of a run that starts now, its settings resolved."""
+    spec, engine, config = segmenter.spec, segmenter.engine, segmenter.config
+    return RunRecord(
+        cellslide_version=__version__,
+        status="running",
+        slide=describe_slide(info),
+        config=resolved(config, spec),
+        weights=[WeightsRef(spec.weights_id, spec.weights_sha256, spec.licence)],
+        device=engine.device,
+        engine=engine.name,
+        precision=engine.precision,
+        seed=config.infer.seed,
+        started=now_utc(),
+    )
+
+
+def finished(folder: Path, record: RunRecord, output: OutputConfig) -> RunRecord | None:
+    """Return the record of a slide that is complete, after making the formats that are asked for and missing; else None.
+
+    Raises UsageError, naming the differences, when the slide was done with other settings.
+    """
+    earlier = None if output.overwrite else read_record(folder)
+    if earlier is None or earlier.status != "done" or not (folder / TABLE).is_dir():
+        return None
+    if words := differences(fingerprint(earlier), fingerprint(record)):
+        raise UsageError(f"{folder}: done with other settings ({words}); --overwrite starts anew")
+    missing = tuple(name for name in output.formats if not any(folder.glob(FILES[name])))
+    if missing:
+        write_formats(folder, replace(output, formats=missing), earlier, IDLE)
+    return earlier
+
+
+@contextmanager
+def kept(record: RunRecord, folder: Path, segmenter: Segmenter, began: float) -> Iterator[None]:
+    """Keep `run.json` true: "running" now, at the end complete, or how it stopped and why."""
+    write_record(folder, record)
+    try:
+        yield
+    except BaseException as error:
+        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        record.status = "interrupted" if stopped else "failed"
+        record.error = None if stopped else in_words(error)
+        raise
+    finally:
+        record.finished = now_utc()
+        record.seconds.total = time.perf_counter() - began
+        record.peak_rss_bytes = peak_rss_bytes()
+        record.peak_device_bytes = segmenter.engine.peak_device_bytes()
+        write_record(folder, record)
+
+
+def in_words(error: BaseException) -> str:
+    """Return an error as one line; the kind is named unless the message was written for users."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, CellslideError) else f"{type(error).__name__}: {text}"
+
+
+def lay_out(slide: Slide, segmenter: Segmenter) -> Layout:
+    """Decide where to search: the plane at the model's pixel size, its tissue and the tiles that meet it."""
+    tissue, tiles = segmenter.config.tissue, segmenter.config.tiles
+    plane = Plane.of(slide.info, segmenter.spec.mpp)
+    size = tile_px_for(plane, segmenter)
+    grid = tile_grid(plane, size, min(tiles.overlap_px or 0, size // 2))
+    everywhere = not tissue.enabled and tissue.roi is None
+    mask = None if everywhere else find_tissue(slide, tissue)
+    return Layout(plane, grid, mask, select_tiles(grid, mask))
+
+
+def write_searched(folder: Path, layout: Layout, slide: Slide, config: SegmentConfig) -> None:
+    """Write `tissue.geojson`: the regions that are searched."""
+    mask = layout.mask or find_tissue(slide, replace(config.tissue, enabled=False))
+    write_tissue(mask, folder / "tissue.geojson", slide.info, config.output.geojson_origin)
+
+
+def read_tile(slide: Slide, plane: Plane, tile: Tile) -> UInt8:
+    """Return the pixels of a tile's read box, uint8 (H, W, 3)."""
+    return slide.read_plane(plane, tile.read_xyxy)
+
+
+def to_part(result: TileResult, plane: Plane, info: SlideInfo) -> TilePart:
+    """Return what a tile gave in level-0 pixels, by the own-box rule."""
+    tile, instances = result.tile, result.instances
+    if instances is None:
+        return TilePart(tile.index, None, 0, result.error)
+    return TilePart(tile.index, to_cells(instances, tile, plane, info), len(instances))
+
+
+def detect_tiles(
+    slide: Slide, layout: Layout, segmenter: Segmenter, parts: Parts, record: RunRecord, watch: Watch
+) -> None:
+    """Find the nuclei of all tiles that are not finished yet and keep them in `parts`; fills counts and failed tiles.
+
+    Raises Interrupted when asked to stop, SlideError when not one tile could be done.
+    """
+    done = parts.done()
+    todo = [tile for tile in layout.tiles if tile.index not in done]
+    watch.progress.begin(slide.info.slide_id, len(layout.tiles), len(layout.tiles) - len(todo))
+    results = segmenter.detector.run(partial(read_tile, slide, layout.plane), todo, record.seconds)
+    try:
+        with closing(results):
+            keep_parts(results, layout.plane, slide.info, parts, watch)
+    except CellslideError:
+        watch.check()  # A signal to the whole group ends the decoding processes too; that is a stop, not a failure.
+        raise
+    finally:
+        count_tiles(layout, parts, record)
+    if layout.tiles and record.counts.tiles_failed == len(layout.tiles):
+        raise SlideError(f"{slide.info.path}: not one of {len(layout.tiles)} tiles could be done; {record.failed_tiles[0].error}")
+
+
+def keep_parts(
+    results: Iterator[TileResult], plane: Plane, info: SlideInfo, parts: Parts, watch: Watch
+) -> None:
+    """Write results to `parts` as they come, in groups; also those at hand when something stops the run."""
+    group: list[TilePart] = []
+    written = time.monotonic()
+    try:
+        for result in results:
+            group.append(to_part(result, plane, info))
+            watch.progress.advance(group[-1].n_raw)
+            watch.check()
+            if len(group) >= PART_TILES or time.monotonic() - written > PART_SECONDS:
+                parts.add(group)
+                group, written = [], time.monotonic()
+    finally:
+        parts.add(group)
+
+
+def count_tiles(layout: Layout, parts: Parts, record: RunRecord) -> None:
+    """Fill in the record what the tiles gave."""
+    failed = parts.failed()
+    corner = {t.index: layout.plane.to_level0(np.array([t.read_xyxy[:2]]))[0] for t in layout.tiles if t.index in failed}
+    record.failed_tiles = [FailedTile(int(corner[i][0]), int(corner[i][1]), error) for i, error in failed.items()]
+    record.counts.tiles, record.counts.tiles_failed = len(layout.tiles), len(failed)
+    record.counts.tiles_empty, record.counts.nuclei_raw = parts.n_empty, parts.n_raw
+
+
+def write_cells(
+    folder: Path, info: SlideInfo, layout: Layout, segmenter: Segmenter, parts: Parts, record: RunRecord, watch: Watch
+) -> None:
+    """Merge the parts and write `cells.zarr`, in one pass and bounded memory."""
+    watch.progress.stage("merge")
+    writer = CellTableWriter(folder / TABLE, info, segmenter.spec)
+    merged = merge_stream(parts.stream(t.index for t in layout.tiles), layout.grid)
+    try:
+        for cells in timed(merged, record.seconds):
+            start = time.perf_counter()
+            writer.append(cells)
+            record.seconds.write += time.perf_counter() - start
+            record.counts.nuclei += len(cells)
+            watch.check()
+        record.status = "done_with_errors" if record.failed_tiles else "done"
+        start = time.perf_counter()
+        writer.close(record)
+        record.seconds.write += time.perf_counter() - start
+    except BaseException:
+        writer.abort()
+        raise
+
+
+def timed(cells: Iterator[Cells], seconds: Seconds) -> Iterator[Cells]:
+    """Pass the merged cells on and add up the time they took."""
+    start = time.perf_counter()
+    for chunk in cells:
+        seconds.merge += time.perf_counter() - start
+        yield chunk
+        start = time.perf_counter()
+    seconds.merge += time.perf_counter() - start
+
+
+def write_formats(folder: Path, output: OutputConfig, record: RunRecord, watch: Watch) -> None:
+    """Write the other formats from the table."""
+    watch.progress.stage("write")
+    start = time.perf_counter()
+    with open_table(folder / TABLE) as table:
+        export_table(table, folder, output.formats, output.geojson_origin, output.profile)
+    record.seconds.write += time.perf_counter() - start
+
+
+def no_cells(kind: ModelKind, n_classes: int) -> Cells:
+    """Return an empty record with the columns that a model of this kind gives."""
+    none = np.zeros(0, np.float32)
+    whole = np.zeros(0, np.int32)
+    return Cells(
+        np.zeros((0, 2)), whole, whole, none, none,
+        class_prob=np.zeros((0, n_classes), np.float32) if n_classes else None,
+        box_xyxy=np.zeros((0, 4)) if kind == "box" else None,
+        contour_xy=np.zeros((0, 2)) if kind == "mask" else None,
+        contour_start=np.zeros(1, np.int64) if kind == "mask" else None,
+    )  # fmt: skip

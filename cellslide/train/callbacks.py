@@ -1,0 +1,152 @@
+"""What happens beside the steps: averaged weights, progress lines, checkpoints, and the weights to ship."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cellslide.errors import Interrupted
+from cellslide.train.cellvta import CellVTATraining
+from cellslide.train.data import TrainSet
+from cellslide.train.export import write_model
+from cellslide.train.framework import L
+
+
+class AveragedWeights(L.Callback):
+    """Exponential moving average of weights and norm statistics; validation runs on it, and it is saved and resumed.
+
+    The decay grows with the step, min(decay, (1 + t) / (10 + t)), so that the random start is soon forgotten.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+
+    @staticmethod
+    def _live(module: CellVTATraining) -> dict[str, Tensor]:
+        return {name: value for name, value in module.model.state_dict().items() if value.is_floating_point()}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start from the weights as they are, or go on with those of the checkpoint."""
+        live = self._live(pl_module)  # type: ignore[arg-type]
+        stored = self.average or live
+        self.average = {
+            name: stored[name].detach().to(value.device, torch.float32, copy=True) for name, value in live.items()
+        }
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Move the average towards the weights after a step."""
+        step = trainer.global_step
+        decay = min(self.decay, (1 + step) / (10 + step))
+        live = self._live(pl_module)  # type: ignore[arg-type]
+        torch._foreach_lerp_(list(self.average.values()), [live[name].float() for name in self.average], 1 - decay)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Validate with the average."""
+        self.swap(pl_module)  # type: ignore[arg-type]
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Train on with the live weights."""
+        self.swap(pl_module)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def swap(self, module: CellVTATraining) -> None:
+        """Exchange average and live weights in place."""
+        for name, value in self._live(module).items():
+            kept = value.clone()
+            value.copy_(self.average[name])
+            self.average[name].copy_(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the average for the checkpoint."""
+        return {"average": self.average}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the average of a checkpoint."""
+        self.average = dict(state_dict["average"])
+
+
+class Progress(L.Callback):
+    """Prints lines that a log file can be followed by: every `every` steps and at each end of an epoch."""
+
+    def __init__(self, every: int = 20) -> None:
+        self.every = every
+        self._started = self._epoch_started = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the epoch's clock."""
+        self._epoch_started = time.monotonic()
+        self._first = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        """Print loss, learning rate and seconds per step."""
+        step = trainer.global_step
+        if step % self.every == 0:
+            pace = (time.monotonic() - self._epoch_started) / max(step - self._first, 1)
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            loss = float(outputs["loss"])
+            print(f"step {step}/{trainer.max_steps} loss {loss:.4f} lr {rate:.2e} {pace:.2f} s/step", flush=True)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the epoch's mean losses and validation scores."""
+        numbers = {k: float(v) for k, v in sorted(trainer.callback_metrics.items())}
+        text = " ".join(f"{name} {value:.4f}" for name, value in numbers.items() if value)
+        minutes = pl_module.minutes  # type: ignore[union-attr]
+        print(f"epoch {trainer.current_epoch} at {minutes:.1f} min: {text}", flush=True)
+
+
+class Keeper(L.Callback):
+    """Writes `last.ckpt` at each end of an epoch, and the averaged weights as the best and the last model."""
+
+    def __init__(
+        self, folder: Path, sets: list[TrainSet], average: AveragedWeights | None, monitor: str = "val/bpq"
+    ) -> None:
+        self.folder, self.sets, self.average, self.monitor = folder, sets, average, monitor
+        self.best: float | None = None
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save; a present file is a complete file. The last epoch is the best where nothing is validated."""
+        assert isinstance(pl_module, CellVTATraining)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        score = metrics.get(self.monitor)
+        better = score is None or self.best is None or score > self.best
+        self.best = score if better else self.best
+        state = pl_module.model.state_dict()
+        if self.average is not None:
+            state = {name: self.average.average.get(name, value) for name, value in state.items()}
+        for wanted, folder in ((True, self.folder / "last"), (better, self.folder)):
+            if wanted:
+                write_model(folder, state, pl_module.recipe, self.sets, metrics, trainer.global_step)
+        temporary = self.folder / "last.ckpt.part"
+        trainer.save_checkpoint(temporary, weights_only=False)
+        os.replace(temporary, self.folder / "last.ckpt")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best score so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the best score so far."""
+        self.best = state_dict["best"]
+
+
+class StopRequest(L.Callback):
+    """Ends training after the step during which Ctrl-C or SIGTERM came; the last whole epoch stays to resume from."""
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+
+    def ask(self, signal_number: int, _: Any = None) -> None:
+        """Note a signal; usable as a handler."""
+        self.exit_code = 128 + signal_number
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Raise Interrupted if a signal came."""
+        if self.exit_code is not None:
+            raise Interrupted(self.exit_code)

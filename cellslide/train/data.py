@@ -1,0 +1,327 @@
+"""Labelled samples, resampled to one pixel size and kept in memory, and the crops that are drawn from them.
+
+Every crop is a function of (seed, draw number) alone, so neither workers nor resuming change what is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from skimage.measure import label as connected_labels
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cellslide.errors import UsageError
+from cellslide.evaluate.dataset import Sample, read_dataset
+from cellslide.train.augment import crop_matrix, recolor, warp
+from cellslide.train.recipe import DatasetConfig, Recipe, Supervision
+from cellslide.train.targets import IGNORE, hover_map, point_labels, single_nuclei
+from cellslide.types import Bool, Float64, Int32, UInt8
+
+PAD_PX = 96
+IGNORE_LABEL = 65535
+
+
+@dataclass(frozen=True, slots=True)
+class TrainImage:
+    """One image at the recipe's pixel size with what is known of it.
+
+    labels       int32 (H, W): 0 background, k nucleus, IGNORE not known.
+    label_class  int32 (n + 1,): class of label k (1..K), 0 for background, IGNORE where not known.
+    label_hover  bool (n + 1,): whether the HoVer branch may learn from label k.
+    points_xy    float64 (N, 2) in pixels of `image`, or None.
+    mpp          pixel size of the source file, as given or estimated.
+    """
+
+    name: str
+    dataset: str
+    image: UInt8
+    labels: Int32
+    label_class: Int32
+    label_hover: Bool
+    points_xy: Float64 | None
+    mpp: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSet:
+    """The images of one data set that train, those that validate, and how often it is drawn."""
+
+    name: str
+    path: Path
+    weight: float
+    train: tuple[TrainImage, ...]
+    val: tuple[TrainImage, ...]
+
+    @property
+    def trains(self) -> bool:
+        """Whether crops are drawn from it."""
+        return bool(self.train) and self.weight > 0
+
+
+class Crops(NamedTuple):
+    """A batch: image uint8 (B, 3, H, W); foreground and types int64 (B, H, W) with -1 = ignored; hover float32
+    (B, 2, H, W); hover_valid bool (B, H, W)."""
+
+    image: Tensor
+    foreground: Tensor
+    hover: Tensor
+    hover_valid: Tensor
+    types: Tensor
+
+
+def load_sets(paths: Sequence[Path], recipe: Recipe) -> list[TrainSet]:
+    """Read and resample the data sets; raises UsageError on an unknown validation patient or if nothing is left to train."""
+    sets = [load_set(path, recipe) for path in paths]
+    unused = sorted(set(recipe.datasets) - {s.name for s in sets})
+    if unused:
+        raise UsageError(f"recipe datasets: no DATASET folder is named {', '.join(unused)}")
+    if not any(s.trains for s in sets):
+        raise UsageError("DATASET: no image is left to train on")
+    return sets
+
+
+def load_set(path: Path, recipe: Recipe) -> TrainSet:
+    """Read one data set under its own settings, split into training and validation by patient or split."""
+    name = path.resolve().name
+    config = recipe.datasets.get(name, DatasetConfig())
+    samples = [s for s in read_dataset(path).samples if s.patient not in config.exclude_patients]
+    val = [s for s in samples if s.split != "test" and _validates(s, config)]
+    missing = sorted(set(config.val.patients) - {s.patient for s in val})
+    if missing:
+        raise UsageError(f"{path}: recipe datasets.{name}.val.patients: no such patient {', '.join(missing)}")
+    held_out = {s.patient for s in val if s.patient}
+    train = [
+        s for s in samples
+        if s not in val and s.split != "test" and s.patient not in held_out and config.split in (None, s.split)
+    ]  # fmt: skip
+    prepared = (tuple(prepare(s, config, recipe) for s in part) for part in (train, val))
+    return TrainSet(name, path, config.weight, *prepared)
+
+
+def _validates(sample: Sample, config: DatasetConfig) -> bool:
+    return sample.patient in config.val.patients or (config.val.split is not None and sample.split == config.val.split)
+
+
+def prepare(sample: Sample, config: DatasetConfig, recipe: Recipe) -> TrainImage:
+    """Load one sample and resample it to the recipe's pixel size; raises UsageError if its pixel size is not known."""
+    image, kind = sample.load_image(), supervision_of(sample, config)
+    mask = None if kind == "points" else _with_ignore(sample.load_mask())
+    mpp = pixel_size(sample, config, mask)
+    scale = mpp / recipe.mpp
+    image = resample_image(image, scale)
+    points = sample.load_points() if sample.points_path is not None else None
+    points_xy = None if points is None else points.xy * scale
+    if mask is None:
+        assert points_xy is not None
+        radius, far = config.point_radius_um / recipe.mpp, config.background_um / recipe.mpp
+        labels = point_labels(image, points_xy, radius, far)
+        hover = np.zeros(len(points_xy) + 1, np.bool_)
+    else:
+        labels = resample_labels(mask, image.shape[:2])
+        hover = _trusted(mask, kind, config)
+    classes = np.full(len(hover), IGNORE, np.int32)
+    if points is not None:
+        _type_labels(classes, labels, points_xy, points.class_name, recipe.model.classes)
+    # Background is known only to be no nucleus: without any class it says nothing about types.
+    classes[0] = 0 if (classes > 0).any() else IGNORE
+    return TrainImage(sample.stem, sample.dataset, image, labels, classes, hover, points_xy, mpp)
+
+
+def supervision_of(sample: Sample, config: DatasetConfig) -> Supervision:
+    """Return what a sample may teach; "auto" is resolved by the files and the note of its row."""
+    if config.supervision != "auto":
+        return config.supervision
+    if sample.mask_path is None:
+        return "points"
+    return "foreground" if sample.derived_instances else "instances"
+
+
+def _with_ignore(mask: Int32) -> Int32:
+    return np.where(mask == IGNORE_LABEL, IGNORE, mask).astype(np.int32)
+
+
+def _trusted(mask: Int32, kind: Supervision, config: DatasetConfig) -> Bool:
+    n = int(mask.max(initial=0))
+    if kind == "instances":
+        return np.ones(n + 1, np.bool_)
+    return single_nuclei(mask) if config.trust_single else np.zeros(n + 1, np.bool_)
+
+
+def _type_labels(classes: Int32, labels: Int32, xy: Float64, names: Sequence[str], known: Sequence[str]) -> None:
+    height, width = labels.shape
+    for (x, y), name in zip(xy, names, strict=True):
+        if name in known and 0 <= x < width and 0 <= y < height and (k := labels[int(y), int(x)]) > 0:
+            classes[k] = known.index(name) + 1
+
+
+def pixel_size(sample: Sample, config: DatasetConfig, mask: Int32 | None) -> float:
+    """Return the µm per pixel of a sample as its settings say; raises UsageError if nothing knows it."""
+    if not isinstance(config.mpp, str):
+        return config.mpp
+    if config.mpp == "manifest":
+        if sample.mpp is None:
+            mend = f"set datasets.{sample.dataset}.mpp in --recipe"
+            raise UsageError(f"{sample.image_path}: mpp is empty in the manifest; {mend}")
+        return sample.mpp
+    areas = np.bincount(mask[mask > 0]) if mask is not None else np.zeros(0)
+    areas = areas[areas > 0]
+    if not len(areas):
+        raise UsageError(f"{sample.image_path}: mpp from-nuclei needs a mask with nuclei")
+    return float(np.clip(config.nucleus_um / np.median(2 * np.sqrt(areas / np.pi)), 0.05, 2.0))
+
+
+def resample_image(image: UInt8, scale: float) -> UInt8:
+    """Resize by `scale`, averaging areas when shrinking and bicubic when enlarging."""
+    if abs(scale - 1) < 0.01:
+        return image
+    height, width = (max(round(n * scale), 1) for n in image.shape[:2])
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(image, (width, height), interpolation=how), np.uint8)
+
+
+def resample_labels(labels: Int32, shape: tuple[int, int]) -> Int32:
+    """Resize labels (h, w) to `shape`: each pixel takes the label that is most frequent at 4 x 4 places inside it."""
+    if labels.shape == tuple(shape):
+        return labels
+    places = [
+        np.minimum(((np.arange(n * 4) + 0.5) * (old / (n * 4))).astype(int), old - 1)
+        for n, old in zip(shape, labels.shape, strict=True)
+    ]
+    samples = labels[np.ix_(*places)].reshape(shape[0], 4, shape[1], 4).transpose(1, 3, 0, 2).reshape(16, *shape)
+    best, best_votes = samples[0].copy(), np.zeros(shape, np.int32)
+    for candidate in samples:
+        votes = (samples == candidate).sum(0)
+        better = votes > best_votes
+        best[better], best_votes[better] = candidate[better], votes[better]
+    return best.astype(np.int32)
+
+
+def mirror_pad(item: TrainImage, pad_px: int = PAD_PX) -> TrainImage:
+    """Mirror an image and its labels outwards, each connected piece becoming a nucleus of its own.
+
+    Without new numbers a nucleus and its mirror image would share one centre of mass.
+    """
+    pad = min(pad_px, *(n - 1 for n in item.image.shape[:2]))
+    image = cv2.copyMakeBorder(item.image, pad, pad, pad, pad, cv2.BORDER_REFLECT_101)
+    old = np.pad(item.labels, pad, mode="reflect")
+    new = np.asarray(connected_labels(old, background=0, connectivity=1), np.int32)
+    first = np.unique(new.ravel(), return_index=True)
+    origin = np.zeros(int(new.max(initial=0)) + 1, np.int64)
+    origin[first[0]] = old.ravel()[first[1]]
+    origin[0] = 0
+    unknown = origin == IGNORE
+    label_class, label_hover = item.label_class[origin], item.label_hover[origin]
+    new[unknown[new]] = IGNORE
+    xy = None if item.points_xy is None else item.points_xy + pad
+    return TrainImage(item.name, item.dataset, image, new, label_class, label_hover, xy, item.mpp)
+
+
+class CropDataset(Dataset[Crops]):
+    """Crops by draw number: item d is drawn with the generator of (seed, d) from a set by weight and an image in it."""
+
+    def __init__(self, sets: Sequence[TrainSet], recipe: Recipe) -> None:
+        drawn = [s for s in sets if s.trains]
+        weights = np.array([s.weight for s in drawn], np.float64)
+        self.cumulative = np.cumsum(weights / weights.sum())
+        self.images = [[mirror_pad(item) for item in s.train] for s in drawn]
+        self.centres = [[_centres(item) for item in images] for images in self.images]
+        self.recipe = recipe
+
+    def __getitem__(self, draw: int) -> Crops:
+        """Return draw `draw`, unbatched: image uint8 (3, H, W) and its targets."""
+        rng = np.random.default_rng([self.recipe.seed, draw])
+        chosen = min(int(np.searchsorted(self.cumulative, rng.random(), side="right")), len(self.images) - 1)
+        index = int(rng.integers(len(self.images[chosen])))
+        item, crop = self.images[chosen][index], self.recipe.crop_px
+        centre = _draw_centre(rng, item, self.centres[chosen][index], self.recipe)
+        matrix = crop_matrix(rng, self.recipe.augment, centre, crop)
+        image, labels = warp(item.image, item.labels, matrix, crop)
+        return targets_of(recolor(rng, self.recipe.augment, image), labels, item.label_class, item.label_hover)
+
+
+def _centres(item: TrainImage) -> Float64:
+    rows, cols = np.nonzero(item.labels > 0)
+    ids = item.labels[rows, cols]
+    count = np.bincount(ids)
+    centres = np.stack([np.bincount(ids, index + 0.5) for index in (cols, rows)], axis=1)
+    kept = count > 0
+    return np.asarray(centres[kept] / count[kept, None], np.float64)
+
+
+def _draw_centre(rng: np.random.Generator, item: TrainImage, centres: Float64, recipe: Recipe) -> Float64:
+    """Return the crop's centre in padded pixels, mostly near a nucleus, with little of the mirrored border inside."""
+    half, slack = recipe.crop_px / 2, recipe.crop_px / 8
+    size = np.array(item.image.shape[1::-1], np.float64)
+    low, high = half + PAD_PX - slack, size - half - PAD_PX + slack
+    low, high = np.where(low > high, size / 2, low), np.where(low > high, size / 2, high)
+    wanted = rng.uniform(low, high)
+    if len(centres) and rng.random() < recipe.nuclei_share:
+        wanted = centres[rng.integers(len(centres))] + rng.uniform(-half / 2, half / 2, 2)
+    return np.clip(wanted, low, high)
+
+
+def targets_of(image: UInt8, labels: Int32, label_class: Int32, label_hover: Bool) -> Crops:
+    """Turn labels (H, W) into tensors; HoVer maps are computed here, after the geometric augmentation."""
+    known = labels >= 0
+    index = np.where(known, labels, 0)
+    types = np.where(known, label_class[index], IGNORE)
+    return Crops(
+        torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+        torch.from_numpy(np.sign(labels).astype(np.int64)),
+        torch.from_numpy(hover_map(labels)),
+        torch.from_numpy(known & label_hover[index]),
+        torch.from_numpy(types.astype(np.int64)),
+    )
+
+
+class DrawSampler(Sampler[int]):
+    """The draw numbers of an epoch: epoch e draws e * n .. e * n + n - 1, so they never repeat and need no state."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.epoch = n, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; Lightning calls this."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.epoch * self.n, (self.epoch + 1) * self.n))
+
+    def __len__(self) -> int:
+        return self.n
+
+
+def train_loader(sets: Sequence[TrainSet], recipe: Recipe, workers: int) -> DataLoader[Crops]:
+    """Return the loader of training batches; `workers` processes prepare them (0: in this one)."""
+    return DataLoader(
+        CropDataset(sets, recipe),
+        batch_size=recipe.batch_size,
+        sampler=DrawSampler(recipe.epoch_steps * recipe.batch_size),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_start_worker,
+        drop_last=True,
+    )
+
+
+def _start_worker(_: int) -> None:
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def val_loader(sets: Sequence[TrainSet]) -> DataLoader[TrainImage]:
+    """Return the validation images, whole and one at a time."""
+    images = [item for s in sets for item in s.val]
+    return DataLoader(images, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+
+
+def _as_it_is(item: TrainImage) -> TrainImage:
+    return item

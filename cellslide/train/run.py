@@ -1,0 +1,155 @@
+"""One training run, from data sets and a recipe to a folder with weights, card, logs and a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from cellslide.errors import MissingDependencyError, UsageError
+from cellslide.train.callbacks import AveragedWeights, Keeper, Progress, StopRequest
+from cellslide.train.cellvta import CellVTATraining, load_start
+from cellslide.train.data import TrainSet, load_sets, train_loader, val_loader
+from cellslide.train.framework import CSVLogger, L, Logger, TensorBoardLogger
+from cellslide.train.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What does not belong to the recipe: where the run writes, on what it runs, and how far.
+
+    max_steps ends the run early without changing its schedule; fresh starts over although a checkpoint is there.
+    """
+
+    folder: Path
+    device: str = "auto"
+    workers: int = 1
+    init: Path | None = None
+    fresh: bool = False
+    max_steps: int | None = None
+    log_every: int = 20
+
+
+def train(
+    paths: Sequence[Path], recipe: Recipe, options: RunOptions, model: nn.Module | None = None
+) -> CellVTATraining:
+    """Train, or go on from `folder/last.ckpt` if it is there; returns the module with its live weights.
+
+    Raises UsageError for data or a recipe that do not fit, Interrupted after Ctrl-C or SIGTERM.
+    """
+    checkpoint = _checkpoint(options, recipe)
+    sets = load_sets(paths, recipe)
+    _say_sets(sets)
+    torch.manual_seed(recipe.seed)
+    if model is None:
+        from cellslide.models import build_model
+
+        model = build_model(recipe.model.arch, recipe.model.config)
+    if recipe.model.encoder_weights is not None:
+        load_start(model, Path(recipe.model.encoder_weights), encoder_only=True)
+    if options.init is not None and checkpoint is None:
+        load_start(model, options.init)
+    module = CellVTATraining(recipe, model)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    (options.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.as_dict(), sort_keys=False), encoding="utf-8")
+    stop = StopRequest()
+    trainer = make_trainer(recipe, options, sets, stop)
+    with _signals(stop):
+        loaders = train_loader(sets, recipe, options.workers), val_loader(sets)
+        trainer.fit(module, *loaders, ckpt_path=checkpoint, weights_only=True)
+    return module
+
+
+def make_trainer(recipe: Recipe, options: RunOptions, sets: list[TrainSet], stop: StopRequest) -> L.Trainer:
+    """Return the Lightning trainer; callbacks run in the order given, so the average is updated before it is kept."""
+    average = AveragedWeights(recipe.optim.ema) if recipe.optim.ema > 0 else None
+    keeper = Keeper(options.folder, sets, average)
+    accelerator, devices = accelerator_of(options.device)
+    return L.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        precision=precision_of(recipe, accelerator),
+        max_epochs=recipe.epochs,
+        max_steps=min(options.max_steps or recipe.total_steps, recipe.total_steps),
+        gradient_clip_val=recipe.optim.grad_clip or None,
+        callbacks=[c for c in (average, Progress(options.log_every), keeper, stop) if c is not None],
+        logger=loggers(options.folder),
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def accelerator_of(device: str) -> tuple[str, int | list[int]]:
+    """Return Lightning's accelerator and devices for auto, cpu, mps, cuda or cuda:N; raises if it is not there."""
+    name, _, index = device.partition(":")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name not in ("cpu", "mps", "cuda") or (index and not (name == "cuda" and index.isdigit())):
+        raise UsageError(f"--device {device}: must be auto, cpu, mps, cuda or cuda:N")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there[name]:
+        raise MissingDependencyError(f"--device {device}: this device is not there; use --device cpu")
+    return name, [int(index)] if index else 1
+
+
+def precision_of(recipe: Recipe, accelerator: str) -> str:
+    """Return Lightning's precision; auto is bf16 where the device computes it, which on a CPU needs AVX512-BF16."""
+    if recipe.precision == "fp32":
+        return "32-true"
+    if recipe.precision == "bf16":
+        return "bf16-mixed"
+    quick = torch.cuda.is_bf16_supported() if accelerator == "cuda" else accelerator == "cpu" and _cpu_bf16()
+    return "bf16-mixed" if quick else "32-true"
+
+
+def _cpu_bf16() -> bool:
+    # oneDNN emulates bf16 on other AVX-512 CPUs and is then slower than in float32; torch has no public question for it.
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def loggers(folder: Path) -> list[Logger]:
+    """Return a CSV logger, and a TensorBoard logger where it is installed."""
+    found: list[Logger] = [CSVLogger(folder, name="logs", version="csv")]
+    with suppress(ModuleNotFoundError):
+        found.append(TensorBoardLogger(folder, name="logs", version="tensorboard"))
+    return found
+
+
+def _checkpoint(options: RunOptions, recipe: Recipe) -> Path | None:
+    path = options.folder / "last.ckpt"
+    if options.fresh or not path.is_file():
+        return None
+    before = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["cellslide"]["recipe"]
+    now = recipe.as_dict()
+    changed = sorted(key for key in now if before.get(key) != now[key] and key not in ("epochs", "max_minutes"))
+    if changed:
+        raise UsageError(f"{path} was made with another recipe ({', '.join(changed)}); use --overwrite or another -o")
+    return path
+
+
+def _say_sets(sets: Sequence[TrainSet]) -> None:
+    for s in sets:
+        mpp = sorted(item.mpp for item in (*s.train, *s.val))
+        spread = f"{mpp[0]:.3f}..{mpp[-1]:.3f}" if mpp else "-"
+        counts = f"{len(s.train)} train, {len(s.val)} val"
+        print(f"data {s.name}: {counts}, weight {s.weight:g}, source {spread} um/px", flush=True)
+
+
+@contextmanager
+def _signals(stop: StopRequest) -> Iterator[None]:
+    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

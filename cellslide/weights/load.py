@@ -1,0 +1,170 @@
+"""From an id or a file to a model that is ready to run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cellslide.errors import UsageError, WeightsError
+from cellslide.types import HoverDecode, ModelKind, ModelSpec
+from cellslide.weights.cache import file_sha256, require_file, verify_file
+from cellslide.weights.manifest import ENTRY_FILE, Manifest, Source, WeightsEntry, read_entry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cellslide.models.checkpoint import Checkpoint
+
+# Published CellViT and CellVTA checkpoints are trained at 40x; those for 20x are known by name or config.
+DEFAULT_MPP = 0.25
+DEFAULT_TILE_PX = 512
+# Covers twice the radius of the largest nuclei and what the network's edge spoils: 32 µm.
+OVERLAP_UM = 32.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A network in eval mode on the CPU, what the pipeline must know of it, and where it came from."""
+
+    spec: ModelSpec
+    module: nn.Module
+    entry: WeightsEntry
+
+
+def load_model(model: str | None = None, weights: Path | None = None, task: str = "segment") -> LoadedModel:
+    """Load weights by id, from a file, or the ones that ship for `task`.
+
+    `weights` alone is enough: what the file does not say comes from a `model.yaml` beside it, from the manifest's entry of
+    that file name, or from defaults. With `model` too, the file must be the one that the manifest means.
+    Raises UsageError for an unknown id or another task, WeightsError when the weights are missing, changed or do not fit.
+    """
+    manifest = Manifest.load()
+    if weights is not None and model is None:
+        return load_file(weights, manifest, task)
+    entry = manifest.default(task) if model is None else manifest.entry(model)
+    _check_task(entry, task)
+    return load_entry(entry, weights)
+
+
+def load_entry(entry: WeightsEntry, path: Path | None = None) -> LoadedModel:
+    """Load `entry` from `path`, or from where it lies on this machine; the file's hash is checked."""
+    from cellslide.models.checkpoint import read_checkpoint
+
+    path = require_file(entry) if path is None else _resolve(path)
+    sha256 = verify_file(entry, path)
+    return _finish(entry, read_checkpoint(path, entry.arch), path, sha256)
+
+
+def load_file(path: Path, manifest: Manifest, task: str = "segment") -> LoadedModel:
+    """Load a weights file that stands for itself."""
+    path = _resolve(path)
+    beside = _entry_beside(path)
+    if beside is not None:
+        _check_task(beside, task)
+        return load_entry(beside)
+    from cellslide.models.checkpoint import read_checkpoint
+
+    sha256 = file_sha256(path)
+    checkpoint = read_checkpoint(path)
+    entry = describe(path, checkpoint, sha256, manifest)
+    _check_task(entry, task)
+    return _finish(entry, checkpoint, path, sha256)
+
+
+def _resolve(path: Path) -> Path:
+    path = path / ENTRY_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise WeightsError(f"--weights {path}: no such file")
+    return path
+
+
+def _entry_beside(path: Path) -> WeightsEntry | None:
+    """Return the entry of a training output, named by its folder, its `model.yaml`, or the file that it describes."""
+    place = path if path.name == ENTRY_FILE else path.with_name(ENTRY_FILE)
+    if not place.is_file():
+        return None
+    entry = read_entry(place)
+    return entry if path.name in (ENTRY_FILE, entry.file) else None
+
+
+def _check_task(entry: WeightsEntry, task: str) -> None:
+    if entry.task != task:
+        raise UsageError(f"--model {entry.id}: made to {entry.task}, not to {task}; see `cellslide weights list --task {task}`")
+
+
+def describe(path: Path, checkpoint: Checkpoint, sha256: str, manifest: Manifest) -> WeightsEntry:
+    """Return an entry for a file nobody described: from its tensors and config, then by its name in the manifest."""
+    from cellslide.models.checkpoint import classes_of, infer_config, mpp_of, normalisation_of
+
+    config = infer_config(checkpoint)
+    known = manifest.by_file_name(path.name)
+    known = known if known is not None and known.arch == checkpoint.arch else None
+    blank = WeightsEntry("blank", "segment", checkpoint.arch, source=Source())
+    mean, std = normalisation_of(checkpoint.config) or ((known or blank).mean, (known or blank).std)
+    classes = classes_of(checkpoint.config, config["num_nuclei_classes"])
+    return replace(
+        known or blank,
+        id=_slug(path.stem),
+        file=path.name,
+        root=path.parent,
+        sha256=sha256,
+        size_bytes=path.stat().st_size,
+        config=config,
+        mpp=mpp_of(checkpoint.config) or (known.mpp if known else None) or _mpp_by_name(path.name),
+        mean=mean,
+        std=std,
+        classes=classes,
+    )
+
+
+def _slug(stem: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:100] or "weights"
+
+
+def _mpp_by_name(name: str) -> float:
+    return 0.5 if re.search(r"(?i)(?<![a-z0-9])(x20|20x)(?![a-z0-9])", name) else DEFAULT_MPP
+
+
+def _finish(entry: WeightsEntry, checkpoint: Checkpoint, path: Path, sha256: str) -> LoadedModel:
+    from cellslide.models import canonical_arch
+    from cellslide.models.checkpoint import build_empty, classes_of, infer_config, load_strict
+
+    if canonical_arch(entry.arch) != checkpoint.arch:
+        raise WeightsError(f"{path}: a {checkpoint.arch} checkpoint, {entry.id} is {entry.arch}")
+    config = dict(entry.config) or infer_config(checkpoint)
+    module = load_strict(build_empty(checkpoint.arch, config), checkpoint.state, str(path))
+    n_types = module.config.num_nuclei_classes
+    if not entry.classes and n_types:
+        entry = replace(entry, classes=classes_of(checkpoint.config, n_types))
+    if n_types and len(entry.classes) != n_types - 1:
+        raise WeightsError(f"{path}: {n_types - 1} nucleus types, {entry.id} names {len(entry.classes)} classes")
+    return LoadedModel(spec_of(entry, config, sha256), module, entry)
+
+
+def spec_of(entry: WeightsEntry, config: Mapping[str, Any], sha256: str) -> ModelSpec:
+    """Return what the pipeline must know of `entry`."""
+    mpp = entry.mpp or DEFAULT_MPP
+    kinds: dict[str, ModelKind] = {"segment": "mask", "detect": "box"}
+    overlap = entry.overlap_px if entry.overlap_px is not None else 2 * round(OVERLAP_UM / mpp / 2)
+    return ModelSpec(
+        name=entry.id,
+        kind=kinds[entry.task],
+        mpp=mpp,
+        tile_px=entry.tile_px or DEFAULT_TILE_PX,
+        overlap_px=overlap,
+        mean=entry.mean,
+        std=entry.std,
+        classes=entry.classes,
+        decode=entry.decode or published_decode(mpp),
+        weights_id=entry.id,
+        weights_sha256=sha256,
+        licence=entry.licence or "",
+    )
+
+
+def published_decode(mpp: float) -> HoverDecode:
+    """Return the published post-processing: aperture 21 and markers of 10 px at 40x, 11 and 3 px at 20x."""
+    return HoverDecode() if mpp < 0.375 else HoverDecode(kernel_px=11, min_marker_px=3)

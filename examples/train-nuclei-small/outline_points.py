@@ -1,0 +1,122 @@
+"""Turn a data set of points into one with outlines: a first model's maps, cut by the annotators' points.
+
+Every nucleus of such a set has exactly one point, so the points say how many nuclei a blob holds and where they are; the
+model only says how far each one reaches. What the two disagree on is written as 65535, "ignore", and trains nothing.
+
+    python outline_points.py --weights runs/first/model.safetensors POINTS_DATASET -o OUTLINED_DATASET
+"""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import cv2
+import numpy as np
+import torch
+from scipy import ndimage
+from skimage.segmentation import watershed
+
+from cellslide.evaluate.dataset import Sample, read_dataset
+from cellslide.weights import LoadedModel, load_model
+
+IGNORE = 65535
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When a nucleus is believed; lengths in µm, areas in µm²."""
+
+    foreground: float = 0.5
+    sure: float = 0.85
+    min_area: float = 6.0
+    max_area: float = 400.0
+    min_solidity: float = 0.85
+    miss_radius: float = 2.5
+
+
+def predict(model: LoadedModel, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return foreground probability (H, W) and HV maps (2, H, W), averaged over the four flips of the image."""
+    h, w = image.shape[:2]
+    padded = np.pad(image, ((0, -h % 16), (0, -w % 16), (0, 0)), mode="reflect")
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.spec.mean, model.spec.std))
+    x = (torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255 - mean) / std
+    prob, hv = torch.zeros(padded.shape[:2]), torch.zeros(2, *padded.shape[:2])
+    with torch.inference_mode():
+        for dims in ((), (3,), (2,), (2, 3)):
+            out = model.module(x.flip(dims))
+            prob += out["nuclei_binary_map"].softmax(1)[0, 1].flip([d - 2 for d in dims]) / 4
+            sign = torch.tensor([-1.0 if 3 in dims else 1.0, -1.0 if 2 in dims else 1.0]).view(2, 1, 1)
+            hv += sign * out["hv_map"][0].flip([d - 1 for d in dims]) / 4
+    return prob[:h, :w].numpy(), hv[:, :h, :w].numpy()
+
+
+def cut(prob: np.ndarray, hv: np.ndarray, xy: np.ndarray, mpp: float, rules: Rules) -> np.ndarray:
+    """Return uint16 labels (H, W): 0 background, k nucleus of point k - 1, IGNORE where nobody is sure."""
+    foreground = prob > rules.foreground
+    rows, cols = (np.clip(xy[:, i].astype(int), 0, prob.shape[1 - i] - 1) for i in (1, 0))
+    markers = np.zeros(prob.shape, np.int32)
+    markers[rows, cols] = np.arange(1, len(xy) + 1)
+    markers = ndimage.grey_dilation(markers, footprint=np.ones((3, 3))) * foreground
+    edge_x = cv2.Sobel(hv[0], cv2.CV_32F, 1, 0, ksize=5) / 128
+    edge_y = cv2.Sobel(hv[1], cv2.CV_32F, 0, 1, ksize=5) / 128
+    border = np.maximum(-edge_x, -edge_y)  # HV falls steeply where one nucleus ends and the next begins
+    depth = cv2.distanceTransform(foreground.astype(np.uint8), cv2.DIST_L2, 5)
+    labels = watershed(border - 0.15 * depth, markers, mask=foreground)
+    out = labels.copy()
+    out[foreground & (labels == 0) & (prob > rules.sure)] = IGNORE
+    for k, box in enumerate(ndimage.find_objects(labels, len(xy)), start=1):
+        if box is None:
+            cv2.circle(out, (int(cols[k - 1]), int(rows[k - 1])), round(rules.miss_radius / mpp), IGNORE, -1)
+        elif not believed(labels[box] == k, mpp, rules):
+            out[box][labels[box] == k] = IGNORE
+    return out.astype(np.uint16)
+
+
+def believed(mask: np.ndarray, mpp: float, rules: Rules) -> bool:
+    """Whether a mask has the size and the roundness of a nucleus."""
+    area = mask.sum() * mpp**2
+    contours, _ = cv2.findContours(np.pad(mask, 1).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    hull = cv2.contourArea(cv2.convexHull(np.concatenate(contours))) or 1.0
+    solid = max(cv2.contourArea(c) for c in contours) / hull
+    return rules.min_area <= area <= rules.max_area and solid >= rules.min_solidity
+
+
+def outline(model: LoadedModel, sample: Sample, out: Path, rules: Rules) -> int:
+    """Write image and mask of one sample; returns the number of nuclei kept."""
+    image = sample.load_image()
+    points = sample.load_points()
+    scale = (sample.mpp or model.spec.mpp) / model.spec.mpp
+    if abs(scale - 1) > 0.01:
+        raise click.ClickException(f"{sample.image_path}: {sample.mpp} µm/px, the model works at {model.spec.mpp}")
+    labels = cut(*predict(model, image), points.xy, model.spec.mpp, rules)
+    shutil.copy(sample.image_path, out / "images" / sample.image_path.name)
+    cv2.imwrite(str(out / "masks" / f"{sample.stem}.png"), labels)
+    return len(np.setdiff1d(np.unique(labels), (0, IGNORE)))
+
+
+@click.command()
+@click.argument("dataset", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--weights", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+@click.option("--split", default="train", show_default=True)
+def main(dataset: Path, weights: Path, output: Path, split: str) -> None:
+    """Outline the nuclei of a point data set."""
+    model = load_model(None, weights)
+    for folder in ("images", "masks"):
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    with (output / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow("file mask points split patient organ mpp width height n_nuclei note".split())
+        for s in read_dataset(dataset, split).samples:
+            n = outline(model, s, output, Rules())
+            name, mask = f"images/{s.image_path.name}", f"masks/{s.stem}.png"
+            rows.writerow([name, mask, "", s.split, s.patient, s.organ, s.mpp, s.width, s.height, n, "outlines by a model"])
+            click.echo(f"{s.stem}: {n} nuclei")
+
+
+if __name__ == "__main__":
+    main()
