@@ -1,7 +1,8 @@
 """HoVer decode: the plain published form against cellslide's, on tiles with few and many nuclei.
 
-Run `python benchmarks/published_hover.py`. The plain form (`cellslide.bench.plain_hover`) follows the published steps with
-scikit-image, SciPy and OpenCV and makes a mask of the whole tile for every nucleus; both forms must give the same label map.
+Run `python benchmarks/published_hover.py`. The plain form (`cellslide.bench.plain_hover`) follows the published steps
+with scikit-image, SciPy and OpenCV and makes a mask of the whole tile for every nucleus; both forms must give the same
+label map.
 """
 
 from __future__ import annotations

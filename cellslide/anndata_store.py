@@ -58,6 +58,15 @@ class Columns:
         every = [*self.obs.values(), *self.obsm.values(), *([] if self.x is None else [self.x])]
         return len(every[0]) if every else 0
 
+    def rows(self, part: slice) -> Columns:
+        """Return some of the rows."""
+        obs: dict[str, Column] = {
+            name: Categorical(column.codes[part], column.names) if isinstance(column, Categorical) else column[part]
+            for name, column in self.obs.items()
+        }
+        x = None if self.x is None else self.x[part]
+        return Columns(obs, {name: matrix[part] for name, matrix in self.obsm.items()}, x)
+
 
 class GrowingArray:
     """A zarr array that grows by its first axis and is written in whole chunks, so that no chunk is written twice."""

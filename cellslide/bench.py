@@ -74,7 +74,7 @@ def synthetic_maps(
     np.put_along_axis(types, kind[None], 0.7, axis=0)
     types /= types.sum(axis=0)
     foreground = np.stack([1 - inside, inside])
-    return RawMaps(*(a.astype(np.float32) for a in (foreground, hv, types)), truth)
+    return RawMaps(foreground.astype(np.float32), hv.astype(np.float32), types.astype(np.float32), truth)
 
 
 def _draw_ellipses(rng: np.random.Generator, n: int, size_px: int, radius_px: tuple[float, float]) -> Int32:
@@ -125,7 +125,8 @@ class PlainNucleus:
 
 
 def plain_hover(raw: RawMaps, kernel_px: int = 21, min_marker_px: int = 10) -> tuple[Int32, list[PlainNucleus]]:
-    """Run the published post-processing step by step, with a mask of the whole tile for every nucleus (the baseline)."""
+    """Run the published post-processing step by step, with a mask of the whole tile for every nucleus (the
+    baseline)."""
     labels = _plain_labels(raw, kernel_px, min_marker_px)
     type_map = np.argmax(raw.types, axis=0)
     return labels, [_plain_nucleus(labels == i, type_map) for i in np.unique(labels)[1:]]
@@ -137,7 +138,8 @@ def _plain_labels(raw: RawMaps, kernel_px: int, min_marker_px: int) -> Int32:
     from skimage.segmentation import watershed
 
     def stretch(image: NDArray[Any]) -> NDArray[Any]:
-        return np.asarray(cv2.normalize(image, None, alpha=0, beta=1, norm_type=cv2.NORM_MINMAX, dtype=cv2.CV_32F))
+        out = np.empty(image.shape, np.float32)
+        return np.asarray(cv2.normalize(image, out, alpha=0, beta=1, norm_type=cv2.NORM_MINMAX, dtype=cv2.CV_32F))
 
     blob = (_without_small(ndimage.label(np.argmax(raw.foreground, axis=0))[0], 10) > 0).astype(np.int32)
     across = 1 - stretch(cv2.Sobel(stretch(raw.hv[0]), cv2.CV_64F, 1, 0, ksize=kernel_px))
@@ -211,7 +213,8 @@ def bench_decode(n: int = 800, size_px: int = 1024, rounds: int = 5, seed: int =
 
 
 def scattered(n: int, size_px: int, seed: int, radius_px: tuple[float, float] = (5.0, 16.0)) -> tuple[Float64, Float64]:
-    """Return centres (N, 2) and radii (N,) of about `n` nuclei on a shaken grid over a square plane; few of them overlap."""
+    """Return centres (N, 2) and radii (N,) of about `n` nuclei on a shaken grid over a square plane; few of them
+    overlap."""
     rng = np.random.default_rng(seed)
     side = int(np.ceil(np.sqrt(n)))
     pitch = size_px / side
@@ -222,7 +225,8 @@ def scattered(n: int, size_px: int, seed: int, radius_px: tuple[float, float] = 
 
 @dataclass(frozen=True, slots=True)
 class FakeDetector:
-    """Sees discs, each tile on its own: `jitter_px` moves them (sd), `miss` of them are not seen; clipped at the read box.
+    """Sees discs, each tile on its own: `jitter_px` moves them (sd), `miss` of them are not seen; clipped at the read
+    box.
 
     centre (N, 2) and radius (N,) are in plane pixels, sorted by y.
     """
@@ -249,7 +253,7 @@ class FakeDetector:
         x, y, r = self.centre[near, 0], self.centre[near, 1], self.radius[near]
         near = near[(x + r > x0 + 1) & (x - r < x1 - 1) & (y + r > y0 + 1) & (y - r < y1 - 1)]
         rng = np.random.default_rng((self.seed, tile.index))
-        return near[rng.random(len(near)) >= self.miss]
+        return np.asarray(near[rng.random(len(near)) >= self.miss])
 
     def detect(self, tile: Tile) -> Instances:
         """Return the tile's nuclei with outlines of 24 vertices, in tile pixels."""

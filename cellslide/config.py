@@ -1,4 +1,4 @@
-"""Settings, one frozen dataclass per stage: defaults live here only, and each check names the flag and the legal range."""
+"""Settings, one frozen dataclass per stage: defaults live here only, each check names the flag and the legal range."""
 
 from __future__ import annotations
 
@@ -21,13 +21,17 @@ def _require(ok: bool, flag: str, value: object, legal: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TissueConfig:
-    """Where to look: the built-in mask, a mask image, or everywhere, and optionally only inside a region of interest."""
+    """Where to look: the built-in mask, a mask image, or everywhere, and optionally only inside a region of interest.
+
+    `roi_origin` is the zero point of the region's file: the slide's bounds, as QuPath writes it, or the level-0 plane.
+    """
 
     enabled: bool = True
     mask: Path | None = None
     roi: Path | None = None
     thumbnail_mpp: float = 8.0
     min_area_um2: float = 2_000.0
+    roi_origin: Literal["bounds", "level0"] = "bounds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,12 @@ class InferConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.batch_size is None or 1 <= self.batch_size <= 1024, "--batch-size", self.batch_size, "auto or 1 to 1024")
+        _require(
+            self.batch_size is None or 1 <= self.batch_size <= 1024,
+            "--batch-size",
+            self.batch_size,
+            "auto or 1 to 1024",
+        )
         _require(self.workers is None or 0 <= self.workers <= 256, "--workers", self.workers, "0 to 256")
 
 

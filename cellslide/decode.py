@@ -1,9 +1,10 @@
 """HoVer maps of one tile -> nuclei. Work is done per object or on whole maps at once, never on a whole map per nucleus.
 
-The steps are those of HoVer-Net (Graham et al. 2019, section 3.2), which CellViT and CellVTA share: foreground, gradients of
-the horizontal and vertical distance maps, energy, markers, watershed. `HoverDecode.mode` picks the scale of the gradients:
-"published" stretches them by their extremes in the tile and gives the published instances; "fixed" uses constants, and does
-its arithmetic exactly, so that a nucleus comes out the same whatever else is in the tile and wherever it lies.
+The steps are those of HoVer-Net (Graham et al. 2019, section 3.2), which CellViT and CellVTA share: foreground,
+gradients of the horizontal and vertical distance maps, energy, markers, watershed. `HoverDecode.mode` picks the scale
+of the gradients: "published" stretches them by their extremes in the tile and gives the published instances; "fixed"
+uses constants, and does its arithmetic exactly, so that a nucleus comes out the same whatever else is in the tile and
+wherever it lies.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from numpy.typing import NDArray
 from cellslide.outlines import ring_bounds, trace_outlines
 from cellslide.types import Bool, Float32, Float64, HoverDecode, HoverMaps, Instances, Int32, Int64, UInt8
 
-# Steps per unit of the distance maps and of the energy in "fixed" mode: far finer than a network's noise, and coarse enough
-# that the sums of a 21 px Sobel kernel and of the blur fit 53 bits and are therefore exact.
+# Steps per unit of the distance maps and of the energy in "fixed" mode: far finer than a network's noise, and coarse
+# enough that the sums of a 21 px Sobel kernel and of the blur fit 53 bits and are therefore exact.
 _HV_STEPS = 2.0**12
 _HV_LIMIT = 2.0
 _ENERGY_STEPS = 2.0**22
@@ -38,14 +39,12 @@ def decode_hover(maps: HoverMaps, config: HoverDecode) -> Instances:
 
 def hover_instances(maps: HoverMaps, config: HoverDecode) -> Int32:
     """Return the label map int32 (H, W); labels are those of the published form, so they rise but may skip numbers."""
-    import cv2
-
     components, blob = _foreground(maps, config)
     if not blob.any():
         return np.zeros(blob.shape, np.int32)
     energy = _published_energy(maps.hv, config) if config.mode == "published" else _fixed_energy(maps.hv, config)
-    calm = (energy < _ceil_float32(config.energy_threshold)).view(np.uint8)
-    markers = _markers(cv2.bitwise_and(blob, calm), config)
+    calm: UInt8 = (energy < _ceil_float32(config.energy_threshold)).view(np.uint8)
+    markers = _markers(blob & calm, config)
     return _flood(components, blob, markers, energy, config.mode == "fixed")
 
 
@@ -59,7 +58,7 @@ def _foreground(maps: HoverMaps, config: HoverDecode) -> tuple[Int32, UInt8]:
 
 
 def _components(mask: UInt8, min_px: int) -> tuple[Int32, Bool]:
-    """Label 4-connected components (numbered by first pixel, as scipy does) and tell by label which have `min_px` pixels."""
+    """Label 4-connected components, numbered by first pixel as scipy does, and tell which have `min_px` pixels."""
     import cv2
 
     n, components = cv2.connectedComponents(mask, connectivity=4, ltype=cv2.CV_32S)
@@ -70,7 +69,7 @@ def _components(mask: UInt8, min_px: int) -> tuple[Int32, Bool]:
 
 
 def _ceil_float32(value: float) -> np.float32:
-    """Return the least float32 not below `value`: x < it means the same for a float32 x as x < value in double precision."""
+    """Return the least float32 not below `value`; a float32 is below it exactly when it is below `value`."""
     rounded = np.float32(value)
     return rounded if float(rounded) >= value else np.nextafter(rounded, np.float32(np.inf))
 
@@ -80,7 +79,8 @@ def _published_energy(hv: Float32, config: HoverDecode) -> Float32:
     import cv2
 
     def stretch(image: NDArray[Any]) -> Float32:
-        return np.asarray(cv2.normalize(image, None, 0, 1, cv2.NORM_MINMAX, cv2.CV_32F), np.float32)
+        out = np.empty(image.shape, np.float32)
+        return np.asarray(cv2.normalize(image, out, 0, 1, cv2.NORM_MINMAX, cv2.CV_32F), np.float32)
 
     horizontal, vertical = (
         1 - stretch(cv2.Sobel(stretch(hv[axis]), cv2.CV_64F, 1 - axis, axis, ksize=config.kernel_px)) for axis in (0, 1)
@@ -92,7 +92,8 @@ def gradient_range(kernel_px: int) -> tuple[float, float]:
     """Return the default (low, high) of `hv_gradient_range`, in units of the distance maps per pixel.
 
     The maps rise from -1 to 1 across a nucleus and fall by 2 between two that touch. With p the greatest answer of the
-    unit-gain Sobel kernel to a step of 1, a nucleus answers up to about p and a touching border -2p: those are the ends.
+    unit-gain Sobel kernel to a step of 1, a nucleus answers up to about p and a touching border -2p: those are the
+    ends.
     """
     derive, _ = _sobel_kernels(kernel_px)
     # The answer to a step is the running sum of the derivative kernel, divided by the answer to a ramp of 1 per pixel.
@@ -105,15 +106,15 @@ def _sobel_kernels(kernel_px: int) -> tuple[Float64, Float64]:
     """Return OpenCV's derivative and smoothing kernels (kernel_px,)."""
     import cv2
 
-    derive, smooth = (k.ravel() for k in cv2.getDerivKernels(1, 0, kernel_px, ktype=cv2.CV_64F))
-    return derive, smooth
+    derive, smooth = cv2.getDerivKernels(1, 0, kernel_px, ktype=cv2.CV_64F)
+    return np.asarray(derive, np.float64).ravel(), np.asarray(smooth, np.float64).ravel()
 
 
 def _fixed_energy(hv: Float32, config: HoverDecode) -> Float32:
-    """Return max((high - gradient) / (high - low)) over both maps, float32 (H, W): 0 inside a nucleus, 1 where two touch.
+    """Return max((high - gradient) / (high - low)) over both maps, float32 (H, W), 1 where two nuclei touch.
 
-    Nothing is clipped, so that the flood meets no plateaus. The Sobel sums are exact (integers), hence independent of where
-    in the tile a nucleus lies and of how OpenCV vectorises.
+    Nothing is clipped, so that the flood meets no plateaus. The Sobel sums are exact (integers), hence independent of
+    where in the tile a nucleus lies and of how OpenCV vectorises.
     """
     import cv2
 
@@ -125,23 +126,26 @@ def _fixed_energy(hv: Float32, config: HoverDecode) -> Float32:
     down = cv2.Sobel(steps[1], cv2.CV_64F, 0, 1, ksize=config.kernel_px)
     scale = _ENERGY_STEPS / (high - low)
     energy = np.rint(high * scale - np.minimum(across, down) * (scale / gain))
-    return (energy / _ENERGY_STEPS).astype(np.float32)
+    return np.asarray(energy / _ENERGY_STEPS, np.float32)
 
 
 def _markers(calm: UInt8, config: HoverDecode) -> Int32:
-    """Return markers int32 (H, W): calm foreground, holes filled, opened by a 5 px disc, small ones dropped, 0 elsewhere."""
+    """Return markers int32 (H, W): calm foreground, holes filled, opened by a 5 px disc, small ones dropped."""
     import cv2
 
-    padded = cv2.copyMakeBorder(calm, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
-    cv2.floodFill(padded, None, (0, 0), 2)
+    padded = np.pad(calm, 1)
+    cv2.floodFill(padded, None, (0, 0), (2,))
     filled = (padded[1:-1, 1:-1] != 2).view(np.uint8)
-    opened = cv2.morphologyEx(filled, cv2.MORPH_OPEN, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5)))
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
+    opened = np.asarray(cv2.morphologyEx(filled, cv2.MORPH_OPEN, disc), np.uint8)
     labels, keep = _components(opened, config.min_marker_px)
-    return labels if keep[1:].all() else np.where(keep, np.arange(len(keep), dtype=np.int32), 0).astype(np.int32).take(labels)
+    if keep[1:].all():
+        return labels
+    return np.where(keep, np.arange(len(keep)), 0).astype(np.int32).take(labels)
 
 
 def _flood(components: Int32, blob: UInt8, markers: Int32, energy: Float32, break_ties: bool) -> Int32:
-    """Give every pixel of a component the label of its marker; only components with several markers need a watershed."""
+    """Give each component the label of its marker; only those with several markers need a watershed."""
     marked = np.flatnonzero((markers != 0) & blob.view(np.bool_))  # filled holes may lie outside the foreground
     component, number = components.ravel().take(marked), markers.ravel().take(marked)
     label_of = np.zeros(int(components.max()) + 1, np.int32)
@@ -155,10 +159,12 @@ def _flood(components: Int32, blob: UInt8, markers: Int32, energy: Float32, brea
 
 @dataclass(frozen=True, slots=True)
 class _Sheet:
-    """Crops of some components packed side by side: images (h, w), and the crops as (slices in the map, slices in the sheet).
+    """Crops of some components packed side by side; all images are (h, w).
 
-    dist     float64, what the watershed floods.     markers  int32.
+    dist     float64, what the watershed floods.
+    markers  int32.
     inside   bool, pixels of the crop's own component.
+    crops    for each component its place in the map and in the sheet.
     """
 
     dist: Float64
@@ -173,9 +179,9 @@ def _flood_shared(
     """Write the watershed of the components `shared` into `labels`.
 
     Components do not touch, so flooding them on a small sheet equals flooding the tile: the order of flooding inside a
-    component is by value, then age, and both keep their order. Marker pixels all have age 0, so the order of two of equal value
-    is up to the heap, that is to the rest of the tile: then "fixed" mode lifts the later one, and "published" mode floods the
-    whole tile as the published form does.
+    component is by value, then age, and both keep their order. Marker pixels all have age 0, so the order of two of
+    equal value is up to the heap, that is to the rest of the tile: then "fixed" mode lifts the later one, and
+    "published" mode floods the whole tile as the published form does.
     """
     from skimage.segmentation import watershed
 
@@ -203,7 +209,7 @@ def _distance(energy: Float32, blob: UInt8) -> Float64:
 
 
 def _pack(components: Int32, blob: UInt8, markers: Int32, energy: Float32, shared: Int32) -> _Sheet:
-    """Cut the components `shared` out with a margin of one pixel and lay them in rows on a sheet, smoothing included."""
+    """Cut the components `shared` out with a margin of one pixel and lay them in rows on a sheet, smoothed."""
     import cv2
     from scipy import ndimage
 
@@ -232,7 +238,7 @@ def _pack(components: Int32, blob: UInt8, markers: Int32, energy: Float32, share
 
 
 def _shelves(sizes: list[tuple[int, int]]) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-    """Place boxes (height, width) on shelves of a roughly square sheet; returns their corners (top, left) and its size."""
+    """Place boxes (height, width) on a roughly square sheet; returns their corners (top, left) and its size."""
     limit = max(max(w for _, w in sizes), math.isqrt(2 * sum(h * w for h, w in sizes)) + 1)
     corners = [(0, 0)] * len(sizes)
     top = left = shelf = 0
@@ -246,7 +252,7 @@ def _shelves(sizes: list[tuple[int, int]]) -> tuple[list[tuple[int, int]], tuple
 
 
 def _tied_rims(sheet: _Sheet) -> list[tuple[int, float]]:
-    """Return (pixel of the sheet, lift) for marker pixels that flood outwards and share their value within a component."""
+    """Return (pixel of the sheet, lift) for outer marker pixels that share their value within a component."""
     free = sheet.inside & (sheet.markers == 0)
     near = np.zeros_like(free)
     near[1:] |= free[:-1]
@@ -266,12 +272,14 @@ def _tied_rims(sheet: _Sheet) -> list[tuple[int, float]]:
     runs: dict[tuple[float, int], list[int]] = {}
     for i in np.union1d(equal, equal + 1):
         runs.setdefault((float(value[i]), int(crop.ravel()[rim[i]])), []).append(int(rim[i]))
-    # The lift is far below the step between two different values, so it only orders equals: by place inside the component.
-    return [(pixel, rank * _TIE_LIFT) for pixels in runs.values() if len(pixels) > 1 for rank, pixel in enumerate(pixels)]
+    # The lift is far below the step between two different values, so it only orders equals, by place.
+    return [
+        (pixel, rank * _TIE_LIFT) for pixels in runs.values() if len(pixels) > 1 for rank, pixel in enumerate(pixels)
+    ]
 
 
 def measure_instances(labels: Int32, maps: HoverMaps) -> Instances:
-    """Return the nuclei of a label map with their outlines, scores and class probabilities, in the order of the labels."""
+    """Return the nuclei of a label map with outlines, scores and class probabilities, in the order of the labels."""
     pixels = np.flatnonzero(labels != 0)
     number, n = _compact(labels.ravel().take(pixels))
     dense = np.zeros(labels.shape, np.int32)
@@ -295,39 +303,44 @@ def measure_instances(labels: Int32, maps: HoverMaps) -> Instances:
 def _compact(numbers: Int32) -> tuple[Int64, int]:
     """Renumber labels to 1..n in their order."""
     present = np.bincount(numbers) > 0 if len(numbers) else np.zeros(1, np.bool_)
-    lookup = np.cumsum(present)
+    lookup = np.cumsum(present, dtype=np.int64)
     return lookup.take(numbers), int(lookup[-1])
 
 
 def _sums(values: NDArray[Any], number: Int64, n: int) -> Float64:
-    return np.bincount(number, weights=values, minlength=n + 1)[1:]
+    # Without a single pixel bincount answers in whole numbers.
+    return np.bincount(number, weights=values, minlength=n + 1)[1:].astype(np.float64, copy=False)
 
 
 def _area_and_centroid(pixels: Int64, number: Int64, n: int, width: int) -> tuple[Float64, Float64]:
-    """Return pixel counts (N,) and mean pixel indices (x, y) (N, 2); the sums are whole numbers, so the means are exact."""
+    """Return pixel counts (N,) and mean pixel indices (x, y) (N, 2); the sums are whole numbers, so the means are
+    exact."""
     row, col = np.divmod(pixels, width)
     area = np.bincount(number, minlength=n + 1)[1:].astype(np.float64)
     return area, np.stack([_sums(col, number, n) / area, _sums(row, number, n) / area], axis=1)
 
 
 def _class_prob(type_prob: NDArray[np.float16], pixels: Int64, number: Int64, n: int) -> Float32:
-    """Return (N, K): the mean over the nucleus's pixels, without background, scaled to sum 1 (even where all is background)."""
+    """Return (N, K): the mean over the nucleus's pixels, without background, scaled to sum 1 (even where all is
+    background)."""
     classes = type_prob.reshape(len(type_prob), -1)[1:]
     totals = np.stack([_sums(prob.take(pixels), number, n) for prob in classes], axis=1)
     whole = totals.sum(axis=1, keepdims=True)
     even = np.full_like(totals, 1 / max(len(classes), 1))
-    return np.divide(totals, whole, out=even, where=whole > 0).astype(np.float32)
+    return np.asarray(np.divide(totals, whole, out=even, where=whole > 0), np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedInstances:
-    """Nuclei as HoVer-Net and CellViT record them, for comparison with their results; all in pixel indices, not centres.
+    """Nuclei as HoVer-Net and CellViT record them, for comparison with their results; all in pixel indices, not
+    centres.
 
     ids          int32 (N,), labels of the map.
     bbox         int32 (N, 2, 2), [[row min, column min], [row max, column max]], half-open.
     centroid_xy  float64 (N, 2), mean pixel index: half a pixel less than `Instances.centroid_xy`.
     type_id, type_prob
-                 int32 and float64 (N,): the most frequent class (the second where that is background) and its pixel share.
+                 int32 and float64 (N,): the most frequent class (the second where that is background) and its pixel
+                 share.
     contour_xy, contour_start
                  int32 (P, 2), int64 (N + 1,): outlines through pixel centres.
     """
@@ -381,7 +394,8 @@ def _published_centroid(pixels: Int64, number: Int64, corner_xy: Float64, width:
 
 
 def _published_type(types: Int32, number: Int64, n: int) -> tuple[Int32, Float64]:
-    """Return class and pixel share by the published rule; ties go to the smaller class, background only if there is no other."""
+    """Return class and pixel share by the published rule; ties go to the smaller class, background only if there is no
+    other."""
     n_types = int(types.max(initial=0)) + 1
     votes = np.bincount((number - 1) * n_types + types, minlength=n * n_types).reshape(n, n_types)
     type_id = votes[:, 1:].argmax(axis=1) + 1 if n_types > 1 else np.zeros(n, np.int64)

@@ -366,7 +366,8 @@ def write_pyramid(path: Path, image: UInt8, mpp: float) -> None:
     levels = [image]
     while max(levels[-1].shape[:2]) > 512:
         height, width = levels[-1].shape[:2]
-        levels.append(cv2.resize(levels[-1], (width // 2, height // 2), interpolation=cv2.INTER_AREA))
+        half = cv2.resize(levels[-1], (width // 2, height // 2), interpolation=cv2.INTER_AREA)
+        levels.append(np.asarray(half, np.uint8))
     partial = path.with_name(path.name + ".tmp")
     with tifffile.TiffWriter(partial) as tiff:
         for k, level in enumerate(levels):

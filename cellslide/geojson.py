@@ -90,13 +90,13 @@ def _compact(value: object) -> str:
 def _write_gz(path: Path, layout: _Layout, table: CellTable) -> None:
     with path.open("wb") as raw, gzip.GzipFile("", "wb", COMPRESSION, raw, mtime=0) as stream:
         buffered = io.BufferedWriter(stream, 1 << 20)
-        _write_collection(buffered.write, _texts(table, layout, BLOCK_CELLS))
+        _write_collection(buffered.write, _texts(table, layout))
         buffered.flush()
 
 
 def _write_zip(path: Path, layout: _Layout, table: CellTable) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=COMPRESSION) as archive:
-        texts = _texts(table, layout, BLOCK_CELLS)
+        texts = _texts(table, layout)
         for part in range(-(-len(table) // ENTRY_CELLS)):
             # Opened by name, an entry is dated 1980, so that a rerun gives the same bytes.
             with archive.open(f"cells-{part:03d}.geojson", "w") as stream:
@@ -116,10 +116,12 @@ def _write_collection(write: Callable[[bytes], object], texts: Iterator[bytes]) 
     write(b"\n]}\n")
 
 
-def _texts(table: CellTable, layout: _Layout, rows: int) -> Iterator[bytes]:
-    chunks = table.iter_chunks(rows, obs=layout.obs, obsm=layout.obsm, features=bool(layout.features))
+def _texts(table: CellTable, layout: _Layout) -> Iterator[bytes]:
+    """Yield the features by BLOCK_CELLS; the table is read in larger steps, since its chunks are larger."""
+    chunks = table.iter_chunks(ENTRY_CELLS, obs=layout.obs, obsm=layout.obsm, features=bool(layout.features))
     for chunk in chunks:
-        yield _features(chunk, layout)
+        for piece in chunk.split(BLOCK_CELLS):
+            yield _features(piece, layout)
 
 
 def _features(chunk: CellChunk, layout: _Layout) -> bytes:

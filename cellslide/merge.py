@@ -1,10 +1,10 @@
 """Tiles -> slide: the one place that turns tile pixels into level-0 pixels, and the merge of overlapping tiles.
 
-Ownership: own boxes partition the plane, and a nucleus belongs to the tile whose own box holds its centroid. A tile reports
-its own nuclei and, beyond its own box, those within a narrow band, so that two tiles that place a centroid on either side
-of a seam cannot both disown it. What two tiles report twice is found along the seams only: same place, or outlines that
-overlap. The owner's nucleus stays; among equals the larger, then the one from the earlier tile. Cells of one tile never
-exclude each other, and touching neighbours from two tiles overlap too little to be taken for one.
+Ownership: own boxes partition the plane, and a nucleus belongs to the tile whose own box holds its centroid. A tile
+reports its own nuclei and, beyond its own box, those within a narrow band, so that two tiles that place a centroid on
+either side of a seam cannot both disown it. What two tiles report twice is found along the seams only: same place, or
+outlines that overlap. The owner's nucleus stays; among equals the larger, then the one from the earlier tile. Cells of
+one tile never exclude each other, and touching neighbours from two tiles overlap too little to be taken for one.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Grid(Protocol):
 def to_cells(instances: Instances, tile: Tile, plane: Plane, info: SlideInfo, band_um: float = BAND_UM) -> Cells:
     """Convert the nuclei of a tile to level-0 pixels and keep those this tile answers for.
 
-    Kept: centroid on the slide and in the own box or within `band_um` of it; or farther out, when the nucleus is so large that
-    the owner's read box cuts it. Nuclei cut by the read box are dropped unless that edge is the plane's. Centroids are rounded
-    to 1/1024 px, so that every tile gives a nucleus the same number.
+    Kept: centroid on the slide and in the own box or within `band_um` of it; or farther out, when the nucleus is so
+    large that the owner's read box cuts it. Nuclei cut by the read box are dropped unless that edge is the plane's.
+    Centroids are rounded to 1/1024 px, so that every tile gives a nucleus the same number.
     """
     own = _level0_box(tile.own_xyxy, plane)
     centroid = _round(plane.to_level0(_round(tile.to_plane(instances.centroid_xy))))
@@ -99,14 +99,13 @@ def _cut_inside(bounds: Float64, tile: Tile, plane: Plane) -> Bool:
     return np.asarray((touches & inside).any(axis=1))
 
 
-def _answers_for(
-    centroid: Float64, bounds: Float64, tile: Tile, plane: Plane, own: Float64, band_um: float
-) -> Bool:
+def _answers_for(centroid: Float64, bounds: Float64, tile: Tile, plane: Plane, own: Float64, band_um: float) -> Bool:
     """Whether the centroid is in the own box or its band, or the nucleus reaches out of the read box of its owner."""
     band = band_um / plane.mpp * np.array([plane.scale_x, plane.scale_y])
     outside = np.concatenate([own[:2] - centroid, centroid - own[2:]], axis=1)
     near = (outside <= np.tile(band, 2)).all(axis=1)
-    # Read boxes of neighbours overlap evenly about the seam: as far as this one reaches out of its own box, theirs reach in.
+    # Read boxes of neighbours overlap evenly about the seam: as far as this one reaches out of its own box, theirs
+    # reach in.
     read, ours = np.array(tile.read_xyxy), np.array(tile.own_xyxy)
     reach_in = np.abs(ours - read)
     inner = bounds + np.tile(read[:2], 2)
@@ -124,8 +123,9 @@ def _answers_for(
 def merge_stream(parts: Iterable[Cells], grid: Grid) -> Iterator[Cells]:
     """Merge the cells of tiles, given in order of tile index, and yield them in blocks in final order.
 
-    Final order: tile row that holds the centroid, then x, then y; equal places keep tile order. About three tile rows are in
-    memory at a time. How tiles are grouped into parts does not matter. Raises ValueError when parts come out of order.
+    Final order: tile row that holds the centroid, then x, then y; equal places keep tile order. About three tile rows
+    are in memory at a time. How tiles are grouped into parts does not matter. Raises ValueError when parts come out of
+    order.
     """
     merger = SeamMerger(grid)
     current, waiting = -1, list[Cells]()
@@ -156,7 +156,9 @@ def _by_row(part: Cells, n_cols: int) -> Iterator[tuple[int, Cells]]:
 class _Block:
     """Cells of one tile row with what the merge knows of them.
 
-    box   float64 (N, 4), bounds in level-0 px.     open     not yet decided.     kept     decided and not yet handed out.
+    box   float64 (N, 4), bounds in level-0 px.
+    open  bool (N,), not yet decided.
+    kept  bool (N,), decided, stays, and not yet handed out.
     """
 
     cells: Cells
@@ -168,8 +170,8 @@ class _Block:
 class SeamMerger:
     """Takes tile rows from top to bottom and hands out finished rows of cells, sorted.
 
-    A nucleus is decided once everything that could exclude it is known, so the result is that of one merge over the whole
-    slide; groups that reach into the next tile row's read boxes wait for it.
+    A nucleus is decided once everything that could exclude it is known, so the result is that of one merge over the
+    whole slide; groups that reach into the next tile row's read boxes wait for it.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -242,7 +244,8 @@ class SeamMerger:
         return np.stack([self._x_cuts[col], self._y_cuts[row], self._x_cuts[col + 1], self._y_cuts[row + 1]], axis=1)
 
     def _rank(self, pool: _Pool, pairs: Int64) -> Int64:
-        """Return (N,) places of the cells in `pairs` when the best comes first: owned, larger, earlier tile, left, upper."""
+        """Return (N,) places of the cells in `pairs` when the best comes first: owned, larger, earlier tile, left,
+        upper."""
         rivals = np.unique(pairs)
         tile, x, y = pool.tile[rivals], pool.centroid[rivals, 0], pool.centroid[rivals, 1]
         own = self._own_boxes(tile)
@@ -308,7 +311,8 @@ class _Pool:
         )
 
     def overlap(self, first: Int64, second: Int64) -> Float64:
-        """Return (M,) the area two cells share over that of the smaller one; outlines only where boxes leave it open."""
+        """Return (M,) the area two cells share over that of the smaller one; outlines only where boxes leave it
+        open."""
         import shapely
 
         low = np.maximum(self.box[first, :2], self.box[second, :2])
@@ -316,12 +320,12 @@ class _Pool:
         shared = np.prod(np.maximum(high - low, 0), axis=1)
         if not self._has_outlines():
             smaller = np.minimum(_box_area(self.box[first]), _box_area(self.box[second]))
-            return np.divide(shared, smaller, out=np.zeros_like(shared), where=smaller > 0)
+            return _ratio(shared, smaller)
         cells, place = np.unique(np.concatenate([first, second]), return_inverse=True)
         xy, start = self._rings(cells)
         area = ring_areas(xy, start)
         smaller = np.minimum(area[place[: len(first)]], area[place[len(first) :]])
-        share = np.divide(shared, smaller, out=np.zeros_like(shared), where=smaller > 0)
+        share = _ratio(shared, smaller)
         doubt = np.flatnonzero(share >= SAME_OVERLAP)
         if len(doubt):
             polygons = to_polygons(xy, start)
@@ -353,6 +357,10 @@ def _bounds(cells: Cells) -> Float64:
     return points if cells.box_xyxy is None else cells.box_xyxy
 
 
+def _ratio(part: Float64, whole: Float64) -> Float64:
+    return np.asarray(np.divide(part, whole, out=np.zeros_like(part), where=whole > 0))
+
+
 def _box_area(box: Float64) -> Float64:
     return np.asarray((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]))
 
@@ -368,7 +376,8 @@ def _spread(marked: Bool, pairs: Int64) -> Bool:
 
 
 def _best(rank: Int64, pairs: Int64) -> Bool:
-    """Keep cells from the best down, each unless a kept one excludes it (in rounds: all that beat their undecided rivals)."""
+    """Keep cells from the best down, each unless a kept one excludes it (in rounds: all that beat their undecided
+    rivals)."""
     kept, undecided = np.zeros(len(rank), np.bool_), np.ones(len(rank), np.bool_)
     while undecided.any():
         beaten = np.zeros(len(rank), np.bool_)

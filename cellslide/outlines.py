@@ -1,7 +1,8 @@
 """Outlines as flat rings: trace them from a label map, measure, repair and fill them, with no Python loop over nuclei.
 
-A set of N rings is a pair: `xy` (P, 2) vertices and `start` int64 (N + 1,) offsets; ring i is xy[start[i]:start[i + 1]],
-open (the first vertex is not repeated). Coordinates are continuous: pixel i covers [i, i + 1).
+A set of N rings is a pair: `xy` (P, 2) vertices and `start` int64 (N + 1,) offsets. Ring i is
+xy[start[i]:start[i + 1]], open (the first vertex is not repeated). Coordinates are continuous: pixel i covers
+[i, i + 1).
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ _SIDE_MIDDLE = np.array([(0.5, 0.0), (1.0, 0.5), (0.5, 1.0), (0.0, 0.5)])
 
 
 def trace_outlines(labels: NDArray[Any], n: int) -> tuple[Float32, Int64]:
-    """Return the outline of each label 1..n of a map (H, W) as rings in the map's pixels; an absent label has no vertex.
+    """Return the outline of each label 1..n of a map (H, W) as rings in the map's pixels; an absent label has no
+    vertex.
 
-    The ring joins the middles of the pixel sides that bound the region (marching squares at 0.5), so its area is the mask's
-    less half a pixel and it never touches itself, bridges one pixel wide and diagonal contacts included. Holes are filled;
-    of several 4-connected pieces the largest is taken.
+    The ring joins the middles of the pixel sides that bound the region (marching squares at 0.5), so its area is the
+    mask's less half a pixel and it never touches itself, bridges one pixel wide and diagonal contacts included. Holes
+    are filled; of several 4-connected pieces the largest is taken.
     """
     width = labels.shape[1] + 2
     padded = np.zeros((labels.shape[0] + 2, width), np.int32)
@@ -67,7 +69,8 @@ def _boundary_sides(padded: Int32) -> tuple[Int64, Int64, Int32]:
 
 
 def _walk_loops(follow: Int32) -> tuple[Int64, Int64]:
-    """Order the elements of a permutation loop by loop; returns (order, offsets of the loops). Pointer doubling, O(n log n)."""
+    """Order the elements of a permutation loop by loop; returns (order, offsets of the loops). Pointer doubling, O(n
+    log n)."""
     n = len(follow)
     own = np.arange(n, dtype=np.int32)
     head, jump = own, follow
@@ -93,7 +96,8 @@ def _walk_loops(follow: Int32) -> tuple[Int64, Int64]:
 
 
 def _largest_loops(xy: Float64, start: Int64, owner: Int32, n: int) -> tuple[Float32, Int64]:
-    """Pick for each owner 1..n its loop of largest area (holes run the other way round) and drop vertices on straight lines."""
+    """Pick for each owner 1..n its loop of largest area (holes run the other way round) and drop vertices on straight
+    lines."""
     area = _signed_areas(xy, start)
     rank = np.lexsort((-area, owner))
     first = np.ones(len(rank), np.bool_)
@@ -179,8 +183,8 @@ def ring_bounds(xy: NDArray[Any], start: Int64) -> Float64:
 def ring_features(contour_xy: NDArray[Any], start: Int64, mpp_x: float, mpp_y: float) -> Float32:
     """Measure rings given in level-0 pixels of `mpp_x`, `mpp_y` µm; returns (N, len(SHAPE_FEATURES)).
 
-    Axes are those of the ellipse with the same second moments (Green's theorem); circularity is 4 pi area / perimeter^2.
-    A ring without area gives zeros.
+    Axes are those of the ellipse with the same second moments (Green's theorem); circularity is 4 pi area /
+    perimeter^2. A ring without area gives zeros.
     """
     points = _local(contour_xy, start) * (mpp_x, mpp_y)
     x, y = points[:, 0], points[:, 1]
@@ -222,7 +226,8 @@ def to_polygons(xy: NDArray[Any], start: Int64) -> NDArray[Any]:
 
 
 def valid_rings(xy: NDArray[Any], start: Int64, grid_px: float = GRID_PX) -> tuple[Float64, Int64, Bool]:
-    """Put rings on a grid of `grid_px` and make them valid simple polygons, as strict readers of GeoJSON (QuPath) demand.
+    """Put rings on a grid of `grid_px` and make them valid simple polygons, as strict readers of GeoJSON (QuPath)
+    demand.
 
     Only rings that are not valid on the grid are rebuilt: the largest part of the repaired polygon, without its holes.
     Returns the rings and (N,) whether each survived; a ring that vanished on the grid has no vertex.
@@ -266,7 +271,8 @@ def _largest_part(geometry: Any) -> Any:
 
 
 def rasterise(contour_xy: NDArray[Any], start: Int64, shape: tuple[int, int]) -> Int32:
-    """Fill rings into a label map: pixel (row, col) gets i + 1 when its centre lies in ring i (even-odd); later rings win.
+    """Fill rings into a label map: pixel (row, col) gets i + 1 when its centre lies in ring i (even-odd); later rings
+    win.
 
     Parts outside `shape` are cut off. Filling the outline of a mask without holes gives the mask back.
     """

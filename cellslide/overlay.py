@@ -79,7 +79,7 @@ def _draw_chunk(picture: UInt8, chunk: CellChunk, colors: Colors, plane: Plane, 
     """Draw those cells of a chunk whose centre lies in the picture or near it."""
     height, width = picture.shape[:2]
     centre = plane.from_level0(chunk.cells.centroid_xy) - corner
-    near = ((centre > -64) & (centre < (width + 64, height + 64))).all(axis=1)
+    near = np.flatnonzero(((centre > -64) & (centre < (width + 64, height + 64))).all(axis=1))
     cells = chunk.cells.take(near)
     class_index = chunk.class_index[near]
     if cells.contour_xy is None or cells.contour_start is None:

@@ -150,7 +150,7 @@ def segment_array(model: LoadedModel | Segmenter, image: UInt8, mpp: float, conf
     everywhere = replace(model, config=replace(model.config, tissue=TissueConfig(enabled=False)))
     layout = lay_out(slide, everywhere)
     results = model.detector.run(partial(read_tile, slide, layout.plane), layout.tiles, Seconds())
-    parts = [to_part(result, layout.plane, slide.info) for result in results]
+    parts = [to_part(result, layout, slide.info) for result in results]
     for part in parts:
         if part.error is not None:
             raise TileError(f"tile {part.tile_index} of the image: {part.error}")
@@ -244,12 +244,18 @@ def read_tile(slide: Slide, plane: Plane, tile: Tile) -> UInt8:
     return slide.read_plane(plane, tile.read_xyxy)
 
 
-def to_part(result: TileResult, plane: Plane, info: SlideInfo) -> TilePart:
-    """Return what a tile gave in level-0 pixels, by the own-box rule."""
+def to_part(result: TileResult, layout: Layout, info: SlideInfo) -> TilePart:
+    """Return what a tile gave in level-0 pixels: what it answers for, and only inside what is to be searched.
+
+    Without the second rule, how far beyond the tissue nuclei are found would depend on the tile size.
+    """
     tile, instances = result.tile, result.instances
     if instances is None:
         return TilePart(tile.index, None, 0, result.error)
-    return TilePart(tile.index, to_cells(instances, tile, plane, info), len(instances))
+    cells = to_cells(instances, tile, layout.plane, info)
+    if layout.mask is not None:
+        cells = cells.take(layout.mask.contains(cells.centroid_xy))
+    return TilePart(tile.index, cells, len(instances))
 
 
 def detect_tiles(
@@ -265,7 +271,7 @@ def detect_tiles(
     results = segmenter.detector.run(partial(read_tile, slide, layout.plane), todo, record.seconds)
     try:
         with closing(results):
-            keep_parts(results, layout.plane, slide.info, parts, watch)
+            keep_parts(results, layout, slide.info, parts, watch)
     except CellslideError:
         watch.check()  # A signal to the whole group ends the decoding processes too; that is a stop, not a failure.
         raise
@@ -275,15 +281,13 @@ def detect_tiles(
         raise SlideError(f"{slide.info.path}: not one of {len(layout.tiles)} tiles could be done; {record.failed_tiles[0].error}")
 
 
-def keep_parts(
-    results: Iterator[TileResult], plane: Plane, info: SlideInfo, parts: Parts, watch: Watch
-) -> None:
+def keep_parts(results: Iterator[TileResult], layout: Layout, info: SlideInfo, parts: Parts, watch: Watch) -> None:
     """Write results to `parts` as they come, in groups; also those at hand when something stops the run."""
     group: list[TilePart] = []
     written = time.monotonic()
     try:
         for result in results:
-            group.append(to_part(result, plane, info))
+            group.append(to_part(result, layout, info))
             watch.progress.advance(group[-1].n_raw)
             watch.check()
             if len(group) >= PART_TILES or time.monotonic() - written > PART_SECONDS:

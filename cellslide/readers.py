@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import cv2
 import numpy as np
 import openslide
 import tifffile
@@ -67,8 +68,14 @@ def open_reader(path: Path) -> SlideReader:
     if _is_ome(file):
         # OpenSlide takes tiled OME-TIFF for plain TIFF, without its levels and pixel size.
         return TiffReader(path)
-    if openslide.OpenSlide.detect_format(file) is not None:
-        return OpenSlideReader(path, file)
+    vendor = openslide.OpenSlide.detect_format(file)
+    if vendor is not None:
+        try:
+            return OpenSlideReader(path, file)
+        except SlideError:
+            # Plain TIFF with a codec that OpenSlide lacks (WebP, Zstandard); vendors' own files are not second-guessed.
+            if vendor != "generic-tiff":
+                raise
     return TiffReader(path) if _is_tiff(file) else pillow_reader(path)
 
 
@@ -97,9 +104,9 @@ def _is_ome(path: Path) -> bool:
 
 def composite(rgba: UInt8, background: tuple[int, int, int]) -> UInt8:
     """Lay uint8 (h, w, 4) with straight alpha on a plain colour; (h, w, 3)."""
-    alpha = rgba[..., 3]
-    if alpha.size == 0 or alpha.min() == 255:
-        return np.ascontiguousarray(rgba[..., :3])
+    alpha = cv2.extractChannel(rgba, 3)
+    if alpha.min() == 255:
+        return np.asarray(cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB), np.uint8)
     share = alpha[..., None].astype(np.float32) / 255
     mixed = rgba[..., :3] * share + np.asarray(background, np.float32) * (1 - share)
     return np.rint(mixed).astype(np.uint8)
@@ -127,8 +134,8 @@ class OpenSlideReader:
         if downsample == round(downsample):
             where = x_px * round(downsample), y_px * round(downsample)
             return self._read(where, level, (width_px, height_px))
-        # OpenSlide takes positions as whole level-0 pixels and blends level pixels where these do not divide. On a fixed
-        # grid of blocks each pixel is blended in one way only, whichever box asks for it.
+        # OpenSlide takes positions as whole level-0 pixels and blends level pixels where these do not divide. On a
+        # fixed grid of blocks each pixel is blended in one way only, whichever box asks for it.
         out = np.empty((height_px, width_px, 3), np.uint8)
         for y in range(y_px // BLOCK_PX * BLOCK_PX, y_px + height_px, BLOCK_PX):
             for x in range(x_px // BLOCK_PX * BLOCK_PX, x_px + width_px, BLOCK_PX):

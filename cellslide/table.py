@@ -209,6 +209,21 @@ class CellChunk:
     def __len__(self) -> int:
         return len(self.cells)
 
+    def split(self, rows: int) -> Iterator[CellChunk]:
+        """Yield the chunk in pieces of at most `rows`."""
+        for first in range(0, len(self), rows):
+            part = slice(first, min(first + rows, len(self)))
+            cells = self.cells.take(np.arange(part.start, part.stop))
+            yield CellChunk(
+                self.start + first,
+                cells,
+                self.cell_id[part],
+                self.uuid[part],
+                self.class_index[part],
+                self.class_prob[part],
+                self.columns.rows(part),
+            )
+
 
 class CellTable:
     """A complete table on disk, read by row range; usable in a `with` block."""

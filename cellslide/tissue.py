@@ -1,7 +1,7 @@
-"""Where to look: the tissue of an H&E slide found on a thumbnail, a mask image, or everywhere; optionally inside a region.
+"""Where to look: the tissue that was found, a mask image, or everywhere; and only inside a region, if one is given.
 
-Frames: masks cover the whole slide, one cell per `scale_x` by `scale_y` level-0 pixels; polygons and boxes are level-0.
-A missed nucleus costs more than a searched piece of glass, so every doubt is decided for tissue.
+Frames: masks cover the whole slide, one cell per `scale_x` by `scale_y` level-0 pixels; boxes, points and polygons are
+level-0. Files for QuPath have its origin: the vendor's bounds are subtracted, unless "level0" is asked for.
 """
 
 from __future__ import annotations
@@ -20,33 +20,24 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import shapely
+import shapely.affinity
 from PIL import Image
+from shapely.geometry import shape
 from shapely.geometry.base import BaseGeometry
 
 from cellslide.config import TissueConfig
 from cellslide.errors import UsageError
 from cellslide.slide import Slide
-from cellslide.types import Bool, Float32, Float64, Int64, Plane, SlideInfo, UInt8
+from cellslide.tissue_detect import detect_tissue
+from cellslide.types import Bool, Float64, Int64, SlideInfo
 
 Box = tuple[float, float, float, float]
+Origin = Literal["bounds", "level0"]
 TISSUE_COLOR = (150, 110, 60)
 GRID_PX = 0.01
-
-# Searched more finely than the mask's cells, so that a single nucleus in pale stroma or fat still shows.
-FINE_AREA_MM2 = 100.0
-BAND_PX = 8 << 20
-
-# Chroma is max - min of the channels, 0..255, after glass was made neutral. Glass keeps below 3, pale stroma starts at 6.
-CHROMA_RANGE = (6, 12)
-PALE_CHROMA = 3.5
-RELIEF = 9
-SPOT_CHROMA = 30
-PLAIN_GLASS = 245.0
-
-CLOSE_UM, RIM_UM, SPOT_REACH_UM = 24.0, 24.0, 32.0
-HOLE_UM2 = 60_000.0
-# Pens and scanner borders are broad; dye on a cut margin and pigment are thin, and belong to the tissue.
-PEN_WIDTH_UM, PEN_HALO_UM = 80.0, 48.0
+# Outlines follow the cells' edges; steps of one cell are smoothed away.
+SMOOTH_CELLS = 0.8
+MASK_ASPECT = 0.05
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "cellslide/tissue")
 _log = logging.getLogger(__name__)
@@ -54,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TissueMask:
-    """Where to look: `mask` (h, w) over the whole slide, and only inside `roi` (level-0) where there is one."""
+    """Where to look: `mask` (h, w) over the whole slide, and only inside `roi` where there is one."""
 
     mask: Bool
     scale_x: float
@@ -65,55 +56,185 @@ class TissueMask:
 
     @cached_property
     def _sums(self) -> Int64:
-        return np.pad(self.mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        sums: Int64 = np.pad(self.mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        return sums
 
     def hit(self, xyxy: Box) -> bool:
         """Return True where a level-0 box meets what is to be searched."""
-        (x0, x1), (y0, y1) = self._span(xyxy[0], xyxy[2], 1), self._span(xyxy[1], xyxy[3], 0)
+        x0, x1 = _span(xyxy[0], xyxy[2], self.scale_x, self.mask.shape[1])
+        y0, y1 = _span(xyxy[1], xyxy[3], self.scale_y, self.mask.shape[0])
         if x1 <= x0 or y1 <= y0:
             return False
         sums = self._sums
         found = sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0] > 0
-        return bool(found) and (self.roi is None or bool(self.roi.intersects(shapely.box(*xyxy))))
-
-    def _span(self, low: float, high: float, axis: int) -> tuple[int, int]:
-        scale, size = (self.scale_x if axis else self.scale_y), self.mask.shape[axis]
-        return int(np.clip(np.floor(low / scale), 0, size)), int(np.clip(np.ceil(high / scale), 0, size))
+        return bool(found) and (self.roi is None or bool(shapely.intersects(self.roi, shapely.box(*xyxy))))
 
     def contains(self, xy: Float64) -> Bool:
         """Return which level-0 points (N, 2) lie in what is to be searched."""
         height, width = self.mask.shape
-        col, row = (np.floor(xy / (self.scale_x, self.scale_y))).astype(np.int64).T
-        inside = (col >= 0) & (row >= 0) & (col < width) & (row < height)
+        col, row = np.floor(xy / (self.scale_x, self.scale_y)).astype(np.int64).T
+        inside: Bool = (col >= 0) & (row >= 0) & (col < width) & (row < height)
         inside[inside] = self.mask[row[inside], col[inside]]
         if self.roi is not None:
             inside &= shapely.intersects_xy(self.roi, xy[:, 0], xy[:, 1])
         return inside
 
     @property
-    def area_share(self) -> float:
-        """Share of the slide that the mask covers; the region of interest is not counted."""
-        return float(self.mask.mean())
+    def is_empty(self) -> bool:
+        """True where nothing is to be searched."""
+        return not self.polygons()
 
     def polygons(self) -> list[shapely.Polygon]:
-        """Return valid polygons in level-0 pixels on a 0.01 px grid, inside the slide, the largest first."""
-        outline = shapely.affinity_transform(_mask_outline(self.mask), self.scale_x, self.scale_y)
-        outline = outline.intersection(shapely.box(0, 0, self.width_px, self.height_px))
+        """Return valid polygons on a 0.01 px grid, inside the slide, the largest first."""
+        outline = shapely.affinity.scale(outline_cells(self.mask), self.scale_x, self.scale_y, origin=(0, 0))
+        outline = shapely.intersection(outline, shapely.box(0, 0, self.width_px, self.height_px))
         if self.roi is not None:
-            outline = outline.intersection(self.roi)
-        outline = shapely.set_precision(shapely.make_valid(outline), GRID_PX)
-        parts = [p for p in shapely.get_parts(outline) if isinstance(p, shapely.Polygon) and not p.is_empty]
-        return sorted(parts, key=lambda p: (-p.area, p.bounds))
+            outline = shapely.intersection(outline, self.roi)
+        return on_grid(outline)
+
+
+def _span(low: float, high: float, scale: float, size: int) -> tuple[int, int]:
+    """Return the first and one past the last cell that low..high touches."""
+    return max(int(np.floor(low / scale)), 0), min(int(np.ceil(high / scale)), size)
+
+
+def outline_cells(mask: Bool) -> BaseGeometry:
+    """Return the outline of a mask (h, w) in its own cells, holes cut out, steps of single cells smoothed.
+
+    Traced on doubled cells, whose centres lie a quarter inside the edges; growing by that quarter gives the edges.
+    """
+    doubled = np.repeat(np.repeat(mask.astype(np.uint8), 2, axis=0), 2, axis=1)
+    rings, hierarchy = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    if not rings:
+        return shapely.MultiPolygon()
+    outers: dict[int, list[Any]] = {k: [] for k, links in enumerate(hierarchy[0]) if links[3] < 0}
+    for k, links in enumerate(hierarchy[0]):
+        if links[3] >= 0 and len(rings[k]) > 2:
+            outers[int(links[3])].append(_ring(rings[k]))
+    parts = [shapely.Polygon(_ring(rings[k]), holes) for k, holes in outers.items() if len(rings[k]) > 2]
+    grown = shapely.buffer(shapely.make_valid(shapely.MultiPolygon(parts)), 0.25, join_style="mitre")
+    return shapely.simplify(grown, SMOOTH_CELLS, preserve_topology=True)
+
+
+def _ring(contour: Any) -> Float64:
+    return np.asarray((contour[:, 0].astype(np.float64) + 0.5) / 2, np.float64)
+
+
+def on_grid(geometry: BaseGeometry) -> list[shapely.Polygon]:
+    """Return the polygons of a geometry, valid with all vertices on the 0.01 px grid, the largest first."""
+    snapped = shapely.set_precision(shapely.make_valid(geometry), GRID_PX)
+    parts = [p for p in shapely.get_parts(snapped, return_index=False) for p in _polygons(p)]
+    return sorted((p for p in parts if not p.is_empty), key=lambda p: (-p.area, p.bounds))
+
+
+def _polygons(geometry: BaseGeometry) -> Iterator[shapely.Polygon]:
+    for part in shapely.get_parts(geometry):
+        if isinstance(part, shapely.Polygon):
+            yield part
+        elif shapely.get_num_geometries(part) > 1:
+            yield from _polygons(part)
 
 
 def find_tissue(slide: Slide, config: TissueConfig) -> TissueMask:
-    """Return where to look on a slide. Raises UsageError for a mask or region that cannot be used."""
+    """Return where to look on a slide; says so in the log where that is nowhere.
+
+    Raises UsageError for a mask or a region that cannot be used.
+    """
     info = slide.info
+    roi = load_roi(config.roi, info, config.roi_origin) if config.roi else None
     if config.mask is not None:
-        mask = _load_mask(config.mask, info)
+        found = _load_mask(config.mask, info)
     elif config.enabled:
-        mask = _detect(slide, config)
+        found = detect_tissue(slide, config.thumbnail_mpp, config.min_area_um2)
     else:
-        mask = np.ones((1, 1), np.bool_)
-    scale_x, scale_y = info.width_px / mask.shape[1], info.height_px / mask.shape[0]
-    return TissueMask(mask, scale_x, scale_y, info.width_px, info.height_px, None)
+        found = np.ones((1, 1), np.bool_), (float(info.width_px), float(info.height_px))
+    mask, (scale_x, scale_y) = found
+    tissue = TissueMask(mask, scale_x, scale_y, info.width_px, info.height_px, roi)
+    if tissue.is_empty:
+        _log.warning("%s: no tissue found%s", info.path, "" if roi is None else " inside --roi")
+    return tissue
+
+
+def _load_mask(path: Path, info: SlideInfo) -> tuple[Bool, tuple[float, float]]:
+    """Read a mask image of the whole slide, any size: non-zero is tissue."""
+    try:
+        with Image.open(path) as image:
+            cells = np.asarray(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(f"--tissue-mask {path}: cannot be read as an image: {error}") from error
+    mask = cells != 0 if cells.ndim == 2 else (cells[..., :3] != 0).any(axis=2)
+    height, width = mask.shape
+    expected = info.height_px * width / info.width_px
+    if abs(height - expected) > max(1.0, MASK_ASPECT * expected):
+        raise UsageError(
+            f"--tissue-mask {path}: {width} x {height} has not the shape of {info.path.name}, "
+            f"{info.width_px} x {info.height_px}; it must show the whole slide"
+        )
+    return mask, (info.width_px / width, info.height_px / height)
+
+
+def load_roi(path: Path, info: SlideInfo, origin: Origin = "bounds") -> BaseGeometry:
+    """Return the polygons of a GeoJSON file (.gz too) as one level-0 geometry; `origin` is what they are relative to.
+
+    Takes a FeatureCollection, a Feature, a geometry or a bare list of these, as QuPath and others write them. Raises
+    UsageError where there is no polygon.
+    """
+    try:
+        raw = path.read_bytes()
+        content = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
+        parts = [shapely.make_valid(shape(g)) for g in _geometries(content)]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, shapely.errors.ShapelyError) as error:
+        raise UsageError(f"--roi {path}: not GeoJSON: {error}") from error
+    polygons = [p for part in parts for p in _polygons(part)]
+    if not polygons:
+        raise UsageError(f"--roi {path}: no polygon in it")
+    dx, dy = origin_offset(info, origin)
+    roi = shapely.affinity.translate(shapely.union_all(polygons), dx, dy)
+    shapely.prepare(roi)
+    return roi
+
+
+def _geometries(content: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(content, list):
+        for item in content:
+            yield from _geometries(item)
+    elif content.get("type") == "FeatureCollection":
+        yield from _geometries(content["features"])
+    elif content.get("type") == "Feature":
+        yield from _geometries(content["geometry"]) if content.get("geometry") else ()
+    else:
+        yield content
+
+
+def origin_offset(info: SlideInfo, origin: Origin) -> tuple[int, int]:
+    """Return the level-0 position of a file's zero point: the corner of the bounds, where QuPath crops, or (0, 0)."""
+    return info.bounds[:2] if origin == "bounds" and info.bounds is not None else (0, 0)
+
+
+def write_tissue(tissue: TissueMask, path: Path, info: SlideInfo, origin: Origin = "bounds") -> None:
+    """Write the searched regions as QuPath annotations, one Feature per polygon, in one step."""
+    dx, dy = origin_offset(info, origin)
+    polygons = [p for q in tissue.polygons() for p in on_grid(shapely.affinity.translate(q, -dx, -dy))]
+    features = [_feature(polygon, number, info) for number, polygon in enumerate(polygons, 1)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    partial.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
+    partial.replace(path)
+
+
+def _feature(polygon: shapely.Polygon, number: int, info: SlideInfo) -> dict[str, Any]:
+    rings = [polygon.exterior, *polygon.interiors]
+    coordinates = [[[round(x, 2), round(y, 2)] for x, y in ring.coords] for ring in rings]
+    area_mm2 = polygon.area * info.mpp_x * info.mpp_y / 1e6
+    return {
+        "type": "Feature",
+        "id": str(uuid.uuid5(_NAMESPACE, f"{info.slide_id}/{coordinates}")),
+        "geometry": {"type": "Polygon", "coordinates": coordinates},
+        "properties": {
+            "objectType": "annotation",
+            "name": f"Tissue {number}",
+            "isLocked": True,
+            "classification": {"name": "Tissue", "color": list(TISSUE_COLOR)},
+            "measurements": {"area mm2": round(area_mm2, 6)},
+        },
+    }

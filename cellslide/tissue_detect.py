@@ -1,7 +1,8 @@
 """Find the tissue of an H&E slide on an overview, without a model.
 
-Colour, relief and single nuclei are looked at, each on its own: dense tissue is coloured, pale stroma has fibres, and fat
-shows only its nuclei. Glass is plain. A missed nucleus costs more than a searched piece of glass, so doubt is tissue.
+Colour, relief and single nuclei are looked at, each on its own: dense tissue is coloured, pale stroma has fibres, and
+fat shows only its nuclei. Glass is plain. A missed nucleus costs more than a searched piece of glass, so
+doubt is tissue.
 
 Units: chroma is max - min of the channels, 0..255, after the glass was made neutral.
 """
@@ -27,7 +28,7 @@ PALE_CHROMA, RELIEF, SPOT_CHROMA = 3.5, 9, 34
 GLASS_CHROMA, GLASS_RELIEF, GLASS_LEVEL, GLASS_SHARE = 14, 4, 150, 0.01
 NEUTRAL = 245.0
 
-CLOSE_UM, RIM_UM, SPOT_REACH_UM = 24.0, 24.0, 20.0
+CLOSE_UM, RIM_UM, SPOT_REACH_UM = 24.0, 16.0, 20.0
 HOLE_UM2 = 60_000.0
 FIELD_SHARE = 0.005
 # Pens and scanner borders are broad; dye on a cut margin and pigment are thin, and belong to the tissue.
@@ -36,9 +37,9 @@ PEN_WIDTH_UM, PEN_HALO_UM = 80.0, 40.0
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """The slide in cells of `um` µm and `scale` level-0 pixels (x, y): mean colour, and what is inside each cell.
+    """The slide in cells of `um` µm and `scale` level-0 pixels (x, y): mean colour, and what is in each cell.
 
-    rgb uint8 (h, w, 3); spot uint8 (h, w), the largest chroma in the cell; relief uint8 (h, w), its range of brightness.
+    rgb uint8 (h, w, 3); spot uint8 (h, w), the largest chroma in a cell; relief uint8 (h, w), its brightness range.
     """
 
     rgb: UInt8
@@ -51,7 +52,7 @@ class Overview:
 def detect_tissue(slide: Slide, cell_um: float, min_area_um2: float) -> tuple[Bool, tuple[float, float]]:
     """Return a mask (h, w) over the whole slide and the level-0 pixels per cell in x and y.
 
-    Cells are `cell_um` µm wide, smaller on small fields. Pieces below `min_area_um2` are left out, less on small fields.
+    Cells are `cell_um` µm wide, smaller on small fields; pieces below `min_area_um2`, smaller too, are left out.
     """
     view = overview(slide, cell_um)
     area_um2 = slide.info.width_px * slide.info.mpp_x * slide.info.height_px * slide.info.mpp_y
@@ -103,7 +104,7 @@ def tissue_cells(view: Overview, min_area_um2: float) -> Bool:
     glass = glass_colour(view)
     neutral = neutralise(view.rgb, glass)
     ink = ink_cells(view.rgb, neutral, view.um)
-    colour = cv2.GaussianBlur(neutral, (0, 0), max(0.5, 4.0 / view.um))
+    colour = np.asarray(cv2.GaussianBlur(neutral, (0, 0), max(0.5, 4.0 / view.um)), np.uint8)
     stained = _stained(colour, view) & (view.rgb.min(axis=2) < 253) & ~ink
     closed = _close(stained, CLOSE_UM / view.um) & ~ink
     kept = _drop_small(closed, min_area_um2 / view.um**2)
@@ -159,7 +160,7 @@ def ink_cells(rgb: UInt8, neutral: UInt8, um: float) -> Bool:
 
 
 def _disc(radius: float) -> UInt8:
-    size = max(int(round(radius)), 0) * 2 + 1
+    size = max(round(radius), 0) * 2 + 1
     return np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)), np.uint8)
 
 
@@ -173,7 +174,7 @@ def _open(mask: Bool, radius: float) -> Bool:
 
 def _close(mask: Bool, radius: float) -> Bool:
     """Close gaps; the border is padded, since closing at an edge would else open it."""
-    pad = int(round(radius)) + 1
+    pad = round(radius) + 1
     padded = cv2.copyMakeBorder(mask.astype(np.uint8), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
     closed = cv2.morphologyEx(padded, cv2.MORPH_CLOSE, _disc(radius))
     return np.asarray(closed[pad:-pad, pad:-pad] > 0, np.bool_)

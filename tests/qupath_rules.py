@@ -1,7 +1,7 @@
 """What QuPath 0.4 to 0.7 demands of a GeoJSON file of detections, rule by rule; an empty list of faults is a good file.
 
-Some faults cost QuPath the whole file (a class without colour, an open or self-crossing ring, a null, text as a measurement),
-others lose something in silence (ids that are no UUID, a misplaced nucleus, a missing objectType). All are faults here.
+Some faults cost QuPath the whole file (a class without colour, an open or self-crossing ring, a null, a text as
+measurement), others lose something in silence (ids that are no UUID, a misplaced nucleus, no objectType). All count here.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _nucleus_faults(feature: dict[str, Any]) -> list[str]:
 
 
 def geometry_faults(geometry: dict[str, Any]) -> list[str]:
-    """Return the faults of a geometry: only Point and Polygon, finite, on the grid, closed, valid also after snapping."""
+    """Return the faults of a geometry: Point or Polygon only, finite, on the grid, closed, valid, also when snapped."""
     kind, coordinates = geometry.get("type"), geometry.get("coordinates")
     if kind == "Point":
         return _coordinate_faults([coordinates])

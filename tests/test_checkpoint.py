@@ -31,8 +31,8 @@ from cellslide.models.checkpoint import (
 from tests.parity import fill, load_keys
 
 CELLVTA: dict[str, Any] = {
-    "embed_dim": 64, "depth": 4, "num_heads": 1, "interaction_indexes": ((0, 0), (1, 1), (2, 2), (3, 3)), "conv_inplane": 8,
-    "decoder_widths": (4, 6, 8, 10), "deform_num_heads": 4, "img_size": 64,
+    "embed_dim": 64, "depth": 4, "num_heads": 1, "interaction_indexes": ((0, 0), (1, 1), (2, 2), (3, 3)),
+    "conv_inplane": 8, "decoder_widths": (4, 6, 8, 10), "deform_num_heads": 4, "img_size": 64,
 }  # fmt: skip
 CELLVIT: dict[str, Any] = {
     "embed_dim": 64, "depth": 4, "num_heads": 1, "extract_layers": (1, 2, 3, 4), "decoder_widths": (4, 6, 8, 10),
@@ -68,10 +68,12 @@ def model_of(name: str, **changes: Any) -> nn.Module:
 
 def publish(path: Path, name: str, module: nn.Module, **extra: Any) -> Path:
     """Write `module` in the layout of published checkpoints, a numpy scalar as metric included."""
-    optimizer = torch.optim.AdamW(module.parameters())
+    moments = {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}}
     content = {
-        "arch": name, "epoch": 3, "model_state_dict": module.state_dict(), "optimizer_state_dict": optimizer.state_dict(),
-        "best_metric": np.float64(0.5), "config": PUBLISHED_CONFIG, "scaler_state_dict": None, "wandb_id": "abc", **extra,
+        "arch": name, "epoch": 3, "model_state_dict": module.state_dict(),
+        "optimizer_state_dict": {"state": moments, "param_groups": [{"betas": (0.9, 0.99)}]},
+        "best_metric": np.float64(0.5),
+        "config": PUBLISHED_CONFIG, "scaler_state_dict": None, "wandb_id": "abc", **extra,
     }  # fmt: skip
     torch.save(content, path)
     return path
@@ -97,13 +99,13 @@ def test_small_models_load_without_being_told_their_sizes(name: str, tmp_path: P
 @pytest.mark.parametrize(
     ("keys", "arch", "expected"),
     [
-        ("cellvta_uni_keys", "CellViTUNIAdapter", {"embed_dim": 1024, "num_heads": 16, "deform_num_heads": 8, "conv_inplane": 64}),
+        ("cellvta_uni_keys", "CellViTUNIAdapter", {"num_heads": 16, "deform_num_heads": 8, "conv_inplane": 64}),
         ("cellvit_256_keys", "CellViT256", {"num_heads": 6, "extract_layers": (3, 6, 9, 12)}),
         ("cellvit_sam_b_keys", "CellViTSAM", {"num_heads": 12, "global_attn_indexes": (2, 5, 8, 11), "img_size": 1024}),
         ("cellvit_sam_l_keys", "CellViTSAM", {"num_heads": 16, "extract_layers": (6, 12, 18, 24)}),
         ("cellvit_sam_h_keys", "CellViTSAM", {"num_heads": 16, "global_attn_indexes": (7, 15, 23, 31)}),
         ("cellvit_uni_keys", "CellViTUNI", {"num_heads": 16, "num_tissue_classes": 19}),
-        ("cellvit_virchow_keys", "CellViTVirchow", {"num_heads": 16, "mlp_hidden": 6832, "patch_size": 14, "img_size": 224}),
+        ("cellvit_virchow_keys", "CellViTVirchow", {"num_heads": 16, "mlp_hidden": 6832, "patch_size": 14}),
         ("cellvit_virchow2_keys", "CellViTVirchow2", {"num_heads": 16, "n_registers": 4, "img_size": 224}),
     ],
 )  # fmt: skip
@@ -156,7 +158,7 @@ def test_code_in_a_pickle_is_refused_and_named(zipped: bool, tmp_path: Path) -> 
     path = tmp_path / "evil.pth"
     content = {"arch": "CellViT256", "model_state_dict": {}, "config": Evil(trap)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(WeightsError, match="blocked: .*system") as caught:
+    with pytest.raises(WeightsError, match=r"blocked: .*system") as caught:
         read_checkpoint(path)
     assert caught.value.exit_code == 3
     assert not trap.exists()
@@ -189,6 +191,15 @@ def test_bare_safetensors_are_recognised(tmp_path: Path) -> None:
         path = tmp_path / f"{name}.safetensors"
         save_file(model_of(name).state_dict(), path)
         assert read_checkpoint(path).arch == short
+
+
+def test_model_without_positions_is_recognised(tmp_path: Path) -> None:
+    changes = {"use_pos_embed": False, "num_tissue_classes": 0, "num_nuclei_classes": 0}
+    module = model_of("CellViTUNIAdapter", **changes)
+    save_file(module.state_dict(), tmp_path / "a.safetensors")
+    config = infer_config(read_checkpoint(tmp_path / "a.safetensors"))
+    assert {key: config[key] for key in changes} == changes
+    load_strict(build_empty("cellvta", config), module.state_dict(), "a")
 
 
 def test_missing_and_unexpected_are_all_listed() -> None:

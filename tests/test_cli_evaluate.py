@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,11 +134,10 @@ def test_foreign_classes_are_said_and_can_be_mapped(typed_points: Path, tmp_path
 
 @pytest.fixture
 def fake_network(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A model "fake" that finds the first two of the three nuclei; returns the pixel sizes it was called with."""
-    import cellslide.pipeline
-    import cellslide.segmenter
-    import cellslide.weights
+    """A model "fake" that finds the first two of the three nuclei; returns the pixel sizes it was called with.
 
+    Whole modules are replaced, so that no network library is imported for a test of the wiring.
+    """
     seen: list[float] = []
     classes = (ClassSpec("tumour", (255, 0, 0)), ClassSpec("stroma", (0, 255, 0)))
     spec = ModelSpec("fake", "mask", 0.25, 256, 64, (0, 0, 0), (1, 1, 1), classes)
@@ -155,9 +155,13 @@ def fake_network(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         seen.append(mpp)
         return cells_at(CENTRES[:2], 8, prob)
 
-    monkeypatch.setattr(cellslide.weights, "load_model", lambda model, weights: SimpleNamespace(spec=spec))
-    monkeypatch.setattr(cellslide.segmenter, "open_segmenter", lambda loaded, config: Opened())
-    monkeypatch.setattr(cellslide.pipeline, "segment_array", segment_array)
+    modules = {
+        "weights": SimpleNamespace(load_model=lambda model, weights: SimpleNamespace(spec=spec)),
+        "segmenter": SimpleNamespace(open_segmenter=lambda loaded, config: Opened()),
+        "pipeline": SimpleNamespace(segment_array=segment_array),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, f"cellslide.{name}", module)
     return seen
 
 

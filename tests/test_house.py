@@ -80,6 +80,38 @@ def test_readme_begins_with_the_two_commands_and_ci_runs_them() -> None:
     assert re.search(r"^\.venv/bin/pytest$", run, flags=re.MULTILINE)
 
 
+COLUMNS = {
+    "bpq": "bPQ", "bdq": "bDQ", "bsq": "bSQ", "aji": "AJI", "dice": "Dice", "f1_iou50": "F1 at IoU 0.5",
+    "detection_f1": "detection F1 at 3 µm",
+}  # fmt: skip
+
+
+def scores_table(metrics: dict[str, dict[str, float]]) -> str:
+    """Return the README's table of scores for the `metrics` of an entry of the manifest."""
+    keys = [key for key in COLUMNS if any(key in row for row in metrics.values())]
+    if not keys:
+        return ""
+    lines = ["| images | " + " | ".join(COLUMNS[key] for key in keys) + " |", "| --- |" + " --- |" * len(keys)]
+    for name, row in metrics.items():
+        cells = (f"{row[key]:.3f}" if row.get(key) is not None else "" for key in keys)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n" + "\n".join(lines) + "\n\n"
+
+
+def test_readme_scores_are_those_of_the_manifest() -> None:
+    content = yaml.safe_load(MANIFEST.read_text())
+    shipped = next(e for e in content["weights"] if e["id"] == content["defaults"]["segment"])
+    found = re.search(r"<!-- scores -->\n(.*)<!-- /scores -->", (CHECKOUT / "README.md").read_text(), flags=re.DOTALL)
+    assert found, "README has lost its table of scores"
+    expected = scores_table(shipped.get("metrics") or {})
+    assert found[1] == expected, f"put this between the markers:\n{expected}"
+
+
+def test_scores_table_shows_what_is_known() -> None:
+    table = scores_table({"a": {"bpq": 0.5, "other": 1.0}, "b": {"dice": 0.25, "bpq": None}})
+    assert table == "\n| images | bPQ | Dice |\n| --- | --- | --- |\n| a | 0.500 |  |\n| b |  | 0.250 |\n\n"
+
+
 @pytest.mark.parametrize("name", ["README.md", "docs/architecture.md", "examples/README.md"])
 def test_links_lead_somewhere(name: str) -> None:
     page = CHECKOUT / name
@@ -104,7 +136,7 @@ def test_wheel_carries_the_manifest_and_the_default_weights() -> None:
     assert manifest.read_bytes() == MANIFEST.read_bytes()
     content = yaml.safe_load(MANIFEST.read_text())
     names = {str(f) for f in dist.files or []}
-    entries = {e["id"]: e for e in content["weights"]} if isinstance(content["weights"], list) else content["weights"]
-    for default in content["defaults"].values():
+    entries = {e["id"]: e for e in content["weights"]}
+    for default in filter(None, content["defaults"].values()):
         file = entries[default]["file"]
         assert any(name.endswith(Path(file).name) for name in names), f"{default}: {file} is not in the wheel"

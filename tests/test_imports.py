@@ -21,7 +21,7 @@ LAYERS = (
     ("config", "record", "jsontext", "device", "pixelsize", "resample", "staging", "uuids"),
     ("readers", "tiles", "outlines", "models", "anndata_store", "demo"),
     ("slide", "decode", "weights", "parts", "spatial"),
-    ("slides", "tissue", "merge", "table", "infer", "evaluate"),
+    ("slides", "tissue", "tissue_detect", "merge", "table", "infer", "evaluate"),
     ("geojson", "labels", "detect", "onnx", "overlay"),
     ("export", "segmenter"),
     ("pipeline",),

@@ -40,7 +40,7 @@ def centres(width: int, height: int, scale: float = 1.0) -> np.ndarray:
     """Return places (N, 2) of discs in level-0 pixels: on seams, where seams cross, on borders and corners, and between."""
     seams = [(x, y) for x in SEAMS for y in SEAMS]
     near = [(x + 16.25, y + 17.5) for x in SEAMS[::2] for y in (60, 300, 700)]
-    rim = [(0.0, 30.0), (30.0, 0.0), (width, 100.0), (100.0, height), (0.0, 0.0), (width, height), (width - 4, 5.0)]
+    rim = [(0.0, 30.0), (30.0, 0.0), (width, 100.0), (100.0, height), (0.0, 0.0), (width - 5, height - 5), (width - 4, 5.0)]
     rng = np.random.default_rng(1)
     places = [(x * scale, y * scale) for x, y in seams + near] + rim
     for x, y in rng.uniform(0, (width, height), (300, 2)):
@@ -177,15 +177,15 @@ def test_an_interrupted_slide_goes_on_and_ends_the_same(slide: PaintedSlide, tmp
         with pytest.raises(Interrupted) as stopped:
             segment(slide.path, tmp_path / "parts", watch=Watch(hears, hears.stop))
         assert stopped.value.exit_code == 143
-        assert hears.begun == (30, done) and hears.seen == 4
+        assert hears.begun == (24, done) and hears.seen == 4
         done += 4
         assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
         assert not (folder / "cells.zarr").exists() and (folder / ".parts").is_dir()
     hears = StopAfter(99)
     record, table = segment(slide.path, tmp_path / "parts", watch=Watch(hears, hears.stop))
-    assert hears.begun == (30, 12) and hears.seen == 18
+    assert hears.begun == (24, 12) and hears.seen == 12
     assert_same(columns(whole), columns(table))
-    assert record.counts.tiles == 30 and not (folder / ".parts").exists()
+    assert record.counts.tiles == 24 and not (folder / ".parts").exists()
     assert sorted(p.name for p in folder.iterdir()) == ["cells.zarr", "run.json", "tissue.geojson"]
 
 
@@ -225,7 +225,7 @@ def test_the_record_says_what_was_done(slide: PaintedSlide, tmp_path: Path) -> N
     record, table = segment(slide.path, tmp_path, replace(BASE, infer=replace(BASE.infer, seed=7)))
     content = json.loads((tmp_path / "seams" / "run.json").read_text())
     assert content["status"] == "done" and content["seed"] == 7 and content["device"] == "cpu"
-    assert content["counts"] == {"tiles": 30, "tiles_empty": 0, "tiles_failed": 0, "nuclei_raw": record.counts.nuclei_raw, "nuclei": table.n}
+    assert content["counts"] == {"tiles": 24, "tiles_empty": 0, "tiles_failed": 0, "nuclei_raw": record.counts.nuclei_raw, "nuclei": table.n}
     assert record.counts.nuclei_raw > table.n
     assert (content["slide"]["width"], content["slide"]["height"], content["slide"]["mpp"]) == (1101, 803, 0.5)
     assert content["config"]["tiles"] == {"size_px": 256, "overlap_px": 64}
@@ -254,24 +254,24 @@ def torn(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
 def test_failed_tiles_are_recorded_and_done_again_next_time(slide: PaintedSlide, tmp_path: Path, torn: set[int]) -> None:
     record, partial = segment(slide.path, tmp_path)
-    assert record.status == "done_with_errors" and record.counts.tiles_failed == 5
-    assert [(t.x, t.y) for t in record.failed_tiles] == [(192, y) for y in (0, 192, 384, 576, 768)]
+    assert record.status == "done_with_errors" and record.counts.tiles_failed == 4
+    assert [(t.x, t.y) for t in record.failed_tiles] == [(192, y) for y in (0, 192, 384, 576)]
     assert record.failed_tiles[0].error == "read: TileError: bad block"
     assert 0 < partial.n < len(visible(slide))
     torn.clear()
     hears = StopAfter(99)
     record, table = segment(slide.path, tmp_path, watch=Watch(hears, hears.stop))
-    assert record.status == "done" and hears.begun == (30, 25) and table.n == len(visible(slide))
+    assert record.status == "done" and hears.begun == (24, 20) and table.n == len(visible(slide))
     assert record.failed_tiles == [] and not (tmp_path / "seams" / ".parts").exists()
     assert_same(columns(table), columns(segment(slide.path, tmp_path / "clean")[1]))
 
 
 def test_a_slide_of_which_no_tile_can_be_done_fails(slide: PaintedSlide, tmp_path: Path, torn: set[int]) -> None:
     torn.update(range(0, 2000, 192))
-    with pytest.raises(SlideError, match="not one of 30 tiles could be done; read: TileError: bad block"):
+    with pytest.raises(SlideError, match="not one of 24 tiles could be done; read: TileError: bad block"):
         segment(slide.path, tmp_path)
     content = json.loads((tmp_path / "seams" / "run.json").read_text())
-    assert content["status"] == "failed" and "not one of 30" in content["error"]
+    assert content["status"] == "failed" and "not one of 24" in content["error"]
 
 
 def test_a_slide_smaller_than_a_tile_and_one_pixel_more_than_one(tmp_path: Path) -> None:
@@ -295,19 +295,36 @@ def test_a_slide_without_tissue_finishes_with_no_cells(tmp_path: Path) -> None:
     assert segment(path, tmp_path / "out", formats)[0] == record
 
 
-def test_only_tissue_and_region_of_interest_are_searched(tmp_path: Path) -> None:
-    path = tmp_path / "half.tif"
-    places = [(x, y) for x in range(60, 2000, 120) for y in range(60, 900, 120)]
-    paint_slide(path, 2000, 900, 0.5, places, 7.0, background="tissue", tissue_xyxy=(0, 0, 1000, 900))
-    everywhere, table = segment(path, tmp_path / "all")
-    found, some = segment(path, tmp_path / "tissue", replace(BASE, tissue=TissueConfig()))
-    assert found.counts.tiles < everywhere.counts.tiles and some.n < table.n == len(places)
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> PaintedSlide:
+    """A slide whose left half is tissue."""
+    path = tmp_path_factory.mktemp("slides") / "half.tif"
+    places = [(x, y) for x in range(60, 940, 40) for y in range(60, 900, 40)]
+    return paint_slide(path, 2000, 900, 0.5, places, 7.0, background="tissue", tissue_xyxy=(0, 0, 1000, 900))
+
+
+def test_only_tissue_is_searched_and_the_tiles_do_not_show(half: PaintedSlide, tmp_path: Path) -> None:
+    everywhere, _ = segment(half.path, tmp_path / "all")
+    record, small = segment(half.path, tmp_path / "256", replace(BASE, tissue=TissueConfig()))
+    assert 0 < record.counts.tiles < everywhere.counts.tiles
+    assert small.n == len(half.centres_xy)
+    _, large = segment(half.path, tmp_path / "512", replace(BASE, tissue=TissueConfig(), tiles=TileConfig(512)))
+    assert_same(columns(small), columns(large))
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_a_region_of_interest_holds_exactly_its_nuclei(half: PaintedSlide, tmp_path: Path, size: int) -> None:
     roi = tmp_path / "roi.geojson"
-    square = [[0, 0], [400, 0], [400, 300], [0, 300], [0, 0]]
+    square = [[190, 110], [650, 110], [650, 500], [190, 500], [190, 110]]
     roi.write_text(json.dumps({"type": "Polygon", "coordinates": [square]}))
-    fewer, _ = segment(path, tmp_path / "roi", replace(BASE, tissue=TissueConfig(enabled=False, roi=roi)))
-    assert 0 < fewer.counts.tiles < found.counts.tiles
-    assert fewer.config["tissue"]["roi_sha256_head"] is not None
+    config = replace(BASE, tissue=TissueConfig(enabled=False, roi=roi), tiles=TileConfig(size))
+    record, table = segment(half.path, tmp_path, config)
+    x, y = half.centres_xy.T
+    assert table.n == ((x > 190) & (x < 650) & (y > 110) & (y < 500)).sum() > 50
+    assert record.config["tissue"]["roi_sha256_head"] is not None
+    roi.write_text(json.dumps({"type": "Polygon", "coordinates": [[[0, 0], [400, 0], [400, 300], [0, 300], [0, 0]]]}))
+    with pytest.raises(UsageError, match="roi_sha256_head"):
+        segment(half.path, tmp_path, config)
 
 
 def test_an_array_gives_what_the_slide_gives(slide: PaintedSlide, tmp_path: Path) -> None:
@@ -418,8 +435,8 @@ def test_shards_partition_the_slides() -> None:
 def test_plan_counts_tiles_and_times_one(slide: PaintedSlide) -> None:
     with open_segmenter(fake_model(), BASE) as segmenter:
         tiles, seconds = plan(source(slide.path), segmenter)
-        assert tiles == 30 and seconds > 0
-        assert plan(source(slide.path), segmenter, 2.0) == (30, 2.0)
+        assert tiles == 24 and seconds > 0
+        assert plan(source(slide.path), segmenter, 2.0) == (24, 2.0)
 
 
 def test_signals_ask_for_a_stop_and_handlers_come_back() -> None:

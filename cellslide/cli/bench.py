@@ -21,10 +21,8 @@ def _measure(stage: str, nuclei: int | None, rounds: int) -> list[Timing]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("stage", type=click.Choice(["decode", "merge"]))
-@click.option(
-    "--nuclei", type=click.IntRange(1), help="How many nuclei.  [default: decode 800 in a 1024 px tile, merge 1,000,000]"
-)
-@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Repeats; the median is shown.")
+@click.option("--nuclei", type=click.IntRange(1), help="How many.  [default: 800 in a 1024 px tile; merge 1,000,000]")
+@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Repeats; shows the median.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(stage: str, nuclei: int | None, rounds: int, as_json: bool) -> None:
     """Measure the speed of the stages on this machine.

@@ -22,8 +22,8 @@ DETAIL_PX = 800
 def command(output: Path, download: bool, device: str, no_progress: bool, log_json: bool) -> int:
     """Segment a demonstration slide, draw its nuclei, and say where to look.
 
-    The slide is painted by cellslide itself, so this works offline and needs no account. On two cores it takes less than
-    three minutes. It writes to the output folder only, and begins anew each time.
+    The slide is painted by cellslide itself, so this works offline and needs no account. On two cores it takes
+    less than three minutes. It writes to the output folder only, and begins anew each time.
 
     \b
     Example:

@@ -49,15 +49,18 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(  # type: ignore[override]  # click's two overloads say no more than this
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, *,
+        standalone_mode: bool = True, **extra: Any,
+    ) -> Any:  # fmt: skip
         """Run; in standalone mode leave with the exit code that the outcome asks for."""
         if not standalone_mode:
-            return super().main(args, *rest, standalone_mode=False, **extra)
-        sys.exit(self._run(args, *rest, **extra))
+            return super().main(args, prog_name, standalone_mode=False, **extra)
+        sys.exit(self._run(args, prog_name, **extra))
 
-    def _run(self, args: Sequence[str] | None, *rest: Any, **extra: Any) -> int:
+    def _run(self, args: Sequence[str] | None, prog_name: str | None, **extra: Any) -> int:
         try:
-            result = super().main(args, *rest, standalone_mode=False, **extra)
+            result = super().main(args, prog_name, standalone_mode=False, **extra)
         except click.ClickException as error:
             error.show()
             return error.exit_code

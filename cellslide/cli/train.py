@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -55,10 +56,8 @@ def cellvta(
     Writes model.safetensors, model.yaml and card.json (best by validation bPQ), last/ (newest), last.ckpt and logs/.
     The same command again goes on from last.ckpt with the same numbers.
     """
-    try:
-        import lightning  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(f"training needs {error.name}: pip install 'cellslide[train]'") from error
+    if find_spec("lightning") is None:
+        raise MissingDependencyError("training needs lightning: pip install 'cellslide[train]'")
     from cellslide.train.recipe import load_recipe
     from cellslide.train.run import RunOptions, train
 

@@ -56,18 +56,18 @@ def list_command(task: str | None, as_json: bool) -> None:
     """Show all weights: id, task, whether they are here, licence. A star marks what is used by default."""
     manifest = _manifest()
     defaults = set(manifest.defaults.values())
-    rows = [
-        {"id": e.id, "task": e.task, "status": _status(e), "licence": e.licence, "default": e.id in defaults}
-        for e in manifest.entries.values()
-        if task in (None, e.task)
-    ]
+    entries = [e for e in manifest.entries.values() if task in (None, e.task)]
     if as_json:
+        rows = [
+            {"id": e.id, "task": e.task, "status": _status(e), "licence": e.licence, "default": e.id in defaults}
+            for e in entries
+        ]
         click.echo(json.dumps(rows, indent=1))
         return
-    width = max((len(str(row["id"])) for row in rows), default=0) + 2
-    for row in rows:
-        star = "*" if row["default"] else ""
-        click.echo(f"{str(row['id']) + star:<{width}} {row['task']:<9} {row['status']:<13} {row['licence'] or 'no licence stated'}")
+    width = max((len(e.id) for e in entries), default=0) + 2
+    for e in entries:
+        name = f"{e.id}*" if e.id in defaults else e.id
+        click.echo(f"{name:<{width}} {e.task:<9} {_status(e):<13} {e.licence or 'no licence stated'}")
 
 
 @command.command("show")

@@ -30,7 +30,8 @@ def _cellvit(arch: str, config: Mapping[str, Any]) -> nn.Module:
 
 
 _CELLVIT = (
-    "cellvit_256", "cellvit_sam_b", "cellvit_sam_l", "cellvit_sam_h", "cellvit_uni", "cellvit_virchow", "cellvit_virchow2",
+    "cellvit_256", "cellvit_sam_b", "cellvit_sam_l", "cellvit_sam_h",
+    "cellvit_uni", "cellvit_virchow", "cellvit_virchow2",
 )  # fmt: skip
 
 ARCHITECTURES: dict[str, Builder] = {"cellvta": _cellvta, **{name: partial(_cellvit, name) for name in _CELLVIT}}

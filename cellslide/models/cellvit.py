@@ -4,7 +4,8 @@ Source: the CellViT and CellViT++ papers and their public code. All four skips a
 encoders differ in where positions come from, in the blocks, and in what feeds the tissue head:
 
 256      DINO ViT (HIPT): plain bicubic positions, tissue head on the normed CLS token.
-sam      Segment Anything image encoder: windows, relative positions, cropped absolute positions, tissue head on the neck.
+sam      Segment Anything image encoder: windows, relative positions, cropped absolute positions, tissue head on the
+         neck.
 uni      timm ViT with LayerScale: antialiased positions, tissue head on the CLS token without norm.
 virchow  as uni with a packed SwiGLU, patches of 14 px (the image is resized for them) and, in Virchow2, registers.
 """
@@ -89,9 +90,7 @@ _VIRCHOW = CellViTConfig(
 
 PUBLISHED: dict[str, CellViTConfig] = {
     "cellvit_256": CellViTConfig(),
-    "cellvit_sam_b": CellViTConfig(
-        "sam", 768, 12, 12, (3, 6, 9, 12), img_size=1024, global_attn_indexes=(2, 5, 8, 11)
-    ),
+    "cellvit_sam_b": CellViTConfig("sam", 768, 12, 12, (3, 6, 9, 12), img_size=1024, global_attn_indexes=(2, 5, 8, 11)),
     "cellvit_sam_l": CellViTConfig(
         "sam", 1024, 24, 16, (6, 12, 18, 24), img_size=1024, global_attn_indexes=(5, 11, 17, 23)
     ),

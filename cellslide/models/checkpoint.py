@@ -1,7 +1,7 @@
 """Reading checkpoints: safely, whole, and without being told their sizes.
 
-A published `.pth` is a dict with `arch` (class name), `config` (flat, dotted keys) and `model_state_dict`; everything else
-in it is ignored. Only tensors and plain values are unpickled. Sizes are read from the tensors.
+A published `.pth` is a dict with `arch` (class name), `config` (flat, dotted keys) and `model_state_dict`; everything
+else in it is ignored. Only tensors and plain values are unpickled. Sizes are read from the tensors.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         raise WeightsError(_blocked(path, allowed, error)) from error
     except Exception as error:
         # torch.load fails in many ways on a damaged file; all of them mean the same here.
-        raise WeightsError(f"{path}: not a readable checkpoint ({type(error).__name__}: {_first_line(error)})") from error
+        raise WeightsError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}: {_first_line(error)})"
+        ) from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a checkpoint dict")
     return dict(content)
@@ -158,7 +160,9 @@ def guess_arch(state: State) -> str | None:
     if "encoder.reg_token" in state:
         return "cellvit_virchow2"
     if "encoder.blocks.0.ls1.gamma" in state:
-        packed = state["encoder.blocks.0.mlp.fc1.weight"].shape[0] == 2 * state["encoder.blocks.0.mlp.fc2.weight"].shape[1]
+        packed = (
+            state["encoder.blocks.0.mlp.fc1.weight"].shape[0] == 2 * state["encoder.blocks.0.mlp.fc2.weight"].shape[1]
+        )
         return "cellvit_virchow" if packed else "cellvit_uni"
     return "cellvit_256" if "encoder.pos_embed" in state else None
 
@@ -172,8 +176,9 @@ def _sam_size(state: State) -> str:
 def infer_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the builder's config from the shapes of the tensors.
 
-    Head counts and the blocks that feed the decoder are in no shape: published ones are known; else `model.num_heads` and
-    `model.extract_layers` of the checkpoint's config count, then heads of 64 channels and four equal runs of blocks.
+    Head counts and the blocks that feed the decoder are in no shape: published ones are known; else `model.num_heads`
+    and `model.extract_layers` of the checkpoint's config count, then heads of 64 channels and four
+    equal runs of blocks.
     Raises WeightsError when tensors that tell the sizes are missing.
     """
     try:
@@ -254,7 +259,11 @@ def _cellvta_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _cellvit_config(checkpoint: Checkpoint) -> dict[str, Any]:
     state, depth = checkpoint.state, _n_blocks(checkpoint.state)
-    hidden = state["encoder.blocks.0.mlp.fc1.weight" if "encoder.blocks.0.mlp.fc1.weight" in state else "encoder.blocks.0.mlp.lin1.weight"]
+    hidden = state[
+        "encoder.blocks.0.mlp.fc1.weight"
+        if "encoder.blocks.0.mlp.fc1.weight" in state
+        else "encoder.blocks.0.mlp.lin1.weight"
+    ]
     found = {
         "mlp_hidden": hidden.shape[0],
         "extract_layers": _extract_layers(checkpoint, depth),

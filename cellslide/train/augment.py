@@ -88,7 +88,7 @@ def degrade(rng: np.random.Generator, config: AugmentConfig, image: UInt8) -> UI
     if rng.random() < config.jpeg_p:
         quality = int(rng.uniform(*config.jpeg_quality))
         _, packed = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-        image = np.ascontiguousarray(cv2.imdecode(packed, cv2.IMREAD_COLOR)[..., ::-1])
+        image = np.ascontiguousarray(np.asarray(cv2.imdecode(packed, cv2.IMREAD_COLOR), np.uint8)[..., ::-1])
     return image
 
 

@@ -91,7 +91,8 @@ class Progress(L.Callback):
             pace = (time.monotonic() - self._epoch_started) / max(step - self._first, 1)
             rate = trainer.optimizers[0].param_groups[0]["lr"]
             loss = float(outputs["loss"])
-            print(f"step {step}/{trainer.max_steps} loss {loss:.4f} lr {rate:.2e} {pace:.2f} s/step", flush=True)
+            total = pl_module.recipe.total_steps  # type: ignore[union-attr]
+            print(f"step {step}/{total} loss {loss:.4f} lr {rate:.2e} {pace:.2f} s/step", flush=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the epoch's mean losses and validation scores."""
@@ -123,6 +124,8 @@ class Keeper(L.Callback):
         for wanted, folder in ((True, self.folder / "last"), (better, self.folder)):
             if wanted:
                 write_model(folder, state, pl_module.recipe, self.sets, metrics, trainer.global_step)
+        if trainer.global_step % pl_module.recipe.epoch_steps:
+            return  # Stopped inside an epoch: only whole epochs resume to the same numbers.
         temporary = self.folder / "last.ckpt.part"
         trainer.save_checkpoint(temporary, weights_only=False)
         os.replace(temporary, self.folder / "last.ckpt")
@@ -137,16 +140,23 @@ class Keeper(L.Callback):
 
 
 class StopRequest(L.Callback):
-    """Ends training after the step during which Ctrl-C or SIGTERM came; the last whole epoch stays to resume from."""
+    """Ends training after the step in which Ctrl-C or SIGTERM came, by Interrupted, or after `max_steps`, as planned.
 
-    def __init__(self) -> None:
+    What a run resumes from is its last whole epoch.
+    """
+
+    def __init__(self, max_steps: int | None = None) -> None:
+        self.max_steps = max_steps
         self.exit_code: int | None = None
 
     def ask(self, signal_number: int, _: Any = None) -> None:
         """Note a signal; usable as a handler."""
         self.exit_code = 128 + signal_number
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Raise Interrupted if a signal came."""
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Raise Interrupted if a signal came; ask for the end if the steps are done."""
         if self.exit_code is not None:
             raise Interrupted(self.exit_code)
+        # Lightning's own max_steps makes it take a checkpoint from the end of an epoch for one from its middle.
+        if self.max_steps is not None and trainer.global_step >= self.max_steps:
+            trainer.should_stop = True

@@ -77,30 +77,40 @@ class Crops(NamedTuple):
 
 
 def load_sets(paths: Sequence[Path], recipe: Recipe) -> list[TrainSet]:
-    """Read and resample the data sets; raises UsageError on an unknown validation patient or if nothing is left to train."""
-    sets = [load_set(path, recipe) for path in paths]
-    unused = sorted(set(recipe.datasets) - {s.name for s in sets})
+    """Read and resample the data sets; raises UsageError on an unknown patient or if nothing is left to train.
+
+    A patient that validates in one set trains in none.
+    """
+    found = [(path, _choose(path, recipe)) for path in paths]
+    unused = sorted(set(recipe.datasets) - {path.resolve().name for path in paths})
     if unused:
         raise UsageError(f"recipe datasets: no DATASET folder is named {', '.join(unused)}")
+    held_out = frozenset(s.patient for _, (_, val) in found for s in val if s.patient)
+    sets = [_prepare_set(path, train, val, held_out, recipe) for path, (train, val) in found]
     if not any(s.trains for s in sets):
         raise UsageError("DATASET: no image is left to train on")
     return sets
 
 
-def load_set(path: Path, recipe: Recipe) -> TrainSet:
-    """Read one data set under its own settings, split into training and validation by patient or split."""
+def _choose(path: Path, recipe: Recipe) -> tuple[list[Sample], list[Sample]]:
+    """Return the samples of a set that may train and those that validate, under its own settings."""
     name = path.resolve().name
     config = recipe.datasets.get(name, DatasetConfig())
-    samples = [s for s in read_dataset(path).samples if s.patient not in config.exclude_patients]
-    val = [s for s in samples if s.split != "test" and _validates(s, config)]
+    samples = [s for s in read_dataset(path).samples if s.patient not in config.exclude_patients and s.split != "test"]
+    val = [s for s in samples if _validates(s, config)]
     missing = sorted(set(config.val.patients) - {s.patient for s in val})
     if missing:
         raise UsageError(f"{path}: recipe datasets.{name}.val.patients: no such patient {', '.join(missing)}")
-    held_out = {s.patient for s in val if s.patient}
-    train = [
-        s for s in samples
-        if s not in val and s.split != "test" and s.patient not in held_out and config.split in (None, s.split)
-    ]  # fmt: skip
+    return [s for s in samples if s not in val and config.split in (None, s.split)], val
+
+
+def _prepare_set(
+    path: Path, train: Sequence[Sample], val: Sequence[Sample], held_out: frozenset[str], recipe: Recipe
+) -> TrainSet:
+    name = path.resolve().name
+    config = recipe.datasets.get(name, DatasetConfig())
+    # A set that is never drawn is there to validate.
+    train = [s for s in train if s.patient not in held_out] if config.weight > 0 else []
     prepared = (tuple(prepare(s, config, recipe) for s in part) for part in (train, val))
     return TrainSet(name, path, config.weight, *prepared)
 
@@ -298,12 +308,17 @@ class DrawSampler(Sampler[int]):
         return self.n
 
 
-def train_loader(sets: Sequence[TrainSet], recipe: Recipe, workers: int) -> DataLoader[Crops]:
-    """Return the loader of training batches; `workers` processes prepare them (0: in this one)."""
+def train_loader(sets: Sequence[TrainSet], recipe: Recipe, workers: int, first_epoch: int = 0) -> DataLoader[Crops]:
+    """Return the loader of training batches; `workers` processes prepare them (0: in this one).
+
+    Lightning starts the workers before it tells the sampler its epoch, so a resumed run gives `first_epoch` here.
+    """
+    sampler = DrawSampler(recipe.epoch_steps * recipe.batch_size)
+    sampler.set_epoch(first_epoch)
     return DataLoader(
         CropDataset(sets, recipe),
         batch_size=recipe.batch_size,
-        sampler=DrawSampler(recipe.epoch_steps * recipe.batch_size),
+        sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,

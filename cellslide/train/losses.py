@@ -70,7 +70,7 @@ def _region_terms(logits: Tensor, target: Tensor, config: LossConfig) -> tuple[T
 
 
 def dice(prob: Tensor, wanted: Tensor, smooth: float = 1e-3) -> Tensor:
-    """Return 1 - Dice of probabilities against one-hot targets, both (B, K, H, W): over the batch, summed over classes."""
+    """Return 1 - Dice of probabilities against one-hot targets, (B, K, H, W), over the batch, summed over classes."""
     both = (prob * wanted).sum((0, 2, 3))
     return (1 - (2 * both + smooth) / ((prob + wanted).sum((0, 2, 3)) + smooth)).sum()
 

@@ -43,7 +43,7 @@ def train(
 
     Raises UsageError for data or a recipe that do not fit, Interrupted after Ctrl-C or SIGTERM.
     """
-    checkpoint = _checkpoint(options, recipe)
+    checkpoint, first_epoch = _checkpoint(options, recipe)
     sets = load_sets(paths, recipe)
     _say_sets(sets)
     torch.manual_seed(recipe.seed)
@@ -58,15 +58,17 @@ def train(
     module = CellVTATraining(recipe, model)
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.as_dict(), sort_keys=False), encoding="utf-8")
-    stop = StopRequest()
-    trainer = make_trainer(recipe, options, sets, stop)
+    stop = StopRequest(options.max_steps)
+    trainer = make_trainer(recipe, options, sets, stop, first_epoch)
     with _signals(stop):
-        loaders = train_loader(sets, recipe, options.workers), val_loader(sets)
+        loaders = train_loader(sets, recipe, options.workers, first_epoch), val_loader(sets)
         trainer.fit(module, *loaders, ckpt_path=checkpoint, weights_only=True)
     return module
 
 
-def make_trainer(recipe: Recipe, options: RunOptions, sets: list[TrainSet], stop: StopRequest) -> L.Trainer:
+def make_trainer(
+    recipe: Recipe, options: RunOptions, sets: list[TrainSet], stop: StopRequest, first_epoch: int = 0
+) -> L.Trainer:
     """Return the Lightning trainer; callbacks run in the order given, so the average is updated before it is kept."""
     average = AveragedWeights(recipe.optim.ema) if recipe.optim.ema > 0 else None
     keeper = Keeper(options.folder, sets, average)
@@ -76,10 +78,9 @@ def make_trainer(recipe: Recipe, options: RunOptions, sets: list[TrainSet], stop
         devices=devices,
         precision=precision_of(recipe, accelerator),
         max_epochs=recipe.epochs,
-        max_steps=min(options.max_steps or recipe.total_steps, recipe.total_steps),
         gradient_clip_val=recipe.optim.grad_clip or None,
         callbacks=[c for c in (average, Progress(options.log_every), keeper, stop) if c is not None],
-        logger=loggers(options.folder),
+        logger=loggers(options.folder, first_epoch),
         log_every_n_steps=1,
         num_sanity_val_steps=0,
         enable_checkpointing=False,
@@ -113,28 +114,33 @@ def precision_of(recipe: Recipe, accelerator: str) -> str:
 
 
 def _cpu_bf16() -> bool:
-    # oneDNN emulates bf16 on other AVX-512 CPUs and is then slower than in float32; torch has no public question for it.
+    # oneDNN emulates bf16 on other AVX-512 CPUs, slower than float32; torch has no public question for it.
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
-def loggers(folder: Path) -> list[Logger]:
-    """Return a CSV logger, and a TensorBoard logger where it is installed."""
-    found: list[Logger] = [CSVLogger(folder, name="logs", version="csv")]
+def loggers(folder: Path, first_epoch: int) -> list[Logger]:
+    """Return a CSV logger, and a TensorBoard logger where it is installed.
+
+    A resumed run writes a CSV file of its own, since Lightning deletes the one that it finds.
+    """
+    found: list[Logger] = [CSVLogger(folder, name="logs", version=f"csv_from_epoch_{first_epoch:04d}")]
     with suppress(ModuleNotFoundError):
         found.append(TensorBoardLogger(folder, name="logs", version="tensorboard"))
     return found
 
 
-def _checkpoint(options: RunOptions, recipe: Recipe) -> Path | None:
+def _checkpoint(options: RunOptions, recipe: Recipe) -> tuple[Path | None, int]:
+    """Return the checkpoint to go on from and the epochs done in it; raises UsageError if the recipe is another one."""
     path = options.folder / "last.ckpt"
     if options.fresh or not path.is_file():
-        return None
-    before = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["cellslide"]["recipe"]
+        return None, 0
+    stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    before = stored["cellslide"]["recipe"]
     now = recipe.as_dict()
     changed = sorted(key for key in now if before.get(key) != now[key] and key not in ("epochs", "max_minutes"))
     if changed:
         raise UsageError(f"{path} was made with another recipe ({', '.join(changed)}); use --overwrite or another -o")
-    return path
+    return path, stored["global_step"] // recipe.epoch_steps
 
 
 def _say_sets(sets: Sequence[TrainSet]) -> None:

@@ -14,7 +14,7 @@ def hover_map(labels: Int32) -> Float32:
     """Return the horizontal and vertical distance of each nuclear pixel to its nucleus's centre of mass.
 
     `labels` is int32 (H, W), above 0 = nucleus; the result is float32 (2, H, W), each side of the centre scaled by its
-    own extreme to [-1, 1], background 0, the centre rounded to a pixel. After HoVer-Net (Graham et al. 2019, section 3.1).
+    own extreme to [-1, 1], background 0, the centre rounded to a pixel (HoVer-Net, Graham et al. 2019, section 3.1).
     """
     out = np.zeros((2, *labels.shape), np.float32)
     rows, cols = np.nonzero(labels > 0)

@@ -62,7 +62,9 @@ def _in_cache(entry: WeightsEntry) -> Path | None:
         return None
     found = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
     if len(found) > 1:
-        raise WeightsError(f"{folder} holds {len(found)} files for {entry.id}: keep one of {', '.join(p.name for p in found)}")
+        raise WeightsError(
+            f"{folder} holds {len(found)} files for {entry.id}: keep one of {', '.join(p.name for p in found)}"
+        )
     return found[0] if found else None
 
 
@@ -89,7 +91,8 @@ def how_to_get(entry: WeightsEntry) -> str:
     place = cache_dir() / entry.id
     source = entry.source
     if source is None:
-        return f"{entry.file} is missing from {entry.root}; reinstall cellslide, or name other weights with --model or --weights"
+        remedy = "reinstall cellslide, or name other weights with --model or --weights"
+        return f"{entry.file} is missing from {entry.root}; {remedy}"
     terms = entry.licence or "none stated"
     if source.kind == "hub":
         page = entry.page or f"https://huggingface.co/{source.hub}"
@@ -102,7 +105,8 @@ def how_to_get(entry: WeightsEntry) -> str:
         return f"licence {terms}; `cellslide weights fetch {entry.id}`, or copy {entry.file_name} into {place}"
     return (
         f"licence {terms}; it may not be fetched for you: (1) get {entry.file_name or 'the file'} from"
-        f" {entry.page or 'its authors'}, (2) `cellslide weights add FILE --id {entry.id}`, or give it with --weights FILE"
+        f" {entry.page or 'its authors'}, (2) `cellslide weights add FILE --id {entry.id}`,"
+        " or give it with --weights FILE"
     )
 
 

@@ -46,7 +46,9 @@ def _download(entry: WeightsEntry, accept: str | None, ask: Ask, progress: Progr
     if source is None or source.kind == "user":
         raise WeightsError(f"{entry.id} is not on this machine: {how_to_get(entry)}")
     if is_offline():
-        raise WeightsError(f"{entry.id}: HF_HUB_OFFLINE is set, so nothing is fetched; unset it, or {how_to_get(entry)}")
+        raise WeightsError(
+            f"{entry.id}: HF_HUB_OFFLINE is set, so nothing is fetched; unset it, or {how_to_get(entry)}"
+        )
     _consent(entry, accept, ask)
     return _from_hub(entry, source) if source.kind == "hub" else _from_url(entry, source, progress)
 
@@ -70,7 +72,9 @@ def _from_hub(entry: WeightsEntry, source: Source) -> Path:
         # The hub answers "not found" where a private or gated repository is not shown to this account.
         raise WeightsError(f"{entry.id}: the hub refused access; {how_to_get(entry)}") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise WeightsError(f"{entry.id}: the hub cannot be reached ({type(error).__name__}); {how_to_get(entry)}") from error
+        raise WeightsError(
+            f"{entry.id}: the hub cannot be reached ({type(error).__name__}); {how_to_get(entry)}"
+        ) from error
 
 
 def _from_url(entry: WeightsEntry, source: Source, progress: Progress | None) -> Path:
@@ -110,8 +114,8 @@ def _check_download(entry: WeightsEntry, path: Path) -> None:
 def add_weights(path: Path, name: str | None, manifest: Manifest) -> WeightsEntry:
     """Copy weights into the cache, so that `--model` finds them, and return their entry.
 
-    `path` is a `.pth` or `.safetensors` file, or a folder of `cellslide train`. With the id of a known entry the file is
-    taken as that one; else a new entry is written beside it. The file is loaded once, so what was added works.
+    `path` is a `.pth` or `.safetensors` file, or a folder of `cellslide train`. With the id of a known entry the file
+    is taken as that one; else a new entry is written beside it. The file is loaded once, so what was added works.
     Raises UsageError when the id is taken, WeightsError when the file is not usable.
     """
     known = manifest.entries.get(name) if name else None
@@ -149,7 +153,9 @@ def _store_new(entry: WeightsEntry, loaded: LoadedModel) -> WeightsEntry:
     """Write file and entry to a new folder of the cache, whole or not at all."""
     file = entry.root / (entry.file or "")
     size, root = file.stat().st_size, cache_dir()
-    entry = replace(entry, file=file.name, source=None, sha256=loaded.spec.weights_sha256, size_bytes=size, root=root / entry.id)
+    entry = replace(
+        entry, file=file.name, source=None, sha256=loaded.spec.weights_sha256, size_bytes=size, root=root / entry.id
+    )
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".add-") as scratch:
         made = Path(scratch) / "entry"

@@ -37,9 +37,9 @@ class LoadedModel:
 def load_model(model: str | None = None, weights: Path | None = None, task: str = "segment") -> LoadedModel:
     """Load weights by id, from a file, or the ones that ship for `task`.
 
-    `weights` alone is enough: what the file does not say comes from a `model.yaml` beside it, from the manifest's entry of
-    that file name, or from defaults. With `model` too, the file must be the one that the manifest means.
-    Raises UsageError for an unknown id or another task, WeightsError when the weights are missing, changed or do not fit.
+    `weights` alone is enough: what the file does not say comes from a `model.yaml` beside it, from the manifest's entry
+    of that file name, or from defaults. With `model` too, the file must be the one that the manifest means.
+    Raises UsageError for an unknown id or another task, WeightsError when weights are missing, changed or do not fit.
     """
     manifest = Manifest.load()
     if weights is not None and model is None:
@@ -92,7 +92,9 @@ def _entry_beside(path: Path) -> WeightsEntry | None:
 
 def _check_task(entry: WeightsEntry, task: str) -> None:
     if entry.task != task:
-        raise UsageError(f"--model {entry.id}: made to {entry.task}, not to {task}; see `cellslide weights list --task {task}`")
+        raise UsageError(
+            f"--model {entry.id}: made to {entry.task}, not to {task}; see `cellslide weights list --task {task}`"
+        )
 
 
 def describe(path: Path, checkpoint: Checkpoint, sha256: str, manifest: Manifest) -> WeightsEntry:
@@ -136,12 +138,18 @@ def _finish(entry: WeightsEntry, checkpoint: Checkpoint, path: Path, sha256: str
         raise WeightsError(f"{path}: a {checkpoint.arch} checkpoint, {entry.id} is {entry.arch}")
     config = dict(entry.config) or infer_config(checkpoint)
     module = load_strict(build_empty(checkpoint.arch, config), checkpoint.state, str(path))
-    n_types = module.config.num_nuclei_classes
+    n_types = _n_types(checkpoint)
     if not entry.classes and n_types:
         entry = replace(entry, classes=classes_of(checkpoint.config, n_types))
     if n_types and len(entry.classes) != n_types - 1:
         raise WeightsError(f"{path}: {n_types - 1} nucleus types, {entry.id} names {len(entry.classes)} classes")
     return LoadedModel(spec_of(entry, config, sha256), module, entry)
+
+
+def _n_types(checkpoint: Checkpoint) -> int:
+    """Return the channels of the type branch, background included; 0 without that branch."""
+    head = checkpoint.state.get("nuclei_type_maps_decoder.decoder0_header.2.bias")
+    return 0 if head is None else len(head)
 
 
 def spec_of(entry: WeightsEntry, config: Mapping[str, Any], sha256: str) -> ModelSpec:

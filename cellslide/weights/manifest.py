@@ -132,19 +132,19 @@ class WeightsEntry:
         raw["source"] = _source_as_yaml(self.source)
         raw["classes"] = [{"name": c.name, "color": list(c.color)} for c in self.classes]
         raw["trained_on"] = [asdict(t) for t in self.trained_on]
-        raw["decode"] = _lean(self.decode and asdict(self.decode))
+        raw["decode"] = _lean(asdict(self.decode)) if self.decode else None
         kept = ("licence", "sha256", "size_bytes")
         return {k: _plain(v) for k, v in raw.items() if k in kept or v not in (None, "", (), [], {})}
 
 
 def _source_as_yaml(source: Source | None) -> Any:
     if source is None or source.kind == "hub":
-        return _lean(source and asdict(source))
+        return _lean(asdict(source)) if source else None
     return source.url or "user"
 
 
-def _lean(values: dict[str, Any] | None) -> dict[str, Any] | None:
-    return values and {k: _plain(v) for k, v in values.items() if v is not None}
+def _lean(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: _plain(v) for k, v in values.items() if v is not None}
 
 
 def _plain(value: Any) -> Any:
@@ -255,7 +255,9 @@ class Manifest:
         added = read_added(cache_dir() if user is None else user)
         clash = sorted(set(added) & set(manifest.entries))
         if clash:
-            raise WeightsError(f"{added[clash[0]].root}: the id {clash[0]} is taken by the package's manifest; remove it")
+            raise WeightsError(
+                f"{added[clash[0]].root}: the id {clash[0]} is taken by the package's manifest; remove it"
+            )
         return replace(manifest, entries={**manifest.entries, **added})
 
     @classmethod

@@ -103,7 +103,8 @@ def outline(model: LoadedModel, sample: Sample, out: Path, rules: Rules) -> int:
 @click.option("--weights", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 @click.option("--split", default="train", show_default=True)
-def main(dataset: Path, weights: Path, output: Path, split: str) -> None:
+@click.option("--exclude-patient", "excluded", multiple=True, help="A patient that stands in a set kept for evaluation.")
+def main(dataset: Path, weights: Path, output: Path, split: str, excluded: tuple[str, ...]) -> None:
     """Outline the nuclei of a point data set."""
     model = load_model(None, weights)
     for folder in ("images", "masks"):
@@ -111,7 +112,7 @@ def main(dataset: Path, weights: Path, output: Path, split: str) -> None:
     with (output / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow("file mask points split patient organ mpp width height n_nuclei note".split())
-        for s in read_dataset(dataset, split).samples:
+        for s in (s for s in read_dataset(dataset, split).samples if s.patient not in excluded):
             n = outline(model, s, output, Rules())
             name, mask = f"images/{s.image_path.name}", f"masks/{s.stem}.png"
             rows.writerow([name, mask, "", s.split, s.patient, s.organ, s.mpp, s.width, s.height, n, "outlines by a model"])
