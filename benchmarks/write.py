@@ -1,4 +1,4 @@
-"""Measure the writers of the cell table on made-up nuclei: CPU seconds, megabytes, peak memory, each in its own process.
+"""Measure the writers of the cell table on made-up nuclei: CPU seconds, MB and peak memory, each in its own process.
 
     python benchmarks/write.py --cells 1000000 --parts zarr,geojson,parquet
 
@@ -83,7 +83,9 @@ def read_all(folder: Path) -> Path:
 
 def other_part(part: str, folder: Path) -> tuple[float, Path]:
     """Make one format from the table; returns CPU seconds and the path."""
-    from cellslide.export import write_csv, write_geojson, write_labels, write_parquet
+    from cellslide.export import write_csv, write_parquet
+    from cellslide.geojson import write_geojson
+    from cellslide.labels import write_labels
     from cellslide.table import open_table
 
     table = open_table(folder / "cells.zarr")

@@ -142,7 +142,11 @@ def providers(device: torch.device, cache: Path) -> list[Any]:
         return ["CPUExecutionProvider"]
     wanted: list[Any] = [("CUDAExecutionProvider", {"device_id": device.index or 0}), "CPUExecutionProvider"]
     if importlib.util.find_spec("tensorrt") is not None:
-        settings = {"device_id": device.index or 0, "trt_engine_cache_enable": True, "trt_engine_cache_path": str(cache)}
+        settings = {
+            "device_id": device.index or 0,
+            "trt_engine_cache_enable": True,
+            "trt_engine_cache_path": str(cache),
+        }
         wanted.insert(0, ("TensorrtExecutionProvider", settings))
     return wanted
 

@@ -89,7 +89,7 @@ def _draw_chunk(picture: UInt8, chunk: CellChunk, colors: Colors, plane: Plane, 
     rings = np.split(vertices, cells.contour_start[1:-1]) if len(cells) else []
     for k in np.unique(class_index):
         chosen = [rings[i] for i in np.flatnonzero(class_index == k)]
-        cv2.polylines(picture, chosen, True, colors[int(k) % len(colors)], 1, cv2.LINE_AA, _SHIFT)
+        cv2.polylines(picture, chosen, True, colors[int(k) % len(colors)], 2, cv2.LINE_AA, _SHIFT)
 
 
 def _draw_points(picture: UInt8, xy: Float64, class_index: NDArray[Any], colors: Colors) -> None:

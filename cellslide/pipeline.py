@@ -37,7 +37,19 @@ from cellslide.slides import SlideInput
 from cellslide.table import CellTableWriter, open_table
 from cellslide.tiles import TileGrid, select_tiles, tile_grid
 from cellslide.tissue import TissueMask, find_tissue, write_tissue
-from cellslide.types import Cells, FailedTile, ModelKind, Plane, RunRecord, Seconds, SlideInfo, Tile, UInt8, WeightsRef, concat
+from cellslide.types import (
+    Cells,
+    FailedTile,
+    ModelKind,
+    Plane,
+    RunRecord,
+    Seconds,
+    SlideInfo,
+    Tile,
+    UInt8,
+    WeightsRef,
+    concat,
+)
 from cellslide.weights import LoadedModel
 
 TABLE = "cells.zarr"
@@ -278,7 +290,9 @@ def detect_tiles(
     finally:
         count_tiles(layout, parts, record)
     if layout.tiles and record.counts.tiles_failed == len(layout.tiles):
-        raise SlideError(f"{slide.info.path}: not one of {len(layout.tiles)} tiles could be done; {record.failed_tiles[0].error}")
+        raise SlideError(
+            f"{slide.info.path}: not one of {len(layout.tiles)} tiles could be done; {record.failed_tiles[0].error}"
+        )
 
 
 def keep_parts(results: Iterator[TileResult], layout: Layout, info: SlideInfo, parts: Parts, watch: Watch) -> None:
@@ -300,7 +314,9 @@ def keep_parts(results: Iterator[TileResult], layout: Layout, info: SlideInfo, p
 def count_tiles(layout: Layout, parts: Parts, record: RunRecord) -> None:
     """Fill in the record what the tiles gave."""
     failed = parts.failed()
-    corner = {t.index: layout.plane.to_level0(np.array([t.read_xyxy[:2]]))[0] for t in layout.tiles if t.index in failed}
+    corner = {
+        t.index: layout.plane.to_level0(np.array([t.read_xyxy[:2]]))[0] for t in layout.tiles if t.index in failed
+    }
     record.failed_tiles = [FailedTile(int(corner[i][0]), int(corner[i][1]), error) for i, error in failed.items()]
     record.counts.tiles, record.counts.tiles_failed = len(layout.tiles), len(failed)
     record.counts.tiles_empty, record.counts.nuclei_raw = parts.n_empty, parts.n_raw

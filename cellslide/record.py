@@ -114,7 +114,9 @@ def read_record(folder: Path) -> RunRecord | None:
     try:
         return from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SlideError(f"{path}: not a run record ({type(error).__name__}: {error}); --overwrite starts anew") from error
+        raise SlideError(
+            f"{path}: not a run record ({type(error).__name__}: {error}); --overwrite starts anew"
+        ) from error
 
 
 def fingerprint(record: RunRecord) -> dict[str, str]:

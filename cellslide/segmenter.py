@@ -75,7 +75,9 @@ def resolve_tiles(spec: ModelSpec, config: TileConfig) -> TileConfig:
     if size % spec.multiple_px:
         raise UsageError(f"--tile-size {size}: must be a multiple of {spec.multiple_px} px for {spec.name}")
     if overlap > size // 2:
-        raise UsageError(f"--tile-size {size}: too small for an overlap of {overlap} px; add --overlap {size // 2} or less")
+        raise UsageError(
+            f"--tile-size {size}: too small for an overlap of {overlap} px; add --overlap {size // 2} or less"
+        )
     return TileConfig(size, overlap)
 
 

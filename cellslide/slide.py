@@ -19,7 +19,7 @@ from cellslide.readers import ArrayReader, SlideHeader, SlideReader, open_reader
 from cellslide.resample import AxisTaps, axis_taps, resample
 from cellslide.types import MppSource, Plane, SlideInfo, UInt8
 
-MAX_READ_PX = 32 << 20
+MAX_READ_PX = 16 << 20
 # A level this little coarser than the plane still serves: its pixels are drawn 0.1 % larger.
 LEVEL_TOLERANCE = 1.001
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import zarr
 from numpy.typing import NDArray
 
-from cellslide.anndata_store import TableError
+from cellslide.anndata_store import TableError, write_mapping
 from cellslide.types import Bool, Cells, Float64, Int64, UInt8
 
 ROW_GROUP = 32_768
@@ -207,3 +207,13 @@ def mark_store(root: zarr.Group, shapes: bool) -> None:
         "spatialdata_attrs": {"version": "0.3"},
     }
     root.require_group("shapes/nuclei").attrs.update(attrs)
+
+
+def link_shapes(group: zarr.Group, has_shapes: bool) -> None:
+    """Say in the table `group` which shapes its rows annotate."""
+    # SpatialData refuses shapes without rows and a table that names absent ones: with no cells it stands alone.
+    link = {"region": "nuclei", "region_key": "region", "instance_key": "instance_id"}
+    if has_shapes:
+        write_mapping(group, "uns/spatialdata_attrs", link)
+    attrs = {name: text if has_shapes else None for name, text in link.items()}
+    group.attrs.update({"spatialdata-encoding-type": "ngff:regions_table", "version": "0.2", **attrs})

@@ -28,15 +28,26 @@ from cellslide.anndata_store import (
     read_matrix,
     read_obs,
     read_word,
-    write_mapping,
     write_skeleton,
     write_values,
     write_word,
 )
 from cellslide.outlines import SHAPE_FEATURES, ring_features
-from cellslide.spatial import ShapeReader, ShapeWriter, cell_rings, mark_store, ring_boxes
+from cellslide.spatial import ShapeReader, ShapeWriter, cell_rings, link_shapes, mark_store, ring_boxes
 from cellslide.staging import Staging
-from cellslide.types import Cells, ClassSpec, Float32, Float64, Int64, Level, ModelKind, ModelSpec, RunRecord, SlideInfo
+from cellslide.types import (
+    Cells,
+    ClassSpec,
+    Float32,
+    Float64,
+    Int64,
+    Level,
+    ModelKind,
+    ModelSpec,
+    RunRecord,
+    SlideInfo,
+    concat,
+)
 from cellslide.uuids import make_uuids, pack_places, times_seen
 
 __all__ = [
@@ -74,23 +85,35 @@ class CellTableWriter:
         write_skeleton(self.group, () if spec.kind == "point" else SHAPE_FEATURES)
         self.columns = ColumnWriter(self.group)
         self.shapes = ShapeWriter(self.staging.folder / "shapes" / "nuclei", POINT_RADIUS_UM / self.mpp)
+        self.pending: list[Cells] = []
         self.n = 0
 
     def append(self, cells: Cells) -> None:
         """Add cells; raises TableError where they do not fit the model (kind, number of classes)."""
+        if not len(cells):
+            return
         self._check(cells)
-        for first in range(0, len(cells), BLOCK_ROWS):
-            block = cells.take(np.arange(first, min(first + BLOCK_ROWS, len(cells))))
+        self.pending.append(cells)
+        if sum(map(len, self.pending)) >= BLOCK_ROWS:
+            self._flush(keep_rest=True)
+
+    def _flush(self, keep_rest: bool) -> None:
+        # Whole blocks only: however the cells come, the files are the same.
+        cells = concat(self.pending)
+        stop = len(cells) // BLOCK_ROWS * BLOCK_ROWS if keep_rest else len(cells)
+        for first in range(0, stop, BLOCK_ROWS):
+            block = cells.take(np.arange(first, min(first + BLOCK_ROWS, stop)))
             self.columns.append(self._block(block))
             self.shapes.append(block, self.mpp)
             self.n += len(block)
+        self.pending = [cells.take(np.arange(stop, len(cells)))] if stop < len(cells) else []
 
     def _check(self, cells: Cells) -> None:
         k = 0 if cells.class_prob is None else cells.class_prob.shape[1]
-        if len(cells) and k != len(self.spec.classes):
+        if k != len(self.spec.classes):
             known = len(self.spec.classes)
             raise TableError(f"cells carry {k} class probabilities, {self.spec.name} has {known} classes")
-        if len(cells) and (cell_rings(cells) is None) != (self.spec.kind == "point"):
+        if (cell_rings(cells) is None) != (self.spec.kind == "point"):
             raise TableError(f"cells of {self.spec.name} ({self.spec.kind}) do not carry that kind of outline")
 
     def _block(self, cells: Cells) -> Columns:
@@ -128,6 +151,8 @@ class CellTableWriter:
 
     def close(self, run: RunRecord) -> None:
         """Finish the table and rename it into place, over an older one."""
+        if self.pending:
+            self._flush(keep_rest=False)
         if self.n == 0:
             self.columns.append(self._block(_no_cells(len(self.spec.classes))))
         has_shapes = self.shapes.close()
@@ -136,7 +161,7 @@ class CellTableWriter:
         _write_uuids(self.group, self.n, key)
         _write_uns(self.group, self.slide, self.spec.kind, self.classes, run)
         mark_store(self.root, has_shapes)
-        _link_shapes(self.group, has_shapes)
+        link_shapes(self.group, has_shapes)
         self.staging.publish()
 
     def abort(self) -> None:
@@ -171,15 +196,6 @@ def _write_uns(
 def _write_classes(group: zarr.Group, classes: Sequence[ClassSpec]) -> None:
     write_values(group, "uns/class_names", [c.name for c in classes])
     write_values(group, "uns/class_colors", ["#{:02x}{:02x}{:02x}".format(*c.color) for c in classes])  # as scanpy does
-
-
-def _link_shapes(group: zarr.Group, has_shapes: bool) -> None:
-    # SpatialData refuses shapes without rows and a table that names absent ones: with no cells it stands alone.
-    link = {"region": "nuclei", "region_key": "region", "instance_key": "instance_id"}
-    if has_shapes:
-        write_mapping(group, "uns/spatialdata_attrs", link)
-    attrs = {name: text if has_shapes else None for name, text in link.items()}
-    group.attrs.update({"spatialdata-encoding-type": "ngff:regions_table", "version": "0.2", **attrs})
 
 
 def _write_uuids(group: zarr.Group, n: int, key: str) -> None:
@@ -239,9 +255,9 @@ class CellTable:
         self.colors = tuple(_rgb(str(v)) for v in np.asarray(read_matrix(group, "uns/class_colors")))
         self.run: RunRecord = record.from_dict(json.loads(read_word(group, "uns/run")))
         self.columns = obs_names(group)
-        self.matrices = tuple(sorted(name for name, _ in _members(group, "obsm")))
+        self.matrices = tuple(sorted(group["obsm"]))
         self.features = tuple(str(v) for v in np.asarray(read_matrix(group, "var/_index")))
-        self.n = int(_members_array(group, "obs/cell_id").shape[0])
+        self.n = int(group["obs/cell_id"].shape[0])
         shapes = path / "shapes" / "nuclei" / "shapes.parquet"
         self.shapes = ShapeReader(shapes) if shapes.exists() else None
         if (int(self.shapes.first[-1]) if self.shapes else 0) != self.n:
@@ -320,15 +336,6 @@ def open_table(path: Path) -> CellTable:
     if not (path / "tables" / "cells" / "zarr.json").is_file():
         raise TableError(f"{path}: no cell table here; run `cellslide segment` first")
     return CellTable(path)
-
-
-def _members(group: zarr.Group, path: str) -> Iterator[tuple[str, Any]]:
-    node: Any = group[path]
-    yield from node.members()
-
-
-def _members_array(group: zarr.Group, path: str) -> Any:
-    return group[path]
 
 
 def _read_kind(text: str) -> ModelKind:

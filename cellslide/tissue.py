@@ -36,7 +36,7 @@ Origin = Literal["bounds", "level0"]
 TISSUE_COLOR = (150, 110, 60)
 GRID_PX = 0.01
 # Outlines follow the cells' edges; steps of one cell are smoothed away.
-SMOOTH_CELLS = 0.8
+SMOOTH_CELLS, SMALL_CELLS = 0.8, 25.0
 MASK_ASPECT = 0.05
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "cellslide/tissue")
@@ -82,12 +82,14 @@ class TissueMask:
     @property
     def is_empty(self) -> bool:
         """True where nothing is to be searched."""
-        return not self.polygons()
+        return not self.mask.any() or (self.roi is not None and not self.polygons())
 
     def polygons(self) -> list[shapely.Polygon]:
         """Return valid polygons on a 0.01 px grid, inside the slide, the largest first."""
-        outline = shapely.affinity.scale(outline_cells(self.mask), self.scale_x, self.scale_y, origin=(0, 0))
-        outline = shapely.intersection(outline, shapely.box(0, 0, self.width_px, self.height_px))
+        outline = shapely.box(0, 0, self.width_px, self.height_px)
+        if not self.mask.all():
+            traced = shapely.affinity.scale(outline_cells(self.mask), self.scale_x, self.scale_y, origin=(0, 0))
+            outline = shapely.intersection(traced, outline)
         if self.roi is not None:
             outline = shapely.intersection(outline, self.roi)
         return on_grid(outline)
@@ -113,7 +115,10 @@ def outline_cells(mask: Bool) -> BaseGeometry:
             outers[int(links[3])].append(_ring(rings[k]))
     parts = [shapely.Polygon(_ring(rings[k]), holes) for k, holes in outers.items() if len(rings[k]) > 2]
     grown = shapely.buffer(shapely.make_valid(shapely.MultiPolygon(parts)), 0.25, join_style="mitre")
-    return shapely.simplify(grown, SMOOTH_CELLS, preserve_topology=True)
+    pieces = shapely.get_parts(grown)
+    # A piece of a few cells has too few corners to lose any.
+    smooth = [p if p.area < SMALL_CELLS else shapely.simplify(p, SMOOTH_CELLS, preserve_topology=True) for p in pieces]
+    return shapely.union_all(smooth)
 
 
 def _ring(contour: Any) -> Float64:

@@ -28,7 +28,7 @@ PALE_CHROMA, RELIEF, SPOT_CHROMA = 3.5, 9, 34
 GLASS_CHROMA, GLASS_RELIEF, GLASS_LEVEL, GLASS_SHARE = 14, 4, 150, 0.01
 NEUTRAL = 245.0
 
-CLOSE_UM, RIM_UM, SPOT_REACH_UM = 24.0, 16.0, 20.0
+CLOSE_UM, RIM_UM, SPOT_REACH_UM, DENSE_UM = 24.0, 16.0, 20.0, 12.0
 HOLE_UM2 = 60_000.0
 FIELD_SHARE = 0.005
 # Pens and scanner borders are broad; dye on a cut margin and pigment are thin, and belong to the tissue.
@@ -139,7 +139,9 @@ def _stained(colour: UInt8, view: Overview) -> Bool:
     otsu, _ = cv2.threshold(strength, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
     coloured = strength > float(np.clip(otsu, *CHROMA_RANGE))
     pale = (strength > PALE_CHROMA) & (cv2.blur(view.relief, (3, 3)) > RELIEF)
-    near = _grow(view.spot > SPOT_CHROMA, SPOT_REACH_UM / view.um)
+    # Nuclei of dense tissue need no reach: it would only widen the rim.
+    dense = _grow(_open(coloured, DENSE_UM / view.um), DENSE_UM / view.um)
+    near = _grow((view.spot > SPOT_CHROMA) & ~dense, SPOT_REACH_UM / view.um)
     return np.asarray(coloured | pale | near, np.bool_)
 
 

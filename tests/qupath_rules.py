@@ -1,7 +1,7 @@
 """What QuPath 0.4 to 0.7 demands of a GeoJSON file of detections, rule by rule; an empty list of faults is a good file.
 
 Some faults cost QuPath the whole file (a class without colour, an open or self-crossing ring, a null, a text as
-measurement), others lose something in silence (ids that are no UUID, a misplaced nucleus, no objectType). All count here.
+measurement), others lose something in silence (ids that are no UUID, a misplaced nucleus). All are faults here.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ tile_options = _chain(
 tissue_options = _chain(
     click.option("--no-tissue", is_flag=True, help="Search the whole slide, not only the tissue."),
     click.option("--tissue-mask", type=FILE, help="Mask image of the whole slide, any size; non-zero is tissue."),
-    click.option("--roi", type=FILE, help="GeoJSON with polygons to search, in level-0 pixels."),
+    click.option("--roi", type=FILE, help="GeoJSON with polygons to search, with the zero point of --geojson-origin."),
 )
 
 

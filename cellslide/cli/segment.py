@@ -49,7 +49,9 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @infer_options
 @tile_options
 @click.option("--shard", metavar="I/N", callback=_shard, help="Only part I of N of the slides, I from 1.")
-@click.option("--overwrite", is_flag=True, help="Start anew; without it, finished slides are skipped and others resumed.")
+@click.option(
+    "--overwrite", is_flag=True, help="Start anew; without it, finished slides are skipped and others resumed."
+)
 @click.option("--dry-run", is_flag=True, help="List slides, tiles and an estimate of the time, and stop.")
 @run_options
 def command(
@@ -100,7 +102,7 @@ def to_config(
         model=flags["model"],
         weights=flags["weights"],
         mpp=flags["mpp"],
-        tissue=TissueConfig(enabled=not no_tissue, mask=tissue_mask, roi=roi),
+        tissue=TissueConfig(not no_tissue, tissue_mask, roi, roi_origin=flags["geojson_origin"]),
         tiles=TileConfig(flags["tile_size"], flags["overlap"]),
         infer=InferConfig(compile=compile_, **{name: flags[name] for name in infer}),
         output=OutputConfig(formats=formats, **{name: flags[name] for name in output}),
@@ -134,7 +136,9 @@ def run(
             if log_json:
                 click.echo(json.dumps({**outcome.to_json(), "seconds": round(outcome.seconds, 2)}))
             elif outcome.cells == 0 and outcome.status == "done":
-                logging.getLogger(__name__).warning("%s: no nuclei; see tissue.geojson for what was searched", outcome.slide)
+                logging.getLogger(__name__).warning(
+                    "%s: no nuclei; see tissue.geojson for what was searched", outcome.slide
+                )
     return outcomes
 
 
@@ -161,5 +165,7 @@ def show_plan(sources: list[SlideInput], segmenter: Segmenter) -> int:
         total += tiles
         click.echo(f"{source.slide_id}  {tiles:,} tiles  about {tiles * seconds_per_tile:,.0f} s  {source.path}")
     size, name = segmenter.config.tiles.size_px, segmenter.spec.weights_id
-    click.echo(f"{len(sources)} slides, {total:,} tiles of {size} px at {segmenter.spec.mpp} µm/px, {name} on {segmenter.engine.device}")
+    click.echo(
+        f"{len(sources)} slides, {total:,} tiles of {size} px at {segmenter.spec.mpp} µm/px, {name} on {segmenter.engine.device}"
+    )
     return 0
