@@ -70,8 +70,9 @@ def segment_slides(
 
 def _outcome(source: SlideInput, record: RunRecord, skipped: bool, seconds: float) -> SlideOutcome:
     if record.status == "done_with_errors":
-        first = record.failed_tiles[0]
-        words = f"{record.counts.tiles_failed} of {record.counts.tiles} tiles failed, the first at ({first.x}, {first.y}): {first.error}"
+        first, counts = record.failed_tiles[0], record.counts
+        where = f"the first at ({first.x}, {first.y}): {first.error}"
+        words = f"{counts.tiles_failed} of {counts.tiles} tiles failed, {where}"
         return SlideOutcome(source.slide_id, "failed", record.counts.nuclei, seconds, words, 1)
     return SlideOutcome(source.slide_id, "skipped" if skipped else "done", record.counts.nuclei, seconds)
 

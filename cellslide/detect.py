@@ -10,7 +10,7 @@ import multiprocessing
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ class _Inline(Executor):
 
 
 def default_workers(cpus: int) -> int:
-    """Return how many decoding processes serve a machine that grants `cpus` cores, one left for reading and the network."""
+    """Return how many decoding processes serve a machine that grants `cpus` cores; one is left for the rest."""
     return max(1, min(cpus - 1, MAX_WORKERS))
 
 
@@ -96,7 +96,7 @@ class Detector:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
-    def run(self, read: ReadTile, tiles: Iterable[Tile], seconds: Seconds) -> Iterator[TileResult]:
+    def run(self, read: ReadTile, tiles: Iterable[Tile], seconds: Seconds) -> Generator[TileResult, None, None]:
         """Yield one result per tile, in the order given; `seconds` gains the time of each stage.
 
         A tile that cannot be read or decoded is yielded with its error. Raises CellslideError when a decoding process
@@ -178,9 +178,7 @@ class Detector:
 
     def _broken(self) -> CellslideError:
         self.close()  # The next slide gets new processes.
-        return CellslideError(
-            "a decoding process died, most likely killed for want of memory: use fewer --workers or a smaller --tile-size"
-        )
+        return CellslideError("a decoding process died, most likely killed for want of memory: use fewer --workers")
 
 
 def _start_worker() -> None:

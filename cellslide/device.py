@@ -28,7 +28,7 @@ def resolve_device(name: str) -> torch.device:
     n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (kind == "cuda" and int(number or 0) >= n_cuda) or (kind == "mps" and not _has_mps()):
         raise MissingDependencyError(
-            f"--device {name}: not on this machine (CUDA devices: {n_cuda}); use --device auto or cpu, or see cellslide doctor"
+            f"--device {name}: not on this machine (CUDA devices: {n_cuda}); use --device auto or cpu"
         )
     return torch.device(name)
 

@@ -1,8 +1,8 @@
 """Tiles through the network: normalise, forward, reduce on the device, hand small maps back.
 
-The engines (torch here, onnxruntime in `cellslide.onnx`) take uint8 RGB and give `HoverMaps` for models that find masks,
-`Instances` for models that find boxes or points. A launch returns at once on a GPU, so that the next batch can be put on
-the device before the last one is fetched.
+The engines (torch here, onnxruntime in `cellslide.onnx`) take uint8 RGB and give `HoverMaps` for models that find
+masks, `Instances` for models that find boxes or points. A launch returns at once on a GPU, so that the next batch can
+be put on the device before the last one is fetched.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ class TileNet(nn.Module):
     """The network between uint8 tiles and reduced maps, all of it on the device; also what is exported to ONNX.
 
     forward: images uint8 (B, H, W, 3) RGB -> tensors in the order of `output_names`.
-    A mask model gives logits under their published names. A box or point model gives `boxes` (B, Q, 4) xyxy or `points`
-    (B, Q, 2) in tile pixels, `scores` (B, Q) with 0 for an unused query, and `class_prob` (B, Q, K) when it has classes.
+    A mask model gives logits under their published names. A box or point model gives `boxes` (B, Q, 4) xyxy or
+    `points` (B, Q, 2) in tile pixels, `scores` (B, Q) with 0 for an unused query, and `class_prob` (B, Q, K) when it
+    has classes.
     """
 
     def __init__(self, module: nn.Module, spec: ModelSpec) -> None:
@@ -203,7 +204,7 @@ class TorchEngine:
             torch.cuda.empty_cache()
         if self.batch_size == 1:
             raise CellslideError(
-                f"one tile of {self.tile_px} px does not fit into the memory of {self.device}: use a smaller --tile-size"
+                f"one tile of {self.tile_px} px exceeds the memory of {self.device}; use a smaller --tile-size"
             )
         self.batch_size //= 2
         log.warning("out of memory on %s: going on with --batch-size %d", self.device, self.batch_size)

@@ -1,7 +1,7 @@
 """The network on onnxruntime: exported on first use into the cache, then run on CPU, CUDA or TensorRT.
 
-onnxruntime falls back to the CPU in silence when its CUDA libraries do not load; only `session.get_providers()` tells the
-truth, so that is compared with what was asked for.
+onnxruntime falls back to the CPU in silence when its CUDA libraries do not load; only `session.get_providers()` tells
+the truth, so that is compared with what was asked for.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ log = logging.getLogger(__name__)
 
 def model_key(module: nn.Module, spec: ModelSpec, tile_px: int) -> str:
     """Return the name of an exported network: a hash of its weights, normalisation, tile size and the versions used."""
-    digest = hashlib.sha256(
-        f"{__version__} {torch.__version__} {OPSET} {tile_px} {spec.kind} {spec.mean} {spec.std} {output_names(spec)}".encode()
-    )
+    made_with = (__version__, torch.__version__, OPSET, tile_px, spec.kind, spec.mean, spec.std, output_names(spec))
+    digest = hashlib.sha256(repr(made_with).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -106,7 +105,7 @@ class OnnxEngine:
         self.device = f"{device} ({self._session.get_providers()[0]})"
 
     def launch(self, images: UInt8) -> Callable[[], list[TileOutput]]:
-        """Run uint8 RGB tiles (B, H, W, 3); onnxruntime has no asynchronous call, so the outputs are there on return."""
+        """Run uint8 RGB tiles (B, H, W, 3); the outputs are there on return."""
         found = self._session.run(None, {"images": images})
         arrays = dict(zip(output_names(self.spec), found, strict=True))
         return lambda: [unpack(arrays, self.spec.kind, row, self.tile_px) for row in range(len(images))]
@@ -155,6 +154,6 @@ def check_providers(active: list[str], device: torch.device) -> None:
     """Raise MissingDependencyError when a GPU was asked for and the session does not have it."""
     if device.type == "cuda" and "CUDAExecutionProvider" not in active:
         raise MissingDependencyError(
-            f"--engine onnx on {device}: onnxruntime fell back to {', '.join(active)}; install onnxruntime-gpu[cuda,cudnn] "
-            "that fits the driver, or take --engine torch or --device cpu"
+            f"--engine onnx on {device}: onnxruntime fell back to {', '.join(active)}; install a fitting "
+            "onnxruntime-gpu[cuda,cudnn], or take --engine torch or --device cpu"
         )

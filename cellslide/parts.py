@@ -1,7 +1,8 @@
 """Finished tiles on disk, so that an interrupted slide goes on where it stopped.
 
-`DIR/<slide_id>/.parts/` holds `fingerprint.json` and files `part-*.npz` of a run of tiles each: typed columns of `Cells`
-(level-0 frame, before the merge), no pickles. A part is written beside its place and renamed: one that is there is whole.
+`DIR/<slide_id>/.parts/` holds `fingerprint.json` and files `part-*.npz` of a run of tiles each: typed columns of
+`Cells` (level-0 frame, before the merge), no pickles. A part is written beside its place and renamed: one that is there
+is whole.
 """
 
 from __future__ import annotations

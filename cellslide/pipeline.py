@@ -1,6 +1,6 @@
 """A slide in, a cell table out: the whole flow.
 
-slide -> plane -> tissue -> tiles -> (read, network, decode) -> cells -> parts on disk -> merge -> table -> files -> record
+slide -> plane -> tissue -> tiles -> (read, network, decode) -> cells -> parts on disk -> merge -> table -> files
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ IDLE = Watch()
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where a slide is searched: the plane, the grid over it, the tissue (None: everywhere) and the tiles, in grid order."""
+    """Where a slide is searched: the plane, the grid over it, the tissue (None: everywhere), the tiles in order."""
 
     plane: Plane
     grid: TileGrid
@@ -123,8 +123,8 @@ class Layout:
 def segment_slide(source: SlideInput, segmenter: Segmenter, out_dir: Path, watch: Watch = IDLE) -> RunRecord:
     """Find every nucleus of one slide and write its folder `out_dir/<slide_id>`; goes on from tiles that are finished.
 
-    Raises UsageError when the folder holds work done with other settings, Interrupted when asked to stop, SlideError when
-    the slide cannot be read.
+    Raises UsageError when the folder holds work done with other settings, Interrupted when asked to stop, SlideError
+    when the slide cannot be read.
     """
     return run_slide(source, segmenter, out_dir, watch)[0]
 
@@ -194,7 +194,7 @@ def begin_record(info: SlideInfo, segmenter: Segmenter) -> RunRecord:
 
 
 def finished(folder: Path, record: RunRecord, output: OutputConfig) -> RunRecord | None:
-    """Return the record of a slide that is complete, after making the formats that are asked for and missing; else None.
+    """Return the record of a slide that is complete, after making formats that are asked for and missing; else None.
 
     Raises UsageError, naming the differences, when the slide was done with other settings.
     """

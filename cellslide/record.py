@@ -1,4 +1,4 @@
-"""The run record: `RunRecord` <-> `run.json`, written in one step, and what identifies a run so that it can be resumed."""
+"""The run record: `RunRecord` <-> `run.json`, written in one step, and what identifies a run to be resumed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def plain(value: Any) -> Any:
 
 
 def head_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's size and first 1 MiB; of a folder, of its file names, sizes and the first file's head.
+    """Return the SHA-256 of a file's size and first 1 MiB; of a folder, of its files' names, sizes and first head.
 
     Cheap enough for a slide of many GB, and enough to notice that the slide was exchanged.
     """

@@ -52,7 +52,7 @@ def _objects(image: Float32) -> tuple[np.ndarray, list[tuple[slice, slice]]]:
 
 
 def _hover(labels: np.ndarray, boxes: list[tuple[slice, slice]]) -> Float32:
-    """Return the distance maps (2, H, W) as HoVer-Net defines them: offsets from the centroid, scaled to -1..1 by side."""
+    """Return the distance maps (2, H, W) as HoVer-Net defines them: offsets from the centroid, -1..1 by side."""
     hv = np.zeros((2, *labels.shape), np.float32)
     for number, box in enumerate(boxes, 1):
         rows, cols = np.nonzero(labels[box] == number)
@@ -113,7 +113,7 @@ class FakePoint(FakeBox):
 
 
 class HungryMask(FakeMask):
-    """A fake network that runs out of memory on more than `fits` tiles at a time, and counts the passes it was asked for."""
+    """A fake network that runs out of memory on more than `fits` tiles at a time, and notes what it was asked."""
 
     def __init__(self, fits: int) -> None:
         super().__init__()

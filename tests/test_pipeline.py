@@ -1,4 +1,4 @@
-"""The whole flow on painted slides with fake networks: exact, whatever the tiles, batches, workers and interruptions."""
+"""The whole flow on painted slides with fake networks: exact, whatever tiles, batches, workers and interruptions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SEAMS = (224, 416, 480, 608, 800, 928, 992)
 
 
 def centres(width: int, height: int, scale: float = 1.0) -> np.ndarray:
-    """Return places (N, 2) of discs in level-0 pixels: on seams, where seams cross, on borders and corners, and between."""
+    """Return places (N, 2) of discs in level-0 pixels: on seams and their crossings, borders, corners, and between."""
     seams = [(x, y) for x in SEAMS for y in SEAMS]
     near = [(x + 16.25, y + 17.5) for x in SEAMS[::2] for y in (60, 300, 700)]
     rim = [
@@ -155,7 +155,7 @@ def test_tile_size_changes_nothing_for_boxes_and_points(slide: PaintedSlide, tmp
     if kind == "box":
         assert_same(columns(small), columns(large))
     else:
-        # A point says nothing of the disc's size, so a disc cut by the tile's edge in the band may be placed differently.
+        # A point says nothing of the disc's size, so one cut by a tile's edge in the band may be placed differently.
         np.testing.assert_allclose(columns(small)["xy"], columns(large)["xy"], atol=7)
 
 

@@ -166,6 +166,7 @@ def show_plan(sources: list[SlideInput], segmenter: Segmenter) -> int:
         click.echo(f"{source.slide_id}  {tiles:,} tiles  about {tiles * seconds_per_tile:,.0f} s  {source.path}")
     size, name = segmenter.config.tiles.size_px, segmenter.spec.weights_id
     click.echo(
-        f"{len(sources)} slides, {total:,} tiles of {size} px at {segmenter.spec.mpp} µm/px, {name} on {segmenter.engine.device}"
+        f"{len(sources)} slides, {total:,} tiles of {size} px at {segmenter.spec.mpp} µm/px, "
+        f"{name} on {segmenter.engine.device}"
     )
     return 0

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import Sample, read_dataset
-from cellslide.train.augment import crop_matrix, recolor, warp
+from cellslide.train.augment import crop_matrix, pale_nuclei, recolor, warp
 from cellslide.train.recipe import DatasetConfig, Recipe, Supervision
 from cellslide.train.targets import IGNORE, hover_map, point_labels, single_nuclei
 from cellslide.types import Bool, Float64, Int32, UInt8
@@ -253,6 +253,7 @@ class CropDataset(Dataset[Crops]):
         centre = _draw_centre(rng, item, self.centres[chosen][index], self.recipe)
         matrix = crop_matrix(rng, self.recipe.augment, centre, crop)
         image, labels = warp(item.image, item.labels, matrix, crop)
+        image = pale_nuclei(rng, self.recipe.augment, image, labels)
         return targets_of(recolor(rng, self.recipe.augment, image), labels, item.label_class, item.label_hover)
 
 

@@ -72,9 +72,11 @@ class AugmentConfig:
     """Strength of the augmentation; a probability of 0 turns a step off.
 
     Ranges are (low, high); `he_scale` and `he_shift` act on stain amounts, `od_shift` on the optical density.
+    `pale_p` is the share of crops in which some nuclei are bleached from within, as vesicular nuclei are.
     """
 
     flip: bool = True
+    pale_p: float = 0.0
     rotate_p: float = 0.5
     scale: Range = (0.7, 1.4)
     scale_p: float = 0.8
@@ -98,7 +100,7 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         _require(0 < self.scale[0] <= self.scale[1], "augment.scale", self.scale, "a rising pair above 0")
-        for name in ("rotate_p", "scale_p", "stain_p", "color_p", "blur_p", "sharpen_p", "jpeg_p", "noise_p"):
+        for name in ("pale_p", "rotate_p", "scale_p", "stain_p", "color_p", "blur_p", "sharpen_p", "jpeg_p", "noise_p"):
             _require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "0 to 1")
 
 
