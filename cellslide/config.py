@@ -33,6 +33,9 @@ class TissueConfig:
     min_area_um2: float = 2_000.0
     roi_origin: Literal["bounds", "level0"] = "bounds"
 
+    def __post_init__(self) -> None:
+        _require(self.enabled or self.mask is None, "--tissue-mask", self.mask, "left out where --no-tissue is given")
+
 
 @dataclass(frozen=True, slots=True)
 class TileConfig:

@@ -18,6 +18,7 @@ from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 
 from cellslide.decode import decode_hover
@@ -184,6 +185,8 @@ class Detector:
 def _start_worker() -> None:
     # Ctrl-C reaches the whole process group; the main process decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # One process a core is the parallelism; OpenCV's own threads would only fight over them.
+    cv2.setNumThreads(1)
 
 
 def decode_task(maps: HoverMaps, config: HoverDecode) -> tuple[Instances, float]:

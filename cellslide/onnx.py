@@ -12,7 +12,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,23 +68,38 @@ def _export(net: TileNet, spec: ModelSpec, tile_px: int, folder: Path) -> None:
     # A folder, since networks over 2 GB keep their weights in a second file that the first one names.
     scratch = Path(tempfile.mkdtemp(prefix=".export-", dir=folder.parent))
     try:
-        torch.onnx.export(
-            net,
-            (torch.zeros(2, tile_px, tile_px, 3, dtype=torch.uint8),),
-            scratch / "model.onnx",
-            input_names=["images"],
-            output_names=list(output_names(spec)),
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-            # onnxruntime optimises when it loads the network; doing it here too takes as long as the export.
-            optimize=False,
-        )
+        with _quiet():
+            torch.onnx.export(
+                net,
+                (torch.zeros(2, tile_px, tile_px, 3, dtype=torch.uint8),),
+                scratch / "model.onnx",
+                input_names=["images"],
+                output_names=list(output_names(spec)),
+                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+                # onnxruntime optimises when it loads the network; doing it here too takes as long as the export.
+                optimize=False,
+            )
         if not folder.exists():
             os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what the exporter says of packages and of its own calls; errors are raised, not said."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 class OnnxEngine:

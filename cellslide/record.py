@@ -21,7 +21,14 @@ RUN_FILE = "run.json"
 HEAD_BYTES = 1 << 20
 
 # Settings that choose how or where a run is done, not what it finds.
-_NOT_THE_RESULT = ("config.infer.", "config.output.", "config.model", "config.weights", "config.mpp")
+_NOT_THE_RESULT = (
+    "config.infer.",
+    "config.output.",
+    "config.model",
+    "config.weights",
+    "config.mpp",
+    "config.spec.weights_",
+)
 
 
 def now_utc() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,18 @@ def test_without_positions_a_shifted_image_gives_shifted_maps() -> None:
     inner = slice(80, 160)
     back = there.roll((-16, -32), (2, 3))[..., inner, inner]
     assert torch.allclose(here[..., inner, inner], back, atol=0.1 * back.std().item())
+
+
+def test_with_a_radius_far_pixels_do_not_reach_the_tokens() -> None:
+    near = replace(SMALL, attention_radius=1)
+    image = torch.zeros(1, 3, 64, 512)
+    other = image.clone()
+    other[..., -32:] = torch.randn(3, 64, 32)
+    for config, changes in ((near, False), (SMALL, True)):
+        encoder = fill(CellVTA(config)).encoder
+        with torch.inference_mode():
+            before, after = (encoder(x)[0][3][..., 0] for x in (image, other))
+        assert torch.equal(before, after) is not changes
 
 
 def test_gradients_reach_every_parameter() -> None:

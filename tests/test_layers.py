@@ -89,3 +89,9 @@ def test_sampling_is_bilinear_with_zeros_outside() -> None:
     places = torch.tensor([[0.25, 0.25], [0.5, 0.5], [5.0, 5.0]]).reshape(1, 3, 1, 1, 1, 2)
     out = layers.sample_deformable(value, [(2, 2)], places, torch.ones(1, 3, 1, 1, 1))
     assert np.allclose(out.flatten().numpy(), [1.0, 2.5, 0.0])
+
+
+def test_neighbourhood_mask_counts_rows_and_columns() -> None:
+    mask = layers.neighbourhood_mask((3, 5), 1, torch.device("cpu")).reshape(3, 5, 3, 5)
+    assert mask[1, 2].int().tolist() == [[0, 1, 1, 1, 0]] * 3
+    assert mask[0, 0].int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0] * 5]

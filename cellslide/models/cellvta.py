@@ -23,6 +23,7 @@ from cellslide.models.layers import (
     HoverBranch,
     MSDeformAttn,
     PatchEmbed,
+    neighbourhood_mask,
     reference_points,
     resample_abs_pos_embed,
 )
@@ -38,6 +39,8 @@ class CellVTAConfig:
     num_tissue_classes  0 leaves the (constant) tissue head out.
     decoder_widths      skip channels at scale 1, 1/2, 1/4, 1/8; None takes the published ones for `embed_dim`.
     use_pos_embed       False leaves position and CLS embeddings out: what is found must not depend on the place in a tile.
+    attention_radius    how many tokens far the ViT sees; 0 sees the whole image, as published. With a radius, what is
+                        found at a place does not depend on the size of the tile around it.
     init_values         start of LayerScale and of the injectors' gamma: 1e-5 suits a pretrained, frozen ViT.
     """
 
@@ -48,6 +51,7 @@ class CellVTAConfig:
     patch_size: int = 16
     img_size: int = 224
     use_pos_embed: bool = True
+    attention_radius: int = 0
     init_values: float = 1e-5
     drop_path_rate: float = 0.0
     interaction_indexes: tuple[tuple[int, int], ...] = ((0, 5), (6, 11), (12, 17), (18, 23))
@@ -187,7 +191,7 @@ class InteractionBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor, blocks: Sequence[nn.Module], grid: AdapterGrid) -> tuple[Tensor, Tensor]:
         x = self.injector(x, c, grid.x_reference, grid.c_shapes)
         for block in blocks:
-            x = block(x)
+            x = block(x, grid.mask)
         for extractor in (self.extractor, *(self.extra_extractors or ())):
             c = extractor(c, x, grid.c_reference, grid.x_shape, grid.c_shapes)
         return x, c
@@ -195,20 +199,25 @@ class InteractionBlock(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class AdapterGrid:
-    """Shapes and reference points of one input size: tokens at 1/16, adapter grids at 1/4, 1/8, 1/16."""
+    """Shapes and reference points of one input size: tokens at 1/16, adapter grids at 1/4, 1/8, 1/16.
+
+    mask  bool (N, N), which token sees which; None: each sees all.
+    """
 
     x_shape: Shapes
     c_shapes: Shapes
     x_reference: Tensor
     c_reference: Tensor
+    mask: Tensor | None = None
 
     @classmethod
-    def of(cls, height: int, width: int, like: Tensor) -> AdapterGrid:
+    def of(cls, height: int, width: int, like: Tensor, attention_radius: int = 0) -> AdapterGrid:
         """Return the grids for an image of `height` by `width` pixels, on the device of `like`."""
         c_shapes = [(height // s, width // s) for s in (4, 8, 16)]
         x_shape = c_shapes[-1:]
         x_ref, c_ref = (reference_points(s, like.device, like.dtype) for s in (x_shape, c_shapes))
-        return cls(x_shape, c_shapes, x_ref, c_ref)
+        mask = neighbourhood_mask(x_shape[0], attention_radius, like.device) if attention_radius else None
+        return cls(x_shape, c_shapes, x_ref, c_ref, mask)
 
 
 class AdapterEncoder(nn.Module):
@@ -218,6 +227,7 @@ class AdapterEncoder(nn.Module):
         super().__init__()
         dim = cfg.embed_dim
         self.interaction_indexes = cfg.interaction_indexes
+        self.attention_radius = cfg.attention_radius
         self.patch_embed = PatchEmbed(cfg.patch_size, dim)
         self.cls_token = self.pos_embed = None
         if cfg.use_pos_embed:
@@ -248,7 +258,7 @@ class AdapterEncoder(nn.Module):
     def forward(self, image: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None]:
         """Return the pyramid f1..f4 and the tissue logits (B, T), or None without that head."""
         h, w = image.shape[-2:]
-        grid = AdapterGrid.of(h, w, image)
+        grid = AdapterGrid.of(h, w, image, self.attention_radius)
         c1, c2, c3, c4 = self.spm(image)
         c = torch.cat([c2 + self.level_embed[0], c3 + self.level_embed[1], c4 + self.level_embed[2]], dim=1)
         x = self.patch_embed(image)

@@ -43,7 +43,7 @@ class LayerScale(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens (B, N, C)."""
+    """Multi-head self-attention over tokens (B, N, C); `mask` bool (N, N) says which key a query sees, None: all."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -51,10 +51,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         b, n, c = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(x.transpose(1, 2).reshape(b, n, c))
 
 
@@ -91,9 +91,18 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), mask)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+def neighbourhood_mask(grid_hw: tuple[int, int], radius: int, device: torch.device) -> Tensor:
+    """Return bool (N, N) for N = H * W tokens, row-major: True where two tokens are at most `radius` rows and columns apart."""
+    h, w = grid_hw
+    rows, cols = (torch.arange(n, device=device) for n in (h, w))
+    near_rows = (rows[:, None] - rows).abs() <= radius
+    near_cols = (cols[:, None] - cols).abs() <= radius
+    return (near_rows[:, None, :, None] & near_cols[None, :, None, :]).reshape(h * w, h * w)
 
 
 class PatchEmbed(nn.Module):
