@@ -1,6 +1,6 @@
 """The error tree: what happened, where, and what to do about it.
 
-Every error carries the exit code that the command line ends with, so that one place (``cli.main``) maps errors to codes.
+Every error carries the exit code that the command line ends with; one place, `cli.main`, maps errors to codes.
 """
 
 from __future__ import annotations

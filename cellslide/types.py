@@ -86,9 +86,9 @@ class Plane:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One tile of the plane: it reads `read_xyxy` (may leave the plane) and owns `own_xyxy`; own boxes partition the plane.
+    """One tile of the plane: it reads `read_xyxy` (may leave the plane) and owns `own_xyxy`; own boxes partition it.
 
-    `index` counts over the whole grid, row by row, also over tiles that are skipped, so it names a place and never moves.
+    `index` counts over the whole grid, row by row, also over tiles that are skipped: it names a place.
     """
 
     index: int
@@ -120,7 +120,7 @@ class HoverDecode:
     """How HoVer maps become instances.
 
     mode            "published" scales the maps by their extremes in the tile, bit for bit as HoVer-Net and CellViT do;
-                    "fixed" scales by `hv_gradient_range`, so that a nucleus does not depend on what else is in its tile.
+                    "fixed" scales by `hv_gradient_range`, so that a nucleus does not depend on the rest of its tile.
     kernel_px       Sobel aperture (21 at 0.25 µm/px, 11 at 0.5).
     min_marker_px   smallest marker (10 at 0.25 µm/px, 3 at 0.5).
     min_object_px   smallest foreground component (always 10 in the published form).
@@ -302,7 +302,7 @@ def concat(records: list[Record]) -> Record:
 
 @dataclass(slots=True)
 class Counts:
-    """What a run met: tiles in the grid that were searched, empty ones, failed ones, nuclei before and after the merge."""
+    """What a run met: tiles searched, empty ones, failed ones, nuclei before and after the merge."""
 
     tiles: int = 0
     tiles_empty: int = 0

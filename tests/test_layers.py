@@ -44,9 +44,7 @@ class _Named(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("kind", "n_levels"), [("inj", 3), ("ext", 1)])
-def test_attention_module_equals_the_published_one(
-    arrays: dict[str, torch.Tensor], kind: str, n_levels: int
-) -> None:
+def test_attention_module_equals_the_published_one(arrays: dict[str, torch.Tensor], kind: str, n_levels: int) -> None:
     attn = fill(_Named(n_levels)).attn
     out = attn(
         arrays[f"{kind}_query"],

@@ -8,13 +8,17 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from cellslide.cli.options import verbosity_options
+
+if TYPE_CHECKING:
+    from cellslide.weights import WeightsEntry
 
 State = Literal["ok", "note", "missing"]
 MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "missing": ("MISSING", "bold red")}
@@ -138,7 +142,7 @@ def _packages() -> Iterator[Check]:
         elif _parts(version) < _parts(floor):
             yield Check("packages", name, "missing", f"{version} is older than {floor}")
         else:
-            yield _look("packages", name, lambda module=module, version=version: _imported(module, version))
+            yield _look("packages", name, partial(_imported, module, version))
     for name, extra in OPTIONAL:
         version = _installed([name])[1]
         state: State = "ok" if version else "note"
@@ -232,9 +236,15 @@ def _cache() -> Check:
     )
 
 
+def _verified(entry: WeightsEntry, path: Path) -> str:
+    from cellslide.weights import verify_file
+
+    return f"{entry.id}, sha256 {verify_file(entry, path)[:12]}"
+
+
 def _weights() -> Iterator[Check]:
     from cellslide.errors import CellslideError
-    from cellslide.weights import Manifest, find_file, verify_file
+    from cellslide.weights import Manifest, find_file
 
     try:
         manifest = Manifest.load()
@@ -247,9 +257,7 @@ def _weights() -> Iterator[Check]:
         if path is None:
             yield Check("weights", f"{task} (default)", "missing", f"{name}: its file is not in the package")
         else:
-            yield _look(
-                "weights", f"{task} (default)", lambda e=entry, p=path: f"{e.id}, sha256 {verify_file(e, p)[:12]}"
-            )
+            yield _look("weights", f"{task} (default)", partial(_verified, entry, path))
     others = [e for e in manifest.entries.values() if e.id not in manifest.defaults.values()]
     here = [e.id for e in others if find_file(e)]
     yield Check("weights", "others", "ok", f"{len(here)} of {len(others)} here{': ' if here else ''}{', '.join(here)}")

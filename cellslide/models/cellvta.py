@@ -38,7 +38,7 @@ class CellVTAConfig:
     num_nuclei_classes  includes background; 0 leaves the type branch out.
     num_tissue_classes  0 leaves the (constant) tissue head out.
     decoder_widths      skip channels at scale 1, 1/2, 1/4, 1/8; None takes the published ones for `embed_dim`.
-    use_pos_embed       False leaves position and CLS embeddings out: what is found must not depend on the place in a tile.
+    use_pos_embed       False leaves position and CLS embeddings out, so that the place in a tile is not known.
     attention_radius    how many tokens far the ViT sees; 0 sees the whole image, as published. With a radius, what is
                         found at a place does not depend on the size of the tile around it.
     init_values         start of LayerScale and of the injectors' gamma: 1e-5 suits a pretrained, frozen ViT.

@@ -97,7 +97,7 @@ class Block(nn.Module):
 
 
 def neighbourhood_mask(grid_hw: tuple[int, int], radius: int, device: torch.device) -> Tensor:
-    """Return bool (N, N) for N = H * W tokens, row-major: True where two tokens are at most `radius` rows and columns apart."""
+    """Return bool (N, N) for N = H * W tokens, row-major: True within `radius` rows and columns of each other."""
     h, w = grid_hw
     rows, cols = (torch.arange(n, device=device) for n in (h, w))
     near_rows = (rows[:, None] - rows).abs() <= radius
@@ -262,9 +262,7 @@ class HoverBranch(nn.Module):
         self.decoder1_upsampler = nn.Sequential(
             Conv2DBlock(2 * w1, w1), Conv2DBlock(w1, w1), nn.ConvTranspose2d(w1, w0, 2, 2)
         )
-        self.decoder0_header = nn.Sequential(
-            Conv2DBlock(2 * w0, w0), Conv2DBlock(w0, w0), nn.Conv2d(w0, n_out, 1)
-        )
+        self.decoder0_header = nn.Sequential(Conv2DBlock(2 * w0, w0), Conv2DBlock(w0, w0), nn.Conv2d(w0, n_out, 1))
 
     def forward(self, skips: Sequence[Tensor], bottom: Tensor) -> Tensor:
         """Decode `bottom` (1/16) with `skips` at scale 1, 1/2, 1/4, 1/8; returns (B, n_out, H, W)."""

@@ -51,15 +51,18 @@ def warp(image: UInt8, labels: Int32, matrix: Float64, crop_px: int) -> tuple[UI
 
 
 def pale_nuclei(rng: np.random.Generator, config: AugmentConfig, image: UInt8, labels: Int32) -> UInt8:
-    """Bleach the inside of some nuclei towards their surroundings, leaving a rim and clumps: vesicular nuclei are rare in
-    small training sets and common in prostate and kidney.
+    """Bleach the inside of some nuclei towards their surroundings, leaving a rim and clumps.
+
+    Vesicular nuclei are rare in small training sets and common in prostate and kidney.
 
     `image` is uint8 (H, W, 3), `labels` int32 (H, W); nothing is drawn where `pale_p` is 0.
     """
     if config.pale_p == 0 or rng.random() >= config.pale_p:
         return image
     nuclei = np.maximum(labels, 0)
-    strength = rng.uniform(0.2, 0.9, int(nuclei.max()) + 1) * (rng.random(int(nuclei.max()) + 1) < rng.uniform(0.2, 0.9))
+    strength = rng.uniform(0.2, 0.9, int(nuclei.max()) + 1) * (
+        rng.random(int(nuclei.max()) + 1) < rng.uniform(0.2, 0.9)
+    )
     strength[0] = 0
     rim = np.zeros(nuclei.shape, np.bool_)
     rim[:-1] |= nuclei[:-1] != nuclei[1:]

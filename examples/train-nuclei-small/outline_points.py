@@ -1,7 +1,8 @@
 """Turn a data set of points into one with outlines: a first model's maps, cut by the annotators' points.
 
-Every nucleus of such a set has exactly one point, so the points say how many nuclei a blob holds and where they are; the
-model only says how far each one reaches. What the two disagree on is written as 65535, "ignore", and trains nothing.
+Every nucleus of such a set has exactly one point, so the points say how many nuclei a blob holds and where they are.
+The model only says how far each one reaches. What the two disagree on is written as 65535, "ignore", and trains
+nothing.
 
     python outline_points.py --weights runs/first/model.safetensors POINTS_DATASET -o OUTLINED_DATASET
 """
@@ -21,9 +22,24 @@ from scipy import ndimage
 from skimage.segmentation import watershed
 
 from cellslide.evaluate.dataset import Sample, read_dataset
+from cellslide.train.export import licences
 from cellslide.weights import LoadedModel, load_model
 
 IGNORE = 65535
+COLUMNS = [
+    "file",
+    "mask",
+    "points",
+    "split",
+    "patient",
+    "organ",
+    "mpp",
+    "width",
+    "height",
+    "n_nuclei",
+    "licence",
+    "note",
+]
 
 
 @dataclass(frozen=True)
@@ -109,19 +125,23 @@ def outline(model: LoadedModel, sample: Sample, out: Path, rules: Rules) -> int:
 @click.option("--weights", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 @click.option("--split", default="train", show_default=True)
-@click.option("--exclude-patient", "excluded", multiple=True, help="A patient that stands in a set kept for evaluation.")
+@click.option(
+    "--exclude-patient", "excluded", multiple=True, help="A patient that stands in a set kept for evaluation."
+)
 def main(dataset: Path, weights: Path, output: Path, split: str, excluded: tuple[str, ...]) -> None:
     """Outline the nuclei of a point data set."""
     model = load_model(None, weights)
     for folder in ("images", "masks"):
         (output / folder).mkdir(parents=True, exist_ok=True)
+    licence, note = "; ".join(licences(dataset)), "outlines by a model"
     with (output / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow("file mask points split patient organ mpp width height n_nuclei note".split())
+        rows.writerow(COLUMNS)
         for s in (s for s in read_dataset(dataset, split).samples if s.patient not in excluded):
             n = outline(model, s, output, Rules())
             name, mask = f"images/{s.image_path.name}", f"masks/{s.stem}.png"
-            rows.writerow([name, mask, "", s.split, s.patient, s.organ, s.mpp, s.width, s.height, n, "outlines by a model"])
+            about = (s.split, s.patient, s.organ, s.mpp, s.width, s.height, n, licence, note)
+            rows.writerow([name, mask, "", *about])
             click.echo(f"{s.stem}: {n} nuclei")
 
 

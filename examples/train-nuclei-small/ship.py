@@ -2,7 +2,7 @@
 
     python ship.py runs/small ../../cellslide/data/nuclei-small.safetensors
 
-Prints `sha256`, `size_bytes` and `config`, which go into the manifest's entry together with the measured scores. Scores are
+Prints `sha256`, `size_bytes` and `config`, which go into the manifest's entry with the measured scores. Scores are
 measured on the file that this writes, not on the one that training left.
 """
 
