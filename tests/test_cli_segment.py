@@ -185,6 +185,7 @@ cli(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_stop_cleanly_and_the_same_command_goes_on(tmp_path: Path, number: int, code: int) -> None:
     path, out = tmp_path / "long.tif", tmp_path / "out"

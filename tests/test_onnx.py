@@ -39,6 +39,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.slow
 @needs_export
 def test_onnx_gives_what_torch_gives_at_any_batch(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     module = tiny()
@@ -56,6 +57,7 @@ def test_onnx_gives_what_torch_gives_at_any_batch(cache: Path, capfd: pytest.Cap
     assert capfd.readouterr().out == ""  # stdout belongs to --log-json
 
 
+@pytest.mark.slow
 @needs_export
 def test_the_export_is_made_once_and_a_new_one_for_other_weights(cache: Path) -> None:
     path = exported(tiny(), SPEC, SIZE)

@@ -23,7 +23,14 @@ TABLE_NAME = "cells.zarr"
 @config_option
 @verbosity_options
 def command(folders: tuple[Path, ...], formats: tuple[str, ...], geojson_origin: str, profile: str) -> None:
-    """Write other formats beside each cells.zarr found in the given folders or one level below."""
+    """Write other formats beside each cells.zarr found in the given folders or one level below.
+
+    \b
+    Examples:
+      cellslide export out/slide --format csv
+      cellslide export out --format parquet,labels
+      cellslide export out/slide --format geojson --profile full --geojson-origin level0
+    """
     from cellslide.config import OutputConfig
 
     config = OutputConfig(formats=formats, geojson_origin=geojson_origin, profile=profile)  # type: ignore[arg-type]

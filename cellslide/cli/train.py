@@ -12,7 +12,12 @@ from cellslide.errors import MissingDependencyError
 
 @click.group()
 def command() -> None:
-    """Train a segmentation model on labelled data sets."""
+    """Train a segmentation model on labelled data sets.
+
+    \b
+    Example:
+      cellslide train cellvta data/tnbc data/mine --recipe recipe.yaml -o runs/mine
+    """
 
 
 @command.command()
