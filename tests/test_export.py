@@ -25,7 +25,8 @@ from tests.random_cells import CLASSES, as_kind, ellipses, model_spec, run_recor
 @pytest.mark.parametrize("n", [0, 130])
 @pytest.mark.parametrize("kind", ["mask", "box", "point"])
 def test_parquet_holds_shapes_and_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, n: int) -> None:
-    geopandas = pytest.importorskip("geopandas")
+    import geopandas
+
     monkeypatch.setattr(export, "BLOCK_ROWS", 50)
     monkeypatch.setattr(spatial, "ROW_GROUP", 40)
     cells = as_kind(ellipses(n), kind)
@@ -47,7 +48,8 @@ def _top(prob: Any) -> list[int]:
 
 
 def test_csv_is_one_line_a_nucleus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     monkeypatch.setattr(export, "BLOCK_ROWS", 50)
     cells = ellipses(130)
     table = write_table(tmp_path, cells)

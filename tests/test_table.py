@@ -166,7 +166,8 @@ def test_scanpy_and_squidpy_run_on_it(tmp_path: Path) -> None:
 
 
 def test_shapes_are_geoparquet_in_pixels(tmp_path: Path) -> None:
-    geopandas = pytest.importorskip("geopandas")
+    import geopandas
+
     cells = ellipses(30)
     write_table(tmp_path, cells)
     path = tmp_path / "cells.zarr" / "shapes" / "nuclei" / "shapes.parquet"
@@ -308,7 +309,7 @@ def test_blocks_must_agree(tmp_path: Path) -> None:
 
 
 def test_a_foreign_polygon_is_refused(tmp_path: Path) -> None:
-    geopandas = pytest.importorskip("geopandas")
+    import geopandas
     from shapely.geometry import Point
 
     read = write_table(tmp_path, ellipses(5))

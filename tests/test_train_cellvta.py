@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-pytest.importorskip("lightning")
+pytest.importorskip("lightning", reason="extra `train` is not installed")
 
 from cellslide.errors import Interrupted, UsageError, WeightsError
 from cellslide.models import build_model
