@@ -18,21 +18,23 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a module may import from its own layer and from those before it.
 LAYERS = (
     ("errors", "types"),
-    ("config", "record", "jsontext", "device", "pixelsize", "resample", "staging", "uuids"),
+    ("config", "record", "jsontext", "device", "pixelsize", "resample", "staging", "uuids", "torchvision_ops"),
     ("readers", "tiles", "outlines", "models", "anndata_store", "demo"),
     ("slide", "decode", "weights", "parts", "spatial"),
-    ("slides", "tissue", "tissue_detect", "merge", "table", "infer", "evaluate"),
-    ("geojson", "labels", "detect", "onnx", "overlay"),
+    ("gate", "taxonomy"),
+    ("slides", "tissue", "tissue_detect", "merge", "table", "infer", "evaluate", "crops"),
+    ("geojson", "labels", "detect", "onnx", "overlay", "nuclei_files"),
     ("export", "segmenter"),
     ("pipeline",),
-    ("batch", "bench", "train"),
+    ("classify",),
+    ("batch", "bench", "train", "calibrate", "explain"),
     ("cluster",),
     ("cli",),
 )
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NUMPY_ONLY = {
     "types", "errors", "config", "slide", "slides", "tissue", "tiles", "decode", "merge", "outlines", "table",
-    "geojson", "evaluate", "record", "parts",
+    "geojson", "evaluate", "record", "parts", "gate", "taxonomy", "nuclei_files",
 }  # fmt: skip
 FORBIDDEN = {
     "models": {"slide", "slides", "tissue", "tiles", "table", "pipeline", "cli"},

@@ -10,7 +10,6 @@ nothing.
 from __future__ import annotations
 
 import csv
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from scipy import ndimage
 from skimage.segmentation import watershed
 
 from cellslide.evaluate.dataset import Sample, read_dataset
+from cellslide.train.data import resample_image
 from cellslide.train.export import licences
 from cellslide.weights import LoadedModel, load_model
 
@@ -108,14 +108,11 @@ def believed(mask: np.ndarray, mpp: float, rules: Rules) -> bool:
 
 
 def outline(model: LoadedModel, sample: Sample, out: Path, rules: Rules) -> int:
-    """Write image and mask of one sample; returns the number of nuclei kept."""
-    image = sample.load_image()
-    points = sample.load_points()
+    """Write image and mask of one sample at the model's pixel size; returns the number of nuclei kept."""
     scale = (sample.mpp or model.spec.mpp) / model.spec.mpp
-    if abs(scale - 1) > 0.01:
-        raise click.ClickException(f"{sample.image_path}: {sample.mpp} µm/px, the model works at {model.spec.mpp}")
-    labels = cut(*predict(model, image), points.xy, model.spec.mpp, rules)
-    shutil.copy(sample.image_path, out / "images" / sample.image_path.name)
+    image = resample_image(sample.load_image(), scale)
+    labels = cut(*predict(model, image), sample.load_points().xy * scale, model.spec.mpp, rules)
+    cv2.imwrite(str(out / "images" / f"{sample.stem}.png"), image[..., ::-1])
     cv2.imwrite(str(out / "masks" / f"{sample.stem}.png"), labels)
     return len(np.setdiff1d(np.unique(labels), (0, IGNORE)))
 
@@ -139,9 +136,10 @@ def main(dataset: Path, weights: Path, output: Path, split: str, excluded: tuple
         rows.writerow(COLUMNS)
         for s in (s for s in read_dataset(dataset, split).samples if s.patient not in excluded):
             n = outline(model, s, output, Rules())
-            name, mask = f"images/{s.image_path.name}", f"masks/{s.stem}.png"
-            about = (s.split, s.patient, s.organ, s.mpp, s.width, s.height, n, licence, note)
-            rows.writerow([name, mask, "", *about])
+            image, mask = f"images/{s.stem}.png", f"masks/{s.stem}.png"
+            height, width = cv2.imread(str(output / mask), cv2.IMREAD_UNCHANGED).shape
+            about = (s.split, s.patient, s.organ, model.spec.mpp, width, height, n, licence, note)
+            rows.writerow([image, mask, "", *about])
             click.echo(f"{s.stem}: {n} nuclei")
 
 
