@@ -6,7 +6,7 @@ import hashlib
 import logging
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -15,6 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from cellslide import __version__
+from cellslide.classify import Classifier, classify_slide
+from cellslide.classify.columns import Rule
+from cellslide.classify.slide import Organ
+from cellslide.classify.targets import Target, check_slide, open_target, require_cells
 from cellslide.errors import CellslideError, Interrupted
 from cellslide.pipeline import IDLE, Layout, Watch, in_words, lay_out, open_source, read_tile, run_slide
 from cellslide.record import head_sha256, now_utc, read_record, write_record
@@ -110,6 +114,39 @@ def _record_failure(source: SlideInput, segmenter: Segmenter, folder: Path, word
         error=words,
     )
     write_record(folder, record)
+
+
+def classify_slides(
+    targets: Iterable[Target],
+    classifier: Classifier,
+    rule: Rule,
+    organ_of: Callable[[str | None], Organ],
+    watch: Watch = IDLE,
+) -> Iterator[SlideOutcome]:
+    """Type the cells of slides in order and yield how each ended; what an earlier command wrote stays where one fails.
+
+    organ_of  gives the organ for what a list of slides says of it.
+    Raises Interrupted when asked to stop, and errors of environment or weights, which no other slide would escape.
+    """
+    for target in targets:
+        watch.check()
+        start = time.perf_counter()
+        try:
+            require_cells(target)
+            with open_target(target, classifier.config.mpp) as slide:
+                check_slide(target, slide)
+                organ = organ_of(target.source.organ)
+                record, skipped = classify_slide(target.folder, slide, classifier, rule, organ, watch)
+        except Interrupted:
+            raise
+        except Exception as error:
+            if getattr(error, "exit_code", 0) == ENVIRONMENT:
+                raise
+            log.debug("%s failed", target.source.path, exc_info=error)
+            spent, code = time.perf_counter() - start, getattr(error, "exit_code", 1)
+            yield SlideOutcome(target.source.slide_id, "failed", None, spent, in_words(error), code)
+        else:
+            yield _outcome(target.source, record, skipped, time.perf_counter() - start)
 
 
 def plan(source: SlideInput, segmenter: Segmenter, seconds_per_tile: float | None = None) -> tuple[int, float]:

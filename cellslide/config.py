@@ -102,3 +102,52 @@ class SegmentConfig:
 
     def __post_init__(self) -> None:
         _require(self.mpp is None or 0.05 <= self.mpp <= 2.0, "--mpp", self.mpp, "0.05 to 2 µm per pixel")
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifyConfig:
+    """All settings of `cellslide classify`, but for the rule that decides (`gate.DecisionConfig`).
+
+    organ         organ of the slides; None takes the list's, "unknown" where that has none either.
+    paths         "both", so that any rule may be applied later, or "local" alone, without context.
+    context_size  edge in pixels to which the context's field is resampled; None takes the weights'.
+    context_grid  edge in plane pixels of the boxes whose cells share one context; None gives each cell its own.
+    adaptive      calibrated probability of the local path from which the global path is skipped; None skips none.
+    max_cells, sample, roi
+                  type at most so many cells, so large a share, only those inside: the rest stays untyped.
+    cells, cells_unit, cells_mpp, alignment, alignment_direction
+                  nuclei that another tool found: its file, and how its coordinates become level-0 pixels.
+    """
+
+    model: str | None = None
+    weights: Path | None = None
+    mpp: float | None = None
+    organ: str | None = None
+    paths: Literal["both", "local"] = "both"
+    context_size: int | None = None
+    context_grid: int | None = None
+    adaptive: float | None = None
+    max_cells: int | None = None
+    sample: float | None = None
+    roi: Path | None = None
+    cells: Path | None = None
+    cells_unit: Literal["px", "um"] = "px"
+    cells_mpp: float | None = None
+    alignment: Path | None = None
+    alignment_direction: Literal["slide-to-cells", "cells-to-slide"] = "slide-to-cells"
+    taxonomy: str | None = None
+    infer: InferConfig = field(default_factory=InferConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.mpp is None or 0.05 <= self.mpp <= 2.0, "--mpp", self.mpp, "0.05 to 2 µm per pixel")
+        size, grid = self.context_size, self.context_grid
+        _require(size is None or 32 <= size <= 4096, "--context-size", size, "32 to 4096 px")
+        _require(grid is None or 1 <= grid <= 2048, "--context-grid", grid, "1 to 2048 px")
+        _require(self.adaptive is None or 0 < self.adaptive <= 1, "--adaptive", self.adaptive, "above 0, at most 1")
+        _require(self.max_cells is None or self.max_cells >= 1, "--max-cells", self.max_cells, "at least 1")
+        _require(self.sample is None or 0 < self.sample <= 1, "--sample", self.sample, "above 0, at most 1")
+        pixel_um = self.cells_mpp
+        _require(pixel_um is None or 0.01 <= pixel_um <= 10, "--cells-mpp", pixel_um, "0.01 to 10 µm per pixel")
+        given = self.cells is not None or self.alignment is None
+        _require(given, "--alignment", self.alignment, "given together with --cells")

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from cellslide.anndata_store import Categorical, Column
 from cellslide.config import OutputFormat
-from cellslide.geojson import Origin, Profile, write_geojson
+from cellslide.geojson import PROBABILITIES, Origin, Profile, write_geojson
 from cellslide.labels import write_labels
 from cellslide.spatial import ROW_GROUP, geo_metadata, points_to_wkb, polygons_to_wkb
 from cellslide.table import BLOCK_ROWS, CellTable
@@ -33,23 +33,24 @@ def export_table(
 ) -> dict[OutputFormat, Path]:
     """Write `formats` of a table into `out_dir`, each complete or not at all; returns their paths.
 
-    `origin` and `profile` are for GeoJSON; everything else is in level-0 pixels. "zarr" is the table itself.
+    `origin` is for GeoJSON; everything else is in level-0 pixels. `profile` "full" adds all probabilities, in GeoJSON
+    the shape features too. "zarr" is the table itself.
     Raises UsageError for labels of a model that gives points.
     """
     writers: dict[OutputFormat, Callable[[], Path]] = {
         "zarr": lambda: table.path,
         "geojson": lambda: write_geojson(table, out_dir, origin, profile),
-        "parquet": lambda: write_parquet(table, out_dir),
-        "csv": lambda: write_csv(table, out_dir),
+        "parquet": lambda: write_parquet(table, out_dir, profile),
+        "csv": lambda: write_csv(table, out_dir, profile),
         "labels": lambda: write_labels(table, out_dir),
     }
     return {name: writers[name]() for name in dict.fromkeys(formats)}
 
 
-def write_parquet(table: CellTable, out_dir: Path) -> Path:
+def write_parquet(table: CellTable, out_dir: Path, profile: Profile = "lean") -> Path:
     """Write `cells.parquet`: GeoParquet 1.1 with the outlines (or points), every obs column and the shape features."""
     kind = "Point" if table.kind == "point" else "Polygon"
-    blocks = _arrow_blocks(table, geometry=True)
+    blocks = _arrow_blocks(table, geometry=True, profile=profile)
     first = next(blocks)
     schema = first.schema.with_metadata(geo_metadata(kind))
 
@@ -61,9 +62,9 @@ def write_parquet(table: CellTable, out_dir: Path) -> Path:
     return _in_one_step(out_dir / PARQUET_NAME, write)
 
 
-def write_csv(table: CellTable, out_dir: Path) -> Path:
+def write_csv(table: CellTable, out_dir: Path, profile: Profile = "lean") -> Path:
     """Write `cells.csv.gz`: every obs column and the shape features; a rerun gives the same bytes."""
-    blocks = _arrow_blocks(table, geometry=False)
+    blocks = _arrow_blocks(table, geometry=False, profile=profile)
     first = next(blocks)
 
     def write(path: Path) -> None:
@@ -89,7 +90,7 @@ def _in_one_step(target: Path, write: Callable[[Path], None]) -> Path:
     return target
 
 
-def _arrow_blocks(table: CellTable, geometry: bool) -> Iterator[pa.Table]:
+def _arrow_blocks(table: CellTable, geometry: bool, profile: Profile) -> Iterator[pa.Table]:
     """Yield the table as arrow blocks; at least one, which may be empty, so that the columns are known."""
     for start in range(0, max(len(table), 1), BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, len(table))
@@ -97,9 +98,20 @@ def _arrow_blocks(table: CellTable, geometry: bool) -> Iterator[pa.Table]:
         shapes = table.matrix("X", start, stop)
         for k, name in enumerate(table.features):
             columns.setdefault(name, pa.array(np.ascontiguousarray(shapes[:, k])))
+        if profile == "full":
+            columns |= _probabilities(table, start, stop)
         if geometry:
             columns["geometry"] = _geometry(table, start, stop)
         yield pa.table(columns)
+
+
+def _probabilities(table: CellTable, start: int, stop: int) -> dict[str, Any]:
+    found = {}
+    for name in (name for name in PROBABILITIES if name in table.matrices):
+        values = table.matrix(name, start, stop)
+        for k, word in enumerate(table.class_names):
+            found[f"{PROBABILITIES[name]}: {word}"] = pa.array(np.ascontiguousarray(values[:, k]))
+    return found
 
 
 def _arrow(column: Column, dictionary: bool) -> Any:

@@ -15,9 +15,10 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cellslide.anndata_store import Columns
 from cellslide.jsontext import choice, constant, decimals, pack, strings, to_words, vertices
@@ -34,7 +35,7 @@ BLOCK_CELLS = 10_000
 COMPRESSION = 4
 SMALLEST_PX2 = 0.25
 GZ_NAME, ZIP_NAME = "cells.geojson.gz", "cells.geojson.zip"
-LEAN_OBS, FULL_OBS = ("gate",), ("gate", "abstained")
+LEAN_OBS, FULL_OBS = ("gate",), ("gate", "abstained", "projected_prob", "mass_lost")
 PROBABILITIES = {"prob": "prob", "prob_local": "prob local", "prob_global": "prob global"}
 
 
@@ -118,7 +119,9 @@ def _write_collection(write: Callable[[bytes], object], texts: Iterator[bytes]) 
 
 def _texts(table: CellTable, layout: _Layout) -> Iterator[bytes]:
     """Yield the features by BLOCK_CELLS; the table is read in larger steps, since its chunks are larger."""
-    chunks = table.iter_chunks(ENTRY_CELLS, obs=layout.obs, obsm=layout.obsm, features=bool(layout.features))
+    known = ("abstained",) if "abstained" in table.columns else ()
+    obs = tuple(dict.fromkeys([*layout.obs, *known]))
+    chunks = table.iter_chunks(ENTRY_CELLS, obs=obs, obsm=layout.obsm, features=bool(layout.features))
     for chunk in chunks:
         for piece in chunk.split(BLOCK_CELLS):
             yield _features(piece, layout)
@@ -166,7 +169,7 @@ def _ring_cents(xy: Float64, start: Int64, centroid_xy: Float64) -> tuple[Int64,
 
 def _properties(chunk: CellChunk, layout: _Layout) -> list[UInt8]:
     n = len(chunk)
-    kind = choice(['"classification":' + text + "," for text in layout.classes] + [""], chunk.class_index)
+    kind = choice(['"classification":' + text + "," for text in layout.classes] + [""], _named(chunk))
     opening = constant(',"properties":{"objectType":"detection",', n)
     measured: list[UInt8] = []
     seen = np.zeros(n, np.bool_)
@@ -179,6 +182,14 @@ def _properties(chunk: CellChunk, layout: _Layout) -> list[UInt8]:
         seen |= finite
         measured.append(text)
     return [opening, kind, constant('"measurements":{', n), *measured, constant("}}}", n)]
+
+
+def _named(chunk: CellChunk) -> NDArray[Any]:
+    """Return the class of each cell, -1 for a cell that is to be shown without one: not typed, or not sure enough."""
+    abstained = chunk.columns.obs.get("abstained")
+    if not isinstance(abstained, np.ndarray):
+        return chunk.class_index
+    return np.where(abstained.astype(np.bool_), -1, chunk.class_index)
 
 
 def _measurements(chunk: CellChunk, layout: _Layout) -> Iterator[tuple[str, Float64, int]]:

@@ -19,6 +19,7 @@ ROWS_AT_ONCE = 50_000
 # cv2 takes vertices as integers of 1/16 px, and its pixel centres lie on whole numbers where ours lie on halves.
 _SHIFT = 4
 _HALF_PX = 0.5
+NO_CLASS = (150, 150, 150)
 
 Colors = tuple[tuple[int, int, int], ...]
 
@@ -33,15 +34,17 @@ def render_overlay(
     """Draw the outlines of the cells of `cells.zarr` over a region of the slide and write a PNG.
 
     `region` is a level-0 xyxy box, the whole slide if None; the picture's longer edge is at most `max_px` pixels and it
-    never enlarges the slide. Cells are coloured by class. Returns `out_png`; raises UsageError for an empty region.
+    never enlarges the slide. Cells are coloured by class, grey where they have none or abstain. Returns `out_png`;
+    raises UsageError for an empty region.
     """
     box = region or (0, 0, slide.info.width_px, slide.info.height_px)
     if box[2] <= box[0] or box[3] <= box[1]:
         raise UsageError(f"region {box}: must be x0,y0,x1,y1 with x1 > x0 and y1 > y0, in level-0 pixels")
     plane, corner, picture = _background(slide, box, max_px)
     with open_table(table_path) as table:
-        for chunk in table.iter_chunks(ROWS_AT_ONCE):
-            _draw_chunk(picture, chunk, table.colors, plane, corner)
+        obs = ("abstained",) if "abstained" in table.columns else ()
+        for chunk in table.iter_chunks(ROWS_AT_ONCE, obs=obs):
+            _draw_chunk(picture, chunk, (*table.colors, NO_CLASS), plane, corner)
     out_png.parent.mkdir(parents=True, exist_ok=True)
     partial = out_png.with_name(out_png.name + ".tmp")
     Image.fromarray(picture).save(partial, format="PNG")
@@ -81,7 +84,7 @@ def _draw_chunk(picture: UInt8, chunk: CellChunk, colors: Colors, plane: Plane, 
     centre = plane.from_level0(chunk.cells.centroid_xy) - corner
     near = np.flatnonzero(((centre > -64) & (centre < (width + 64, height + 64))).all(axis=1))
     cells = chunk.cells.take(near)
-    class_index = chunk.class_index[near]
+    class_index = _shown(chunk, len(colors))[near]
     if cells.contour_xy is None or cells.contour_start is None:
         _draw_points(picture, centre[near], class_index, colors)
         return
@@ -89,13 +92,22 @@ def _draw_chunk(picture: UInt8, chunk: CellChunk, colors: Colors, plane: Plane, 
     rings = np.split(vertices, cells.contour_start[1:-1]) if len(cells) else []
     for k in np.unique(class_index):
         chosen = [rings[i] for i in np.flatnonzero(class_index == k)]
-        cv2.polylines(picture, chosen, True, colors[int(k) % len(colors)], 2, cv2.LINE_AA, _SHIFT)
+        cv2.polylines(picture, chosen, True, colors[int(k)], 2, cv2.LINE_AA, _SHIFT)
+
+
+def _shown(chunk: CellChunk, n_colors: int) -> NDArray[Any]:
+    """Return the index of each cell's colour; the last is for cells without a class."""
+    abstained = chunk.columns.obs.get("abstained")
+    named = chunk.class_index.astype(np.int64)
+    if isinstance(abstained, np.ndarray):
+        named = np.where(abstained.astype(np.bool_), -1, named)
+    return np.asarray(named % n_colors)
 
 
 def _draw_points(picture: UInt8, xy: Float64, class_index: NDArray[Any], colors: Colors) -> None:
     radius = 3 << _SHIFT
     for (x, y), k in zip(_fixed_point(xy).tolist(), class_index.tolist(), strict=True):
-        cv2.circle(picture, (x, y), radius, colors[k % len(colors)], 1, cv2.LINE_AA, _SHIFT)
+        cv2.circle(picture, (x, y), radius, colors[k], 1, cv2.LINE_AA, _SHIFT)
 
 
 def _fixed_point(xy: Float64) -> Int32:

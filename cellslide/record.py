@@ -28,6 +28,8 @@ _NOT_THE_RESULT = (
     "config.weights",
     "config.mpp",
     "config.spec.weights_",
+    # How cells were typed afterwards.
+    "config.classify.",
 )
 
 
@@ -129,17 +131,25 @@ def read_record(folder: Path) -> RunRecord | None:
 def fingerprint(record: RunRecord) -> dict[str, str]:
     """Return what decides the result, as flat text: version, weights, slide, tissue, tiles, decode, engine, precision.
 
-    Two runs with equal fingerprints may share finished tiles; device, batch size, workers and formats are left out.
+    Two runs with equal fingerprints may share finished tiles; device, batch size, workers and formats are left out, and
+    so is what typed the cells afterwards.
     """
-    flat: dict[str, str] = {}
-    _flatten("config", plain(record.config), flat)
-    flat = {k: v for k, v in flat.items() if not k.startswith(_NOT_THE_RESULT)}
+    flat = {k: v for k, v in flatten({"config": record.config}).items() if not k.startswith(_NOT_THE_RESULT)}
     flat["cellslide_version"] = record.cellslide_version
     flat["engine"], flat["precision"] = record.engine, record.precision
     for key in ("sha256_head", "mpp"):
         flat[f"slide.{key}"] = str(record.slide[key])
-    for i, weights in enumerate(record.weights):
+    classifier = record.config.get("classify", {}).get("spec", {}).get("weights_id")
+    for i, weights in enumerate(w for w in record.weights if w.id != classifier):
         _flatten(f"weights.{i}", {"id": weights.id, "sha256": weights.sha256}, flat)
+    return flat
+
+
+def flatten(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return nested settings as flat text, keys joined by dots."""
+    flat: dict[str, str] = {}
+    for key, value in settings.items():
+        _flatten(key, plain(value), flat)
     return flat
 
 

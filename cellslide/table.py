@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -149,8 +149,12 @@ class CellTableWriter:
             return np.empty((len(cells), 0), np.float32)
         return ring_features(*rings, self.slide.mpp_x, self.slide.mpp_y)
 
-    def close(self, run: RunRecord) -> None:
-        """Finish the table and rename it into place, over an older one."""
+    def close(self, run: RunRecord, given: Mapping[str, Column] | None = None) -> None:
+        """Finish the table and rename it into place, over an older one.
+
+        `given` are further columns of all rows; a `uuid` among them goes before the one made here, save where "".
+        """
+        given = dict(given or {})
         if self.pending:
             self._flush(keep_rest=False)
         if self.n == 0:
@@ -158,7 +162,8 @@ class CellTableWriter:
         has_shapes = self.shapes.close()
         self.columns.close()
         key = f"{run.slide.get('sha256_head') or self.slide.slide_id}/{self.spec.weights_sha256}"
-        _write_uuids(self.group, self.n, key)
+        _write_uuids(self.group, self.n, key, given.pop("uuid", None))
+        _write_columns(self.group, given)
         _write_uns(self.group, self.slide, self.spec.kind, self.classes, run)
         mark_store(self.root, has_shapes)
         link_shapes(self.group, has_shapes)
@@ -198,14 +203,28 @@ def _write_classes(group: zarr.Group, classes: Sequence[ClassSpec]) -> None:
     write_values(group, "uns/class_colors", ["#{:02x}{:02x}{:02x}".format(*c.color) for c in classes])  # as scanpy does
 
 
-def _write_uuids(group: zarr.Group, n: int, key: str) -> None:
-    """Add the column `uuid`, a version 5 UUID of `key` and the centroid to 0.01 px; equal places are counted on."""
+def _write_columns(group: zarr.Group, given: Mapping[str, Column]) -> None:
+    if given:
+        writer = ColumnWriter(group)
+        writer.append(Columns(given))
+        writer.close()
+
+
+def _write_uuids(group: zarr.Group, n: int, key: str, given: Column | None = None) -> None:
+    """Add the column `uuid`: the one given, else a version 5 UUID of `key` and the centroid to 0.01 px.
+
+    Equal places are counted on.
+    """
     writer = ColumnWriter(group)
     seen: list[Int64] = []
     for first in range(0, max(n, 1), BLOCK_ROWS):
         x, y = (np.asarray(read_obs(group, name, first, first + BLOCK_ROWS)) for name in ("x", "y"))
         place = pack_places(x, y)
-        writer.append(Columns({"uuid": make_uuids(key, place, times_seen(place, seen))}))
+        uuid = make_uuids(key, place, times_seen(place, seen))
+        if isinstance(given, np.ndarray):
+            source = given[first : first + len(uuid)]
+            uuid = np.where(source != "", source, uuid)
+        writer.append(Columns({"uuid": uuid}))
         seen.append(np.sort(place))
     writer.close()
 

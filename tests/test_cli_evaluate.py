@@ -155,8 +155,9 @@ def fake_network(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         seen.append(mpp)
         return cells_at(CENTRES[:2], 8, prob)
 
+    manifest = SimpleNamespace(load=lambda: SimpleNamespace(entries={}))
     modules = {
-        "weights": SimpleNamespace(load_model=lambda model, weights: SimpleNamespace(spec=spec)),
+        "weights": SimpleNamespace(load_model=lambda model, weights: SimpleNamespace(spec=spec), Manifest=manifest),
         "segmenter": SimpleNamespace(open_segmenter=lambda loaded, config: Opened()),
         "pipeline": SimpleNamespace(segment_array=segment_array),
     }

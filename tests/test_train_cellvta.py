@@ -17,12 +17,13 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-pytest.importorskip("lightning", reason="extra `train` is not installed")
+pytest.importorskip("cellslide.train.framework", reason="extra `train` is not installed")
 
 from cellslide.errors import Interrupted, UsageError, WeightsError
 from cellslide.models import build_model
-from cellslide.train.cellvta import CellVTATraining, learning_rate_factor, load_start, score_image
+from cellslide.train.cellvta import CellVTATraining, load_start, score_image
 from cellslide.train.data import load_sets
+from cellslide.train.module import learning_rate_factor
 from cellslide.train.recipe import Recipe, recipe_from
 from cellslide.train.run import RunOptions, accelerator_of, precision_of, train
 from cellslide.train.targets import hover_map

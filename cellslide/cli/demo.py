@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cellslide.cli.options import FOLDER, device_option, run_options
+
+if TYPE_CHECKING:
+    from cellslide.batch import SlideOutcome
+    from cellslide.segmenter import Segmenter
+    from cellslide.slides import SlideInput
 
 DETAIL_PX = 800
 
@@ -20,7 +26,7 @@ DETAIL_PX = 800
 @device_option
 @run_options
 def command(output: Path, download: bool, device: str, no_progress: bool, log_json: bool) -> int:
-    """Segment a demonstration slide, draw its nuclei, and say where to look.
+    """Segment a demonstration slide, type its nuclei, draw them, and say where to look.
 
     The slide is painted by cellslide itself, so this works offline and needs no account. On two cores it takes
     less than three minutes. It writes to the output folder only, and begins anew each time.
@@ -32,7 +38,7 @@ def command(output: Path, download: bool, device: str, no_progress: bool, log_js
     """
     path = get_slide(output, download)
     click.echo(f"slide       {path}", err=log_json)
-    code = segment(path, output, device, no_progress, log_json)
+    code = process(path, output, device, no_progress, log_json)
     if code == 0:
         point_out(path, output / path.stem, to_stderr=log_json)
     return code
@@ -51,18 +57,37 @@ def get_slide(output: Path, download: bool) -> Path:
     return path
 
 
-def segment(path: Path, output: Path, device: str, no_progress: bool, log_json: bool) -> int:
-    """Run `cellslide segment` on the slide with the model that ships; return the exit code."""
+def process(path: Path, output: Path, device: str, no_progress: bool, log_json: bool) -> int:
+    """Segment the slide with the model that ships, and type its nuclei if a classifier ships; return the exit code."""
     from cellslide.cli import segment as cli_segment
     from cellslide.config import InferConfig, OutputConfig, SegmentConfig
     from cellslide.segmenter import open_segmenter
     from cellslide.slides import expand_slides
-    from cellslide.weights import load_model
+    from cellslide.weights import Manifest, load_model
 
     config = SegmentConfig(infer=InferConfig(device=device), output=OutputConfig(overwrite=True))
+    sources = expand_slides([path])
     with open_segmenter(load_model(), config) as segmenter:
-        outcomes = cli_segment.run(expand_slides([path]), segmenter, output, log_json, not no_progress)
-    return cli_segment.finish(outcomes, log_json)
+        if "classify" not in Manifest.load().defaults:
+            return cli_segment.finish(cli_segment.run(sources, segmenter, output, log_json, not no_progress), log_json)
+        return cli_segment.finish(run_both(sources, segmenter, output, log_json, not no_progress), log_json)
+
+
+def run_both(
+    sources: list[SlideInput], segmenter: Segmenter, output: Path, log_json: bool, shown: bool
+) -> list[SlideOutcome]:
+    """Segment the slide and type its nuclei with the classifier that ships, for its first organ."""
+    from cellslide.classify.columns import Rule
+    from cellslide.cli import classify, run
+    from cellslide.config import ClassifyConfig
+    from cellslide.gate import DecisionConfig
+
+    config = segmenter.config
+    classifier = classify.load(ClassifyConfig(infer=config.infer, output=config.output))
+    spec = classifier.spec
+    rule = Rule(DecisionConfig(), spec.calibration, tuple(c.name for c in spec.classes))
+    organ_of = classify.organ_finder(spec, spec.organs[0] if spec.organs else None)
+    return run.run(sources, segmenter, classifier, rule, organ_of, output, log_json, shown)
 
 
 def point_out(path: Path, folder: Path, to_stderr: bool) -> None:

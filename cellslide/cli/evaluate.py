@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from cellslide.cli.classify import decision_options
+from cellslide.cli.evaluate_classifier import Scored, Typing, evaluate_classifier
 from cellslide.cli.options import (
     config_option,
     infer_options,
@@ -16,25 +18,22 @@ from cellslide.cli.options import (
     tile_options,
     verbosity_options,
 )
+from cellslide.cli.typed import dataset_mpp_option, dataset_organ_option, is_classifier, map_class_option
 from cellslide.config import InferConfig, SegmentConfig, TileConfig, TissueConfig
 from cellslide.errors import UsageError
 
 if TYPE_CHECKING:
     from cellslide.evaluate.dataset import Dataset, Sample
-    from cellslide.evaluate.report import EvalReport, Predictor
+    from cellslide.evaluate.report import Predictor
     from cellslide.evaluate.score import ClassSet, ImageScores, Nuclei
     from cellslide.types import Cells
 
 CLASSICAL = "classical"
+# Flags that a classifier alone understands, and what they are where nobody gives them.
+TYPING_FLAGS = {"detector": None, "organ": None, "gate": "mix", "tau": None, "gamma": None, "thresholds": None,
+                "abstain": None, "taxonomy": None}  # fmt: skip
 OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER_IN = click.Path(exists=True, file_okay=False, path_type=Path)
-
-
-def _class_map(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    wrong = [value for value in values if not all(part.strip() for part in value.partition("=")[::2])]
-    if wrong:
-        raise click.BadParameter(f"{', '.join(wrong)}: must be PREDICTED=TRUE, such as Neoplastic=tumor")
-    return dict(value.split("=", 1) for value in values)
 
 
 @click.command()
@@ -49,20 +48,18 @@ def _class_map(ctx: click.Context, param: click.Parameter, values: tuple[str, ..
 )
 @click.option("--split", metavar="NAME", help="Only the images of this split of the manifest.  [default: all]")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N images.")
+@dataset_mpp_option
+@map_class_option
 @click.option(
-    "--mpp",
-    type=click.FloatRange(0.05, 2.0),
-    metavar="F",
-    help="Pixel size of the images in µm, over what the manifest says.  [default: the manifest's]",
-)
+    "--nuclei", type=click.Choice(["given", "detected"]),
+    help="Classifier: type the annotated points, or nuclei that a segmentation model finds.  [default: given]",
+)  # fmt: skip
 @click.option(
-    "--map-class",
-    "class_map",
-    multiple=True,
-    callback=_class_map,
-    metavar="PREDICTED=TRUE",
-    help="Count a predicted class as one of the data set's; may be repeated.",
+    "--detector", metavar="ID", help="Segmentation model for --nuclei detected.  [default: the one that ships]"
 )
+@dataset_organ_option
+@decision_options
+@click.option("--reliability", type=OUTPUT_FILE, metavar="FILE.png", help="Classifier: draw a reliability diagram.")
 @click.option("--json", "json_file", type=OUTPUT_FILE, metavar="FILE", help="Write the scores as JSON.")
 @click.option("--per-image", type=OUTPUT_FILE, metavar="FILE", help="Write the scores of each image as CSV.")
 @infer_options
@@ -72,24 +69,27 @@ def _class_map(ctx: click.Context, param: click.Parameter, values: tuple[str, ..
 @verbosity_options
 def command(
     dataset: Path, model: str | None, weights: Path | None, predictions: Path | None, split: str | None,
-    limit: int | None, mpp: float | None, class_map: dict[str, str], json_file: Path | None, per_image: Path | None,
-    tile_size: int | None, overlap: int | None, compile_: bool, no_progress: bool, **infer: Any,
+    limit: int | None, mpp: float | None, class_map: dict[str, str], nuclei: Literal["given", "detected"] | None,
+    json_file: Path | None, per_image: Path | None, reliability: Path | None, tile_size: int | None,
+    overlap: int | None, compile_: bool, no_progress: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Score a model or its predictions on the labelled images in DATASET_DIR.
 
     DATASET_DIR holds manifest.csv with images, masks (instance labels) or points. `--model classical` is the
-    baseline without training: haematoxylin, Otsu, watershed.
+    baseline without training: haematoxylin, Otsu, watershed. A classifier types the annotated points, by every rule.
 
     \b
     Example:
       cellslide evaluate data/tnbc --json scores.json
       cellslide evaluate --model classical data/tnbc
       cellslide evaluate --predictions out data/tnbc --split val
+      cellslide evaluate --model CLASSIFIER data/typed --split val --reliability diagram.png
+      cellslide evaluate --model CLASSIFIER data/typed --nuclei detected
     """
     if predictions is not None and (model is not None or weights is not None):
         raise UsageError("--predictions: scores what is on disk, so it goes without --model and --weights")
     from cellslide.evaluate.dataset import read_dataset
-    from cellslide.evaluate.report import pixel_size, summarise, write_per_image
+    from cellslide.evaluate.report import pixel_size, write_per_image
     from cellslide.evaluate.score import ClassSet, dataset_classes
 
     for file in (json_file, per_image):
@@ -100,23 +100,45 @@ def command(
     classes = ClassSet.of(dataset_classes(data), class_map)
     for sample in data.samples:  # Before a network is loaded for nothing.
         pixel_size(sample, mpp)
-    config = SegmentConfig(
-        model,
-        weights,
-        mpp,
-        TissueConfig(enabled=False),
-        TileConfig(tile_size, overlap),
-        InferConfig(compile=compile_, **infer),
-    )
+    typing = {name: flags.pop(name) for name in TYPING_FLAGS}
+    infer, tiles = InferConfig(compile=compile_, **flags), TileConfig(tile_size, overlap)
+    if predictions is None and (nuclei is not None or is_classifier(model, weights)):
+        how = Typing(nuclei or "given", typing.pop("detector"), typing.pop("organ"), typing, infer, tiles, reliability,
+                     no_progress)  # fmt: skip
+        _check_per_image(how, per_image)
+        scored = evaluate_classifier(data, split, classes, mpp, model, weights, how)
+    else:
+        _refuse_typing({**typing, "reliability": reliability, "nuclei": nuclei})
+        config = SegmentConfig(model, weights, mpp, TissueConfig(enabled=False), tiles, infer)
+        scored = _evaluate(data, split, classes, config, predictions, no_progress)
+    if json_file is not None:
+        _write(json_file, scored.report.to_json())
+    if per_image is not None:
+        write_per_image(per_image, scored.images)
+    _show(scored)
+
+
+def _check_per_image(how: Typing, per_image: Path | None) -> None:
+    if how.nuclei == "given" and per_image is not None:
+        raise UsageError("--per-image: given nuclei are scored together; use it with --nuclei detected")
+
+
+def _refuse_typing(flags: dict[str, Any]) -> None:
+    given = [f"--{name}" for name, value in flags.items() if value != TYPING_FLAGS.get(name)]
+    if given:
+        raise UsageError(f"{', '.join(given)}: only for a classifier, named with --model or --weights")
+
+
+def _evaluate(
+    data: Dataset, split: str | None, classes: ClassSet, config: SegmentConfig, predictions: Path | None,
+    no_progress: bool,
+) -> Scored:  # fmt: skip
+    from cellslide.evaluate.report import summarise
+
     with ExitStack() as resources:
         name, predict = _predictor(config, predictions, resources)
-        scores = _score(data, predict, classes, mpp, no_progress)
-    report = summarise(name, data, split, classes, scores)
-    if json_file is not None:
-        _write(json_file, report.to_json())
-    if per_image is not None:
-        write_per_image(per_image, scores)
-    _show(report)
+        scores = _score(data, predict, classes, config.mpp, no_progress)
+    return Scored(summarise(name, data, split, classes, scores), images=tuple(scores))
 
 
 def _predictor(config: SegmentConfig, predictions: Path | None, resources: ExitStack) -> tuple[str, Predictor]:
@@ -222,9 +244,10 @@ def _write(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def _show(report: EvalReport) -> None:
+def _show(scored: Scored) -> None:
     from rich.console import Console
 
-    Console().print(report.table())
-    for warning in report.warnings:
+    for table in (scored.report.table(), *scored.tables):
+        Console().print(table)
+    for warning in scored.report.warnings:
         click.echo(f"warning: {warning}", err=True)

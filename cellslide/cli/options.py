@@ -18,7 +18,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
-def _chain(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
+def chain(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
     """Join decorators into one; the first named stands first in the help."""
 
     def apply(function: F) -> F:
@@ -67,18 +67,18 @@ def format_option(default: str = "zarr,geojson") -> Callable[[F], F]:
     )  # fmt: skip
 
 
-geojson_options = _chain(
+geojson_options = chain(
     click.option(
         "--geojson-origin", type=click.Choice(["bounds", "level0"]), default="bounds", show_default=True,
         help="Zero point of the GeoJSON: the slide's bounds, as QuPath shows it, or the level-0 plane.",
     ),
     click.option(
         "--profile", type=click.Choice(["lean", "full"]), default="lean", show_default=True,
-        help="Measurements in the GeoJSON: top probability and area, or all.",
+        help="Measurements in the GeoJSON: top probability, gate and area, or all.",
     ),
 )  # fmt: skip
 
-model_options = _chain(
+model_options = chain(
     click.option("--model", metavar="ID", help="Model from `cellslide weights list`.  [default: the one that ships]"),
     click.option("--weights", type=FILE, help="Weights file of a published checkpoint (.pth, .safetensors)."),
 )
@@ -87,33 +87,43 @@ device_option = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|mps|cuda|cuda:N", help="Where the network runs."
 )
 
-infer_options = _chain(
-    device_option,
-    click.option(
+
+def batch_size_option(what: str) -> Callable[[F], F]:
+    """Return the option `--batch-size auto|N`; `what` says what is counted."""
+    return click.option(
         "--batch-size", default="auto", show_default=True, callback=_batch_size, metavar="auto|N",
-        help="Tiles per forward pass; halved by itself when memory runs out.",
-    ),
-    click.option(
-        "--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True,
-        help="Number format of the network.",
-    ),
+        help=f"{what} Halved by itself when memory runs out.",
+    )  # fmt: skip
+
+
+precision_option = click.option(
+    "--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True,
+    help="Number format of the network.",
+)  # fmt: skip
+
+seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed, kept in run.json.")
+
+infer_options = chain(
+    device_option,
+    batch_size_option("Tiles per forward pass."),
+    precision_option,
     click.option(
         "--engine", type=click.Choice(["torch", "onnx"]), default="torch", show_default=True,
         help="What runs the network.",
     ),
     click.option("--workers", type=int, help="Processes that decode.  [default: by the cores granted]"),
     click.option("--compile", "compile_", is_flag=True, help="Compile the network first (torch)."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Seed, kept in run.json."),
+    seed_option,
 )  # fmt: skip
 
-tile_options = _chain(
+tile_options = chain(
     click.option(
         "--tile-size", type=int, help="Tile edge in pixels at the model's pixel size.  [default: the model's]"
     ),
     click.option("--overlap", type=int, help="Overlap of tiles in the same pixels.  [default: the model's]"),
 )
 
-tissue_options = _chain(
+tissue_options = chain(
     click.option("--no-tissue", is_flag=True, help="Search the whole slide, not only the tissue."),
     click.option("--tissue-mask", type=FILE, help="Mask image of the whole slide, any size; non-zero is tissue."),
     click.option("--roi", type=FILE, help="GeoJSON with polygons to search, with the zero point of --geojson-origin."),
@@ -137,7 +147,7 @@ def _on_verbosity(ctx: click.Context, param: click.Parameter, value: int) -> int
     return value
 
 
-verbosity_options = _chain(
+verbosity_options = chain(
     click.option(
         "-v", "--verbose", count=True, expose_value=False, is_eager=True, callback=_on_verbosity,
         help="Say more; show the traceback of an error.",
@@ -182,7 +192,7 @@ config_option = click.option(
     help="YAML file with flags and values; flags given on the command line win.",
 )  # fmt: skip
 
-run_options = _chain(
+run_options = chain(
     config_option,
     click.option("--no-progress", is_flag=True, help="No progress bar."),
     click.option("--log-json", is_flag=True, help="One JSON line on stdout per slide at its end."),

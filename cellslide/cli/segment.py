@@ -38,6 +38,9 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     return int(number), int(count)
 
 
+shard_option = click.option("--shard", metavar="I/N", callback=_shard, help="Only part I of N of the slides, I from 1.")
+
+
 @click.command()
 @slides_argument
 @output_option
@@ -48,7 +51,7 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @geojson_options
 @infer_options
 @tile_options
-@click.option("--shard", metavar="I/N", callback=_shard, help="Only part I of N of the slides, I from 1.")
+@shard_option
 @click.option(
     "--overwrite", is_flag=True, help="Start anew; without it, finished slides are skipped and others resumed."
 )

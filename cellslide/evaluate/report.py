@@ -67,7 +67,11 @@ class ClassScores:
 
 @dataclass(frozen=True, slots=True)
 class EvalReport:
-    """Scores of a model on a data set; None is what does not apply."""
+    """Scores of a model on a data set; None is what does not apply.
+
+    nuclei  for a classifier, whose places were typed: "given" ones or those "detected" by a segmentation model.
+    gate    the rule that the shared keys are about; `paths` holds the scores of every rule.
+    """
 
     model: str
     dataset: str
@@ -83,6 +87,9 @@ class EvalReport:
     ece: float | None
     brier: float | None
     warnings: tuple[str, ...] = ()
+    nuclei: str | None = None
+    gate: str | None = None
+    paths: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """Return the report as JSON text, keys in the order of the record and classes keyed by name."""
@@ -105,7 +112,8 @@ class EvalReport:
     def _rows(self) -> list[tuple[str, float | None]]:
         rows: list[tuple[str, float | None]] = [(n, v) for n, v in asdict(self.instance).items() if v is not None]
         within = f"within {self.detection.radius_um:g} µm"
-        rows += [(f"detection {n} {within}", getattr(self.detection, n)) for n in ("precision", "recall", "f1")]
+        if self.nuclei != "given":
+            rows += [(f"detection {n} {within}", getattr(self.detection, n)) for n in ("precision", "recall", "f1")]
         rows += [(f"{c.name} f1 ({c.support} nuclei)", c.f1) for c in self.classes or ()]
         rows += [(n, getattr(self, n)) for n in ("mean_f1", "accuracy", "ece", "brier") if getattr(self, n) is not None]
         return rows

@@ -29,12 +29,22 @@ def _cellvit(arch: str, config: Mapping[str, Any]) -> nn.Module:
     return build(arch, config)
 
 
+def _nuclass(config: Mapping[str, Any]) -> nn.Module:
+    from cellslide.models.nuclass import NuClass, NuClassConfig
+
+    return NuClass(NuClassConfig.of(config))
+
+
 _CELLVIT = (
     "cellvit_256", "cellvit_sam_b", "cellvit_sam_l", "cellvit_sam_h",
     "cellvit_uni", "cellvit_virchow", "cellvit_virchow2",
 )  # fmt: skip
 
-ARCHITECTURES: dict[str, Builder] = {"cellvta": _cellvta, **{name: partial(_cellvit, name) for name in _CELLVIT}}
+ARCHITECTURES: dict[str, Builder] = {
+    "cellvta": _cellvta,
+    **{name: partial(_cellvit, name) for name in _CELLVIT},
+    "nuclass": _nuclass,
+}
 
 # Class names that published checkpoints carry. A CellViTSAM is of any size; its tensors tell which.
 PUBLISHED_NAMES = {
@@ -45,6 +55,7 @@ PUBLISHED_NAMES = {
     "CellViTUNI": "cellvit_uni",
     "CellViTVirchow": "cellvit_virchow",
     "CellViTVirchow2": "cellvit_virchow2",
+    "NuClass": "nuclass",
 }
 
 

@@ -6,8 +6,10 @@ else in it is ignored. Only tensors and plain values are unpickled. Sizes are re
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import pathlib
 import pickle
 import re
 import zipfile
@@ -59,14 +61,22 @@ def read_checkpoint(path: Path, arch: str | None = None) -> Checkpoint:
 
     Raises WeightsError when the file is not a checkpoint or would run code when unpickled.
     """
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    state = _strip_parallel(_find_state(content, path))
+    state, content = read_tensors(path)
     config = _flatten(content.get("config") or {})
     name = content.get("arch") or arch or guess_arch(state)
     if not isinstance(name, str):
         raise WeightsError(f"{path}: the checkpoint names no architecture and its tensors fit none that is known")
     short = canonical_arch(name)
     return Checkpoint(_sam_size(state) if name == "CellViTSAM" else short, config, state)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a file's tensors by name on the CPU, and all that it holds; Lightning's `.ckpt` and plain files too.
+
+    Raises WeightsError when the file holds no tensors or would run code when unpickled.
+    """
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    return _strip_parallel(_find_state(content, path)), content
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -93,8 +103,12 @@ def _numpy_scalars() -> list[Any]:
     ]
 
 
+# Settings that Lightning stores with a model: they hold plain values and run nothing.
+_SETTINGS = (argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath)
+
+
 def _read_pickle(path: Path) -> dict[str, Any]:
-    allowed = _numpy_scalars()
+    allowed = [*_numpy_scalars(), *_SETTINGS]
     try:
         with torch.serialization.safe_globals(allowed):
             # Mapped, since the optimiser's state may be twice the size of the model and is not wanted.
@@ -129,7 +143,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _find_state(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    state = content.get("model_state_dict", content)
+    state = content.get("model_state_dict", content.get("state_dict", content))
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError(f"{path}: no `model_state_dict` of tensors in it")
     return {str(name): tensor for name, tensor in state.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from cellslide.errors import Interrupted
-from cellslide.train.cellvta import CellVTATraining
-from cellslide.train.data import TrainSet
-from cellslide.train.export import write_model
 from cellslide.train.framework import L
+from cellslide.train.module import Training
+
+# Writes a state dict as a model into a folder, with the metrics and the step that it comes from.
+ModelWriter = Callable[[Path, Mapping[str, Tensor], Mapping[str, float], int], None]
 
 
 class AveragedWeights(L.Callback):
@@ -28,7 +30,7 @@ class AveragedWeights(L.Callback):
         self.average: dict[str, Tensor] = {}
 
     @staticmethod
-    def _live(module: CellVTATraining) -> dict[str, Tensor]:
+    def _live(module: Training) -> dict[str, Tensor]:
         return {name: value for name, value in module.model.state_dict().items() if value.is_floating_point()}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -56,7 +58,7 @@ class AveragedWeights(L.Callback):
         self.swap(pl_module)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def swap(self, module: CellVTATraining) -> None:
+    def swap(self, module: Training) -> None:
         """Exchange average and live weights in place."""
         for name, value in self._live(module).items():
             kept = value.clone()
@@ -91,7 +93,7 @@ class Progress(L.Callback):
             pace = (time.monotonic() - self._epoch_started) / max(step - self._first, 1)
             rate = trainer.optimizers[0].param_groups[0]["lr"]
             loss = float(outputs["loss"])
-            total = pl_module.recipe.total_steps  # type: ignore[union-attr]
+            total = pl_module.course.total_steps  # type: ignore[union-attr]
             print(f"step {step}/{total} loss {loss:.4f} lr {rate:.2e} {pace:.2f} s/step", flush=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -105,15 +107,13 @@ class Progress(L.Callback):
 class Keeper(L.Callback):
     """Writes `last.ckpt` at each end of an epoch, and the averaged weights as the best and the last model."""
 
-    def __init__(
-        self, folder: Path, sets: list[TrainSet], average: AveragedWeights | None, monitor: str = "val/bpq"
-    ) -> None:
-        self.folder, self.sets, self.average, self.monitor = folder, sets, average, monitor
+    def __init__(self, folder: Path, write: ModelWriter, average: AveragedWeights | None, monitor: str) -> None:
+        self.folder, self.write, self.average, self.monitor = folder, write, average, monitor
         self.best: float | None = None
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save; a present file is a complete file. The last epoch is the best where nothing is validated."""
-        assert isinstance(pl_module, CellVTATraining)
+        assert isinstance(pl_module, Training)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         score = metrics.get(self.monitor)
         better = score is None or self.best is None or score > self.best
@@ -123,8 +123,8 @@ class Keeper(L.Callback):
             state = {name: self.average.average.get(name, value) for name, value in state.items()}
         for wanted, folder in ((True, self.folder / "last"), (better, self.folder)):
             if wanted:
-                write_model(folder, state, pl_module.recipe, self.sets, metrics, trainer.global_step)
-        if trainer.global_step % pl_module.recipe.epoch_steps:
+                self.write(folder, state, metrics, trainer.global_step)
+        if trainer.global_step % pl_module.course.epoch_steps:
             return  # Stopped inside an epoch: only whole epochs resume to the same numbers.
         temporary = self.folder / "last.ckpt.part"
         trainer.save_checkpoint(temporary, weights_only=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,30 +16,22 @@ from cellslide.errors import UsageError, WeightsError
 from cellslide.evaluate.detection import centroids, pair_points, tally
 from cellslide.evaluate.matching import overlaps, panoptic_quality
 from cellslide.train.data import Crops, TrainImage
-from cellslide.train.framework import L
 from cellslide.train.losses import hover_losses
+from cellslide.train.module import Training
 from cellslide.train.recipe import Recipe
 from cellslide.types import HoverDecode, HoverMaps, Int32, UInt8
 
 DETECTION_RADIUS_UM = 3.0
 
 
-class CellVTATraining(L.LightningModule):
-    """Trains a model that maps images (B, 3, H, W) to raw logits by published name.
-
-    All chance is a function of (seed, step): the data by draw number, dropout by reseeding before each step. The
-    learning rate is a function of the step too (and of the clock if the recipe sets `max_minutes`), so a checkpoint
-    holds no scheduler.
-    """
+class CellVTATraining(Training):
+    """Trains a model that maps images (B, 3, H, W) to raw logits by published name."""
 
     def __init__(self, recipe: Recipe, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__(recipe, model.to(memory_format=torch.channels_last) if recipe.channels_last else model)
         self.recipe = recipe
-        self.model = model.to(memory_format=torch.channels_last) if recipe.channels_last else model
         self.register_buffer("mean", 255 * torch.tensor(recipe.model.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(recipe.model.std).view(1, 3, 1, 1), persistent=False)
-        self.elapsed_s = 0.0
-        self._clock_s: float | None = None
         self._scores: list[dict[str, float]] = []
         if recipe.model.freeze_encoder:
             freeze_encoder(model)
@@ -75,39 +66,14 @@ class CellVTATraining(L.LightningModule):
                 module.eval()
         return self
 
-    def on_train_start(self) -> None:
-        """Start the clock."""
-        self._clock_s = time.monotonic()
-
-    def on_train_batch_start(self, batch: Crops, batch_idx: int) -> None:
-        """Seed this step and set its learning rate."""
-        torch.manual_seed(self.recipe.seed * 1_000_003 + self.global_step)
-        rate = self.recipe.optim.lr * learning_rate_factor(self.recipe, self.global_step, self.minutes)
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = rate * group["lr_scale"]
-
     def training_step(self, batch: Crops, batch_idx: int) -> Tensor:
         """Return the loss of one batch and log its parts; raises FloatingPointError if it is not finite."""
         parts = hover_losses(self(batch.image), batch, self.recipe.loss)
-        total = parts.total
-        if not torch.isfinite(total):
-            raise FloatingPointError(f"loss is {total.item()} at step {self.global_step}: lower optim.lr in the recipe")
+        total = self.check_finite(parts.total)
         shown = {f"train/{name}": value.detach() for name, value in parts._asdict().items()}
         shown["train/loss"] = total.detach()
         self.log_dict(shown, on_step=False, on_epoch=True, batch_size=len(batch.image))
         return total
-
-    @property
-    def minutes(self) -> float:
-        """Training time so far, over all resumed parts."""
-        running = 0.0 if self._clock_s is None else time.monotonic() - self._clock_s
-        return (self.elapsed_s + running) / 60
-
-    def on_train_batch_end(self, outputs: Any, batch: Crops, batch_idx: int) -> None:
-        """Ask for a clean end when the time is up; Lightning validates once more and stops."""
-        limit = self.recipe.max_minutes
-        if limit is not None and self.minutes >= limit:
-            self.trainer.should_stop = True
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move crops; a validation image stays, since it is decoded on the CPU."""
@@ -127,27 +93,6 @@ class CellVTATraining(L.LightningModule):
             if values:
                 self.log(f"val/{name}", float(np.mean(values)))
         self._scores.clear()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the recipe and the time used."""
-        checkpoint["cellslide"] = {"recipe": self.recipe.as_dict(), "elapsed_s": self.minutes * 60}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the time used before."""
-        self.elapsed_s = float(checkpoint["cellslide"]["elapsed_s"])
-
-
-def learning_rate_factor(recipe: Recipe, step: int, minutes: float = 0.0) -> float:
-    """Return the share of the full learning rate for a step counted from 0: warm-up, then exponential or cosine."""
-    optim = recipe.optim
-    if step < optim.warmup_steps:
-        return (step + 1) / optim.warmup_steps
-    if optim.schedule == "exponential":
-        return float(optim.gamma ** (step // recipe.epoch_steps))
-    progress = (step - optim.warmup_steps) / max(recipe.total_steps - optim.warmup_steps, 1)
-    if recipe.max_minutes is not None:
-        progress = max(progress, minutes / recipe.max_minutes)
-    return optim.final_lr + (1 - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 # The published adapter is trained beside the frozen ViT; these are the ViT's own parts.

@@ -5,6 +5,7 @@ Every crop is a function of (seed, draw number) alone, so neither workers nor re
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import Sample, read_dataset
 from cellslide.train.augment import crop_matrix, pale_nuclei, recolor, warp
-from cellslide.train.recipe import DatasetConfig, Recipe, Supervision
+from cellslide.train.recipe import DatasetConfig, Recipe, Supervision, ValConfig
 from cellslide.train.targets import IGNORE, hover_map, point_labels, single_nuclei
 from cellslide.types import Bool, Float64, Int32, UInt8
 
@@ -97,7 +98,7 @@ def _choose(path: Path, recipe: Recipe) -> tuple[list[Sample], list[Sample]]:
     name = path.resolve().name
     config = recipe.datasets.get(name, DatasetConfig())
     samples = [s for s in read_dataset(path).samples if s.patient not in config.exclude_patients and s.split != "test"]
-    val = [s for s in samples if _validates(s, config)]
+    val = [s for s in samples if validates(s, config.val)]
     missing = sorted(set(config.val.patients) - {s.patient for s in val})
     if missing:
         raise UsageError(f"{path}: recipe datasets.{name}.val.patients: no such patient {', '.join(missing)}")
@@ -115,8 +116,9 @@ def _prepare_set(
     return TrainSet(name, path, config.weight, *prepared)
 
 
-def _validates(sample: Sample, config: DatasetConfig) -> bool:
-    return sample.patient in config.val.patients or (config.val.split is not None and sample.split == config.val.split)
+def validates(sample: Sample, val: ValConfig) -> bool:
+    """Whether a sample validates under a data set's settings."""
+    return sample.patient in val.patients or (val.split is not None and sample.split == val.split)
 
 
 def prepare(sample: Sample, config: DatasetConfig, recipe: Recipe) -> TrainImage:
@@ -323,12 +325,15 @@ def train_loader(sets: Sequence[TrainSet], recipe: Recipe, workers: int, first_e
         num_workers=workers,
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         drop_last=True,
     )
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """Keep a worker to one thread, and let the process that trains decide how to end."""
+    # `timeout` and schedulers signal the whole group; a worker that dies first would turn a clean stop into an error.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,24 @@ def write_model(
     metrics: Mapping[str, float],
     step: int,
 ) -> None:
-    """Write `model.safetensors`, `model.yaml` (one manifest entry) and `card.json` to `folder`, each by a rename."""
+    """Write the three files of a segmentation model to `folder`."""
+    card = {"metrics": dict(metrics), "step": step, "recipe": recipe.as_dict(), "data": [_used(s) for s in sets]}
+    write_files(folder, state, lambda sha256, size: manifest_entry(recipe, sets, metrics, sha256, size), card)
+
+
+def write_files(
+    folder: Path, state: Mapping[str, Tensor], entry_of: Callable[[str, int], dict[str, Any]], card: Mapping[str, Any]
+) -> None:
+    """Write `model.safetensors`, `model.yaml` (one manifest entry) and `card.json` to `folder`, each by a rename.
+
+    entry_of  gives the entry from the weights' sha256 and size in bytes; the card holds it too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     data = save({name: value.detach().cpu().contiguous() for name, value in state.items()})
     _replace(folder / WEIGHTS, data)
-    entry = manifest_entry(recipe, sets, metrics, hashlib.sha256(data).hexdigest(), len(data))
+    entry = entry_of(hashlib.sha256(data).hexdigest(), len(data))
     _replace(folder / "model.yaml", yaml.safe_dump(entry, sort_keys=False).encode())
-    run = {"step": step, "recipe": recipe.as_dict(), "data": [_used(s) for s in sets]}
-    card = {"entry": entry, "metrics": dict(metrics), **run}
-    _replace(folder / "card.json", json.dumps(card, indent=1).encode())
+    _replace(folder / "card.json", json.dumps({"entry": entry, **card}, indent=1).encode())
 
 
 def manifest_entry(

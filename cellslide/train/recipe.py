@@ -18,7 +18,8 @@ Supervision = Literal["auto", "instances", "foreground", "points"]
 Range = tuple[float, float]
 
 
-def _require(ok: bool, key: str, value: object, legal: str) -> None:
+def require(ok: bool, key: str, value: object, legal: str) -> None:
+    """Raise UsageError that names the key and what is legal, unless `ok`."""
     if not ok:
         raise UsageError(f"recipe {key}: {value} must be {legal}")
 
@@ -59,12 +60,12 @@ class DatasetConfig:
     val: ValConfig = field(default_factory=ValConfig)
 
     def __post_init__(self) -> None:
-        _require(self.weight >= 0, "datasets.weight", self.weight, "0 or more")
-        _require(self.split != "test", "datasets.split", self.split, "another split: test data never enters training")
-        _require(self.val.split != "test", "datasets.val.split", self.val.split, "another split than test")
+        require(self.weight >= 0, "datasets.weight", self.weight, "0 or more")
+        require(self.split != "test", "datasets.split", self.split, "another split: test data never enters training")
+        require(self.val.split != "test", "datasets.val.split", self.val.split, "another split than test")
         known = isinstance(self.mpp, str) and self.mpp in ("manifest", "from-nuclei")
         ok = known or (not isinstance(self.mpp, str) and 0.05 <= self.mpp <= 2)
-        _require(ok, "datasets.mpp", self.mpp, "0.05 to 2, manifest or from-nuclei")
+        require(ok, "datasets.mpp", self.mpp, "0.05 to 2, manifest or from-nuclei")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +100,9 @@ class AugmentConfig:
     noise_sigma: float = 8.0
 
     def __post_init__(self) -> None:
-        _require(0 < self.scale[0] <= self.scale[1], "augment.scale", self.scale, "a rising pair above 0")
+        require(0 < self.scale[0] <= self.scale[1], "augment.scale", self.scale, "a rising pair above 0")
         for name in ("pale_p", "rotate_p", "scale_p", "stain_p", "color_p", "blur_p", "sharpen_p", "jpeg_p", "noise_p"):
-            _require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "0 to 1")
+            require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "0 to 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +142,8 @@ class OptimConfig:
     ema: float = 0.999
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optim.lr", self.lr, "above 0")
-        _require(0 <= self.ema < 1, "optim.ema", self.ema, "0 up to, not including, 1")
+        require(self.lr > 0, "optim.lr", self.lr, "above 0")
+        require(0 <= self.ema < 1, "optim.ema", self.ema, "0 up to, not including, 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,14 +199,14 @@ class Recipe:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
     def __post_init__(self) -> None:
-        _require(0.05 <= self.mpp <= 2, "mpp", self.mpp, "0.05 to 2 µm/px")
+        require(0.05 <= self.mpp <= 2, "mpp", self.mpp, "0.05 to 2 µm/px")
         whole = self.crop_px % 16 == 0 and self.crop_px >= 32
-        _require(whole, "crop_px", self.crop_px, "a multiple of 16, at least 32")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-        _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        require(whole, "crop_px", self.crop_px, "a multiple of 16, at least 32")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         ok = self.epoch_samples >= self.batch_size
-        _require(ok, "epoch_samples", self.epoch_samples, f"at least one batch ({self.batch_size})")
-        _require(0 <= self.nuclei_share <= 1, "nuclei_share", self.nuclei_share, "0 to 1")
+        require(ok, "epoch_samples", self.epoch_samples, f"at least one batch ({self.batch_size})")
+        require(0 <= self.nuclei_share <= 1, "nuclei_share", self.nuclei_share, "0 to 1")
 
     @property
     def epoch_steps(self) -> int:
@@ -219,7 +220,7 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain containers that `recipe_from` reads back."""
-        plain: dict[str, Any] = _plain(asdict(self))
+        plain: dict[str, Any] = as_plain(asdict(self))
         return plain
 
 
@@ -228,6 +229,12 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
 
     Raises UsageError that names an unknown key or a value of the wrong kind.
     """
+    return recipe_from(read_document(path, overrides))
+
+
+def read_document(path: Path | None, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return what a YAML file of settings holds (None: nothing), its top-level keys replaced by those of `overrides`
+    that are not None; raises UsageError if it is no mapping."""
     document: Any = {}
     if path is not None:
         try:
@@ -237,18 +244,19 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -
     if not isinstance(document, dict):
         raise UsageError(f"--recipe {path}: must be a mapping of keys to values")
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    return recipe_from({**document, **given})
+    return {**document, **given}
 
 
 def recipe_from(document: Mapping[str, Any]) -> Recipe:
     """Build a recipe from plain containers; raises UsageError on unknown keys and wrong kinds."""
-    return _build(Recipe, document, "")
+    return build(Recipe, document)
 
 
 T = TypeVar("T")
 
 
-def _build(cls: type[T], document: object, where: str) -> T:
+def build(cls: type[T], document: object, where: str = "") -> T:
+    """Build a dataclass of settings, and those inside it, from plain containers; raises UsageError as `recipe_from`."""
     if not isinstance(document, Mapping):
         raise UsageError(f"recipe {where or 'file'}: must be a mapping, found {document!r}")
     kinds = typing.get_type_hints(cls)
@@ -261,22 +269,22 @@ def _build(cls: type[T], document: object, where: str) -> T:
 def _convert(kind: Any, value: Any, where: str) -> Any:
     key, origin, args = where.rstrip("."), typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _build(kind, value, where)
+        return build(kind, value, where)
     if origin is Literal:
-        _require(value in args, key, value, "one of " + ", ".join(map(str, args)))
+        require(value in args, key, value, "one of " + ", ".join(map(str, args)))
         return value
     if origin is types.UnionType or origin is typing.Union:
         return _convert_union(args, value, where)
     if origin is tuple:
         return _convert_tuple(args, value, where)
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        _require(isinstance(value, Mapping), key, value, "a mapping")
+        require(isinstance(value, Mapping), key, value, "a mapping")
         return {name: _convert(args[1], item, f"{where}{name}.") for name, item in value.items()}
     if kind is Any:
         return value
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         return _number(value, key)
-    _require(type(value) is kind, key, repr(value), f"of type {getattr(kind, '__name__', kind)}")
+    require(type(value) is kind, key, repr(value), f"of type {getattr(kind, '__name__', kind)}")
     return value
 
 
@@ -298,16 +306,17 @@ def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def _convert_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
-    _require(isinstance(value, list | tuple), where.rstrip("."), value, "a list")
+    require(isinstance(value, list | tuple), where.rstrip("."), value, "a list")
     if len(args) == 2 and args[1] is Ellipsis:
         return tuple(_convert(args[0], item, where) for item in value)
-    _require(len(value) == len(args), where.rstrip("."), value, f"a list of {len(args)}")
+    require(len(value) == len(args), where.rstrip("."), value, f"a list of {len(args)}")
     return tuple(_convert(kind, item, where) for kind, item in zip(args, value, strict=True))
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
+    """Return tuples as lists and mappings as dicts, at every depth."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: as_plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [as_plain(item) for item in value]
     return value

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from cellslide.errors import MissingDependencyError, UsageError
-from cellslide.train.callbacks import AveragedWeights, Keeper, Progress, StopRequest
+from cellslide.train.callbacks import AveragedWeights, Keeper, ModelWriter, Progress, StopRequest
 from cellslide.train.cellvta import CellVTATraining, load_start
 from cellslide.train.data import TrainSet, load_sets, train_loader, val_loader
+from cellslide.train.export import write_model
 from cellslide.train.framework import CSVLogger, L, Logger, TensorBoardLogger
+from cellslide.train.module import Course, Training
 from cellslide.train.recipe import Recipe
 
 
@@ -43,7 +46,7 @@ def train(
 
     Raises UsageError for data or a recipe that do not fit, Interrupted after Ctrl-C or SIGTERM.
     """
-    checkpoint, first_epoch = _checkpoint(options, recipe)
+    start = find_start(options, recipe)
     sets = load_sets(paths, recipe)
     _say_sets(sets)
     torch.manual_seed(recipe.seed)
@@ -53,32 +56,60 @@ def train(
         model = build_model(recipe.model.arch, recipe.model.config)
     if recipe.model.encoder_weights is not None:
         load_start(model, Path(recipe.model.encoder_weights), encoder_only=True)
-    if options.init is not None and checkpoint is None:
+    if options.init is not None and start.checkpoint is None:
         load_start(model, options.init)
     module = CellVTATraining(recipe, model)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.as_dict(), sort_keys=False), encoding="utf-8")
-    stop = StopRequest(options.max_steps)
-    trainer = make_trainer(recipe, options, sets, stop, first_epoch)
-    with _signals(stop):
-        loaders = train_loader(sets, recipe, options.workers, first_epoch), val_loader(sets)
-        trainer.fit(module, *loaders, ckpt_path=checkpoint, weights_only=True)
+
+    def write(folder: Path, state: Mapping[str, Tensor], metrics: Mapping[str, float], step: int) -> None:
+        write_model(folder, state, recipe, sets, metrics, step)
+
+    loaders = train_loader(sets, recipe, options.workers, start.first_epoch), val_loader(sets)
+    fit(module, loaders, options, start, Outcome(write, "val/bpq", recipe.optim.ema, recipe.optim.grad_clip))
     return module
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run begins: the checkpoint to go on from, or None, and the epochs done in it."""
+
+    checkpoint: Path | None = None
+    first_epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How weights are averaged, bounded in their gradient, chosen by a validation score, and written."""
+
+    write: ModelWriter
+    monitor: str
+    ema: float
+    grad_clip: float
+
+
+def fit(module: Training, loaders: tuple[Any, Any], options: RunOptions, start: Start, outcome: Outcome) -> None:
+    """Run `module` over (training, validation) loaders, writing to the run's folder; raises Interrupted on a signal."""
+    options.folder.mkdir(parents=True, exist_ok=True)
+    resolved = yaml.safe_dump(module.course.as_dict(), sort_keys=False)
+    (options.folder / "recipe.yaml").write_text(resolved, encoding="utf-8")
+    stop = StopRequest(options.max_steps)
+    trainer = make_trainer(module.course, options, outcome, stop, start.first_epoch)
+    with _signals(stop):
+        trainer.fit(module, *loaders, ckpt_path=start.checkpoint, weights_only=True)
+
+
 def make_trainer(
-    recipe: Recipe, options: RunOptions, sets: list[TrainSet], stop: StopRequest, first_epoch: int = 0
+    course: Course, options: RunOptions, outcome: Outcome, stop: StopRequest, first_epoch: int = 0
 ) -> L.Trainer:
     """Return the Lightning trainer; callbacks run in the order given, so the average is updated before it is kept."""
-    average = AveragedWeights(recipe.optim.ema) if recipe.optim.ema > 0 else None
-    keeper = Keeper(options.folder, sets, average)
+    average = AveragedWeights(outcome.ema) if outcome.ema > 0 else None
+    keeper = Keeper(options.folder, outcome.write, average, outcome.monitor)
     accelerator, devices = accelerator_of(options.device)
     return L.Trainer(
         accelerator=accelerator,
         devices=devices,
-        precision=precision_of(recipe, accelerator),
-        max_epochs=recipe.epochs,
-        gradient_clip_val=recipe.optim.grad_clip or None,
+        precision=precision_of(course, accelerator),
+        max_epochs=course.epochs,
+        gradient_clip_val=outcome.grad_clip or None,
         callbacks=[c for c in (average, Progress(options.log_every), keeper, stop) if c is not None],
         logger=loggers(options.folder, first_epoch),
         log_every_n_steps=1,
@@ -103,7 +134,7 @@ def accelerator_of(device: str) -> tuple[str, int | list[int]]:
     return name, [int(index)] if index else 1
 
 
-def precision_of(recipe: Recipe, accelerator: str) -> str:
+def precision_of(recipe: Course, accelerator: str) -> str:
     """Return Lightning's precision; auto is bf16 where the device computes it, which on a CPU needs AVX512-BF16."""
     if recipe.precision == "fp32":
         return "32-true"
@@ -129,18 +160,18 @@ def loggers(folder: Path, first_epoch: int) -> list[Logger]:
     return found
 
 
-def _checkpoint(options: RunOptions, recipe: Recipe) -> tuple[Path | None, int]:
+def find_start(options: RunOptions, recipe: Course) -> Start:
     """Return the checkpoint to go on from and the epochs done in it; raises UsageError if the recipe is another one."""
     path = options.folder / "last.ckpt"
     if options.fresh or not path.is_file():
-        return None, 0
+        return Start()
     stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     before = stored["cellslide"]["recipe"]
     now = recipe.as_dict()
     changed = sorted(key for key in now if before.get(key) != now[key] and key not in ("epochs", "max_minutes"))
     if changed:
         raise UsageError(f"{path} was made with another recipe ({', '.join(changed)}); use --overwrite or another -o")
-    return path, stored["global_step"] // recipe.epoch_steps
+    return Start(path, stored["global_step"] // recipe.epoch_steps)
 
 
 def _say_sets(sets: Sequence[TrainSet]) -> None:

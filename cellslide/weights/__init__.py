@@ -4,11 +4,13 @@ Nothing here downloads, save `fetch`, which `cellslide weights fetch` calls afte
 """
 
 from cellslide.weights.cache import cache_dir, file_sha256, find_file, verify_file
+from cellslide.weights.classifier import LoadedClassifier, load_classifier
 from cellslide.weights.fetch import add_weights, fetch
 from cellslide.weights.load import LoadedModel, load_model
 from cellslide.weights.manifest import Manifest, Source, WeightsEntry
 
 __all__ = [
+    "LoadedClassifier",
     "LoadedModel",
     "Manifest",
     "Source",
@@ -18,6 +20,7 @@ __all__ = [
     "fetch",
     "file_sha256",
     "find_file",
+    "load_classifier",
     "load_model",
     "verify_file",
 ]

@@ -16,7 +16,7 @@ from typing import Any
 from cellslide.errors import WeightsError
 from cellslide.weights.manifest import ENTRY_FILE, WeightsEntry
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 HASHES = "hashes.json"
 TRUST = "trust.json"
 

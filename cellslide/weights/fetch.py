@@ -15,7 +15,8 @@ import yaml
 
 from cellslide.errors import UsageError, WeightsError
 from cellslide.weights.cache import cache_dir, file_sha256, find_file, how_to_get, verify_file
-from cellslide.weights.load import LoadedModel, load_entry, load_file
+from cellslide.weights.classifier import LoadedClassifier, load_classifier
+from cellslide.weights.load import LoadedModel, entry_beside, load_entry, load_file, resolve_path
 from cellslide.weights.manifest import ENTRY_FILE, Manifest, Source, WeightsEntry
 
 CHUNK_BYTES = 1 << 20
@@ -121,11 +122,22 @@ def add_weights(path: Path, name: str | None, manifest: Manifest) -> WeightsEntr
     known = manifest.entries.get(name) if name else None
     if known is not None:
         return _add_known(known, path)
-    loaded = load_file(path, manifest)
+    loaded = _load_any(path, manifest)
     entry = replace(loaded.entry, id=name or loaded.entry.id)
     if entry.id in manifest.entries:
         raise UsageError(f"--id {entry.id}: taken already; give another --id")
     return _store_new(entry, loaded)
+
+
+def _load_any(path: Path, manifest: Manifest) -> LoadedModel | LoadedClassifier:
+    """Load a file of either kind: by its `model.yaml`, else by the names of its tensors."""
+    from cellslide.models.checkpoint import read_tensors
+    from cellslide.models.nuclass_layout import layout_of
+
+    file = resolve_path(path)
+    beside = entry_beside(file)
+    classifies = beside.task == "classify" if beside else layout_of(read_tensors(file)[0]) is not None
+    return load_classifier(weights=file) if classifies else load_file(path, manifest)
 
 
 def _add_known(entry: WeightsEntry, path: Path) -> WeightsEntry:
@@ -135,6 +147,8 @@ def _add_known(entry: WeightsEntry, path: Path) -> WeightsEntry:
         raise UsageError(f"{path}: {entry.id} takes one file")
     if entry.task == "segment":
         load_entry(entry, path)
+    elif entry.task == "classify":
+        load_classifier(entry.id, path)
     else:
         verify_file(entry, path)
     folder = cache_dir() / entry.id
@@ -149,7 +163,7 @@ def _copy_file(path: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def _store_new(entry: WeightsEntry, loaded: LoadedModel) -> WeightsEntry:
+def _store_new(entry: WeightsEntry, loaded: LoadedModel | LoadedClassifier) -> WeightsEntry:
     """Write file and entry to a new folder of the cache, whole or not at all."""
     file = entry.root / (entry.file or "")
     size, root = file.stat().st_size, cache_dir()

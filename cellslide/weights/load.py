@@ -45,7 +45,7 @@ def load_model(model: str | None = None, weights: Path | None = None, task: str 
     if weights is not None and model is None:
         return load_file(weights, manifest, task)
     entry = manifest.default(task) if model is None else manifest.entry(model)
-    _check_task(entry, task)
+    check_task(entry, task)
     return load_entry(entry, weights)
 
 
@@ -53,35 +53,36 @@ def load_entry(entry: WeightsEntry, path: Path | None = None) -> LoadedModel:
     """Load `entry` from `path`, or from where it lies on this machine; the file's hash is checked."""
     from cellslide.models.checkpoint import read_checkpoint
 
-    path = require_file(entry) if path is None else _resolve(path)
+    path = require_file(entry) if path is None else resolve_path(path)
     sha256 = verify_file(entry, path)
     return _finish(entry, read_checkpoint(path, entry.arch), path, sha256)
 
 
 def load_file(path: Path, manifest: Manifest, task: str = "segment") -> LoadedModel:
     """Load a weights file that stands for itself."""
-    path = _resolve(path)
-    beside = _entry_beside(path)
+    path = resolve_path(path)
+    beside = entry_beside(path)
     if beside is not None:
-        _check_task(beside, task)
+        check_task(beside, task)
         return load_entry(beside)
     from cellslide.models.checkpoint import read_checkpoint
 
     sha256 = file_sha256(path)
     checkpoint = read_checkpoint(path)
     entry = describe(path, checkpoint, sha256, manifest)
-    _check_task(entry, task)
+    check_task(entry, task)
     return _finish(entry, checkpoint, path, sha256)
 
 
-def _resolve(path: Path) -> Path:
+def resolve_path(path: Path) -> Path:
+    """Return the file that `--weights` means: itself, or the entry of a training output; raises WeightsError."""
     path = path / ENTRY_FILE if path.is_dir() else path
     if not path.is_file():
         raise WeightsError(f"--weights {path}: no such file")
     return path
 
 
-def _entry_beside(path: Path) -> WeightsEntry | None:
+def entry_beside(path: Path) -> WeightsEntry | None:
     """Return the entry of a training output, named by its folder, its `model.yaml`, or the file that it describes."""
     place = path if path.name == ENTRY_FILE else path.with_name(ENTRY_FILE)
     if not place.is_file():
@@ -90,7 +91,8 @@ def _entry_beside(path: Path) -> WeightsEntry | None:
     return entry if path.name in (ENTRY_FILE, entry.file) else None
 
 
-def _check_task(entry: WeightsEntry, task: str) -> None:
+def check_task(entry: WeightsEntry, task: str) -> None:
+    """Raise UsageError for weights that were made for another task."""
     if entry.task != task:
         raise UsageError(
             f"--model {entry.id}: made to {entry.task}, not to {task}; see `cellslide weights list --task {task}`"
@@ -109,7 +111,7 @@ def describe(path: Path, checkpoint: Checkpoint, sha256: str, manifest: Manifest
     classes = classes_of(checkpoint.config, config["num_nuclei_classes"])
     return replace(
         known or blank,
-        id=_slug(path.stem),
+        id=slug(path.stem),
         file=path.name,
         root=path.parent,
         sha256=sha256,
@@ -122,7 +124,8 @@ def describe(path: Path, checkpoint: Checkpoint, sha256: str, manifest: Manifest
     )
 
 
-def _slug(stem: str) -> str:
+def slug(stem: str) -> str:
+    """Return an id made of a file's stem."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:100] or "weights"
 
 

@@ -1,0 +1,97 @@
+"""From what the network said of cells to columns of the table, by the rule that decides; no network here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellslide.anndata_store import Categorical, Column, Columns
+from cellslide.gate import PATHS, Decision, DecisionConfig, decide
+from cellslide.taxonomy import Taxonomy, project
+from cellslide.types import Bool, Calibration, Float32, Int64, PathProbs
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How cells are decided: the rule, the calibration it reads, the classes, and what they are projected to."""
+
+    decision: DecisionConfig
+    calibration: Calibration
+    classes: tuple[str, ...]
+    taxonomy: Taxonomy | None = None
+
+    def check(self) -> None:
+        """Raise UsageError where the rule needs what the calibration does not hold, before any network runs."""
+        uniform = np.full((1, len(self.classes)), 1 / len(self.classes), np.float32)
+        decide(PathProbs(uniform, uniform, np.full(1, 0.5, np.float32)), self.decision, self.calibration)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was decided, summed over the cells: typed, not typed, global path skipped, abstained, mass on no class."""
+
+    typed: int = 0
+    left_out: int = 0
+    global_skipped: int = 0
+    abstained: int = 0
+    mass_lost: float = 0.0
+    classes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, decision: Decision, probs: PathProbs, known: Bool, names: tuple[str, ...]) -> None:
+        """Count one block; `decision` is of its known rows."""
+        self.typed += int(known.sum())
+        self.left_out += int((~known).sum())
+        self.global_skipped += int(np.isnan(probs.gate[known]).sum())
+        self.abstained += int(decision.abstained.sum())
+        counts = np.bincount(decision.class_index[~decision.abstained], minlength=len(names))
+        for name, count in zip(names, counts.tolist(), strict=True):
+            self.classes[name] = self.classes.get(name, 0) + count
+
+
+def decided(probs: PathProbs, known: Bool, rule: Rule, tally: Tally) -> Columns:
+    """Return the columns of a block of N cells; rows that are not `known` hold nothing (NaN, missing, False)."""
+    rows = np.flatnonzero(known)
+    part = PathProbs(probs.local[rows], probs.global_[rows], probs.gate[rows])
+    decision = decide(part, rule.decision, rule.calibration)
+    tally.add(decision, probs, known, rule.classes)
+    n = len(known)
+    codes, path = np.full(n, -1, np.int16), np.full(n, -1, np.int8)
+    codes[rows], path[rows] = decision.class_index, decision.path
+    abstained = np.zeros(n, np.bool_)
+    abstained[rows] = decision.abstained
+    obs: dict[str, Column] = {
+        "class": Categorical(codes, rule.classes),
+        "class_prob": _spread(decision.class_prob, rows, n),
+        "gate": probs.gate.astype(np.float32),
+        "path": Categorical(path, PATHS),
+        "abstained": abstained,
+    }
+    obsm = {"prob": _spread(decision.prob, rows, n), "prob_local": probs.local, "prob_global": probs.global_}
+    if rule.taxonomy is None:
+        return Columns(obs, obsm)
+    further = _projected(decision.prob, rows, n, rule.taxonomy, tally)
+    return Columns({**obs, **further.obs}, {**obsm, **further.obsm})
+
+
+def _projected(prob: Float32, rows: Int64, n: int, taxonomy: Taxonomy, tally: Tally) -> Columns:
+    """Return the classes of a taxonomy: the most probable, its probability, all, and what falls on none."""
+    p_eval, lost = project(prob, taxonomy)
+    tally.mass_lost += float(np.sum(lost))
+    codes = np.full(n, -1, np.int16)
+    # Where nothing is left, no class is named.
+    codes[rows] = np.where(p_eval.max(axis=1, initial=0) > 0, p_eval.argmax(axis=1), -1)
+    obs: dict[str, Column] = {
+        "projected": Categorical(codes, taxonomy.names),
+        "projected_prob": _spread(p_eval.max(axis=1, initial=0), rows, n),
+        "mass_lost": _spread(np.asarray(lost), rows, n),
+    }
+    return Columns(obs, {"prob_projected": _spread(p_eval, rows, n)})
+
+
+def _spread(values: NDArray[Any], rows: Int64, n: int) -> Float32:
+    out = np.full((n, *values.shape[1:]), np.nan, np.float32)
+    out[rows] = values
+    return out

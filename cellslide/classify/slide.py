@@ -1,0 +1,287 @@
+"""Type the nuclei of one slide: its cell table gains what was decided, and all that it was decided from.
+
+table -> chosen cells -> regions, crops, network -> probabilities kept on disk -> rule -> columns -> other formats
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellslide.anndata_store import Categorical, Columns, write_values
+from cellslide.classify.cells import Work, classify_cells, prepare
+from cellslide.classify.columns import Rule, Tally, decided
+from cellslide.classify.engine import Classifier
+from cellslide.classify.store import PartialProbs
+from cellslide.config import ClassifyConfig, OutputConfig, TissueConfig
+from cellslide.errors import UsageError
+from cellslide.pipeline import FILES, IDLE, TABLE, Watch, write_formats
+from cellslide.record import (
+    differences,
+    flatten,
+    head_sha256,
+    now_utc,
+    peak_rss_bytes,
+    plain,
+    read_record,
+    write_record,
+)
+from cellslide.slide import Slide
+from cellslide.table import BLOCK_ROWS, CellTable, TableExtender, open_table
+from cellslide.tissue import find_tissue
+from cellslide.types import (
+    Bool,
+    Calibration,
+    ClassifierSpec,
+    ClassSpec,
+    CropSpec,
+    Float64,
+    Int64,
+    PathProbs,
+    RunRecord,
+    WeightsRef,
+)
+
+UNKNOWN = "unknown"
+# Fewer batches than this are done before an estimate would be read.
+ESTIMATE_BATCHES = 20
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Organ:
+    """Organ of a slide: its name, and its index in the weights' organs (-1: unknown)."""
+
+    name: str
+    index: int
+
+
+def classify_slide(
+    folder: Path, slide: Slide, classifier: Classifier, rule: Rule, organ: Organ, watch: Watch = IDLE
+) -> tuple[RunRecord, bool]:
+    """Type the cells of `folder/cells.zarr` from the pixels of `slide`; tells whether they were typed so before.
+
+    Where the network's part is done, only the rule is applied anew. Raises UsageError when the folder holds work done
+    with other settings, Interrupted when asked to stop (what is done is kept).
+    """
+    rule.check()
+    began = time.perf_counter()
+    with open_table(folder / TABLE) as table:
+        record = read_record(folder) or table.run
+        network = network_settings(table, classifier, organ)
+        if not classifier.config.output.overwrite and (earlier := record.config.get("classify")):
+            if words := differences(earlier["network"], network):
+                raise UsageError(f"{folder}: typed with other settings ({words}); --overwrite types it anew")
+            return _decide_again(folder, record, rule, classifier.config.output, watch)
+        rows = choose_cells(table, slide, classifier.config)
+        overwrite, k = classifier.config.output.overwrite, len(classifier.spec.classes)
+        store = PartialProbs.open(folder, network, len(table), k, overwrite)
+        run_network(slide, table, rows, store, classifier, organ, watch)
+        record.seconds.classify = time.perf_counter() - began
+        watch.progress.stage("write")
+        settings = {**describe(classifier, organ), "network": network}
+        write_columns(table, record, rule, _from_store(store, len(table)), settings, classifier.spec.classes)
+    store.remove()
+    finish(folder, record, classifier.config.output, began, watch, classifier.peak_device_bytes())
+    return record, False
+
+
+def regate_slide(folder: Path, rule: Rule, output: OutputConfig, watch: Watch = IDLE) -> RunRecord:
+    """Apply another rule to cells that are typed, without the network; raises UsageError where they are not."""
+    rule.check()
+    began = time.perf_counter()
+    with open_table(folder / TABLE) as table:
+        record = read_record(folder) or table.run
+        settings = typed_settings(folder, record)
+        watch.progress.stage("write")
+        write_columns(table, record, rule, _from_table(table), settings, spec_of_record(folder, record).classes)
+    finish(folder, record, output, began, watch, 0)
+    return record
+
+
+def _decide_again(
+    folder: Path, record: RunRecord, rule: Rule, output: OutputConfig, watch: Watch
+) -> tuple[RunRecord, bool]:
+    if record.config["classify"]["rule"] == described(rule):
+        missing = tuple(name for name in output.formats if not any(folder.glob(FILES[name])))
+        if missing:
+            write_formats(folder, replace(output, formats=missing), record, watch)
+        return record, True
+    return regate_slide(folder, rule, output, watch), False
+
+
+def network_settings(table: CellTable, classifier: Classifier, organ: Organ) -> dict[str, str]:
+    """Return what decides the stored probabilities, as flat text; equal settings may share typed cells."""
+    config, spec = classifier.config, classifier.spec
+    settings: dict[str, Any] = {
+        name: getattr(config, name) for name in ("paths", "context_grid", "adaptive", "max_cells", "sample")
+    }
+    settings |= {"mpp": spec.mpp, "local": plain(spec.local), "context": plain(spec.context), "organ": organ.name}
+    settings |= {"weights": {"id": spec.weights_id, "sha256": spec.weights_sha256}, "precision": classifier.precision}
+    if config.max_cells is not None or config.sample is not None:
+        settings["seed"] = config.infer.seed
+    if config.adaptive is not None:
+        settings["temperature_local"] = spec.calibration.temperature_local
+    settings["roi"] = None if config.roi is None else head_sha256(config.roi)
+    settings["cells"] = {"n": len(table), "found": table.run.started}
+    return flatten(settings)
+
+
+def choose_cells(table: CellTable, slide: Slide, config: ClassifyConfig) -> Int64:
+    """Return the rows that `--roi`, `--sample` and `--max-cells` leave, sorted; a sample is drawn by `--seed`."""
+    xy = read_places(table)
+    rows = np.flatnonzero(np.isfinite(xy).all(axis=1))
+    if config.roi is not None:
+        tissue = TissueConfig(enabled=False, roi=config.roi, roi_origin=config.output.geojson_origin)
+        rows = rows[find_tissue(slide, tissue).contains(xy[rows])]
+    wanted = len(rows) if config.sample is None else int(np.ceil(config.sample * len(rows)))
+    wanted = min(wanted, len(rows) if config.max_cells is None else config.max_cells)
+    if wanted < len(rows):
+        rows = np.sort(np.random.default_rng(config.infer.seed).permutation(rows)[:wanted])
+    return np.asarray(rows, np.int64)
+
+
+def read_places(table: CellTable) -> Float64:
+    """Return the centroids (N, 2) of all cells in level-0 pixels."""
+    return np.stack([table.vector("x"), table.vector("y")], axis=1).astype(np.float64)
+
+
+def run_network(
+    slide: Slide, table: CellTable, rows: Int64, store: PartialProbs, classifier: Classifier, organ: Organ, watch: Watch
+) -> None:
+    """Type the cells `rows` that `store` does not hold yet; raises Interrupted when asked to stop."""
+    todo = store.missing(rows)
+    xy = read_places(table)[todo]
+    work = prepare(slide, xy, classifier)
+    if len(todo) > ESTIMATE_BATCHES * classifier.batch_size:
+        log.info("%s: %s", slide.info.slide_id, estimate(work, classifier))
+    pieces = sum(-(-len(region.rows) // classifier.rows_at_once) for region in work.regions)
+    watch.progress.begin(slide.info.slide_id, pieces, 0)
+    watch.progress.stage("pieces")
+    with closing(classify_cells(slide, xy, organ.index, classifier, work)) as results:
+        for part, probs in results:
+            store.add(todo[part], probs)
+            watch.progress.advance(len(part))
+            watch.check()
+
+
+def estimate(work: Work, classifier: Classifier) -> str:
+    """Return in words how long typing takes here, from one batch that is tried; reading runs beside it."""
+    least, most = work.seconds(classifier.measure())
+    adaptive = classifier.config.adaptive is not None and classifier.has_global
+    span = f"{in_time(least)} to {in_time(most)}" if adaptive else in_time(most)
+    contexts = f", {work.n_contexts:,} contexts" if classifier.has_global else ""
+    return f"{len(work):,} cells{contexts}, about {span} on {classifier.device} ({classifier.precision})"
+
+
+def in_time(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _from_store(store: PartialProbs, n: int) -> Iterator[tuple[PathProbs, Bool]]:
+    for start in range(0, max(n, 1), BLOCK_ROWS):
+        yield store.block(start, min(start + BLOCK_ROWS, n))
+
+
+def _from_table(table: CellTable) -> Iterator[tuple[PathProbs, Bool]]:
+    for start in range(0, max(len(table), 1), BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, len(table))
+        local, global_ = (table.matrix(name, start, stop) for name in ("prob_local", "prob_global"))
+        yield PathProbs(local, global_, table.vector("gate", start, stop)), ~np.isnan(local).any(axis=1)
+
+
+def write_columns(
+    table: CellTable,
+    record: RunRecord,
+    rule: Rule,
+    blocks: Iterator[tuple[PathProbs, Bool]],
+    settings: Mapping[str, Any],
+    classes: tuple[ClassSpec, ...],
+) -> None:
+    """Write the table anew with what `rule` decides of `blocks`; fills `record.config["classify"]` and the weights."""
+    tally, extender, organ = Tally(), TableExtender(table), str(settings["organ"])
+    try:
+        for probs, known in blocks:
+            columns = decided(probs, known, rule, tally)
+            code = np.where(known, 0, -1).astype(np.int8)
+            extender.append(Columns({**columns.obs, "organ": Categorical(code, (organ,))}, columns.obsm))
+        note(record, rule, tally, settings)
+        if rule.taxonomy is not None:
+            write_values(extender.group, "uns/projected_names", rule.taxonomy.names)
+        extender.close(record, classes)
+    except BaseException:
+        extender.abort()
+        raise
+
+
+def note(record: RunRecord, rule: Rule, tally: Tally, settings: Mapping[str, Any]) -> None:
+    """Put into the record how cells were typed, and what came of it."""
+    before = record.config.get("classify", {}).get("spec", {}).get("weights_id")
+    spec = settings["spec"]
+    kept = [ref for ref in record.weights if ref.id not in (before, spec["weights_id"])]
+    record.weights = [*kept, WeightsRef(spec["weights_id"], spec["weights_sha256"], spec["licence"])]
+    counts = asdict(tally)
+    counts["mass_lost"] = tally.mass_lost / tally.typed if rule.taxonomy is not None and tally.typed else None
+    record.config = {**record.config, "classify": {**settings, "rule": described(rule), "counts": counts}}
+
+
+def describe(classifier: Classifier, organ: Organ) -> dict[str, Any]:
+    """Return how the network was run, as `run.json` holds it."""
+    settings = {name: plain(getattr(classifier.config, name)) for name in _KEPT}
+    settings |= {"organ": organ.name, "spec": plain(classifier.spec), "device": classifier.device}
+    return settings | {"precision": classifier.precision}
+
+
+_KEPT = (
+    "model", "weights", "paths", "context_size", "context_grid", "adaptive", "max_cells", "sample", "roi", "cells",
+)  # fmt: skip
+
+
+def described(rule: Rule) -> dict[str, Any]:
+    """Return the rule as `run.json` holds it."""
+    taxonomy = None if rule.taxonomy is None else list(rule.taxonomy.names)
+    settings: dict[str, Any] = plain({"decision": rule.decision, "calibration": rule.calibration, "taxonomy": taxonomy})
+    return settings
+
+
+def finish(folder: Path, record: RunRecord, output: OutputConfig, began: float, watch: Watch, peak: int) -> None:
+    """Write the other formats anew, those that are there and those asked for, then `run.json`."""
+    there = (name for name in FILES if name != "labels" and any(folder.glob(FILES[name])))
+    formats: Any = tuple(dict.fromkeys([*output.formats, *there]))
+    write_formats(folder, replace(output, formats=formats), record, watch)
+    record.seconds.total += time.perf_counter() - began
+    record.finished = now_utc()
+    record.peak_rss_bytes = max(record.peak_rss_bytes, peak_rss_bytes())
+    record.peak_device_bytes = max(record.peak_device_bytes, peak)
+    write_record(folder, record)
+
+
+def typed_settings(folder: Path, record: RunRecord) -> dict[str, Any]:
+    """Return `config.classify` of a record; raises UsageError where the cells are not typed."""
+    settings = record.config.get("classify")
+    if settings is None:
+        raise UsageError(f"{folder}: its cells are not typed; leave --regate out to run the network")
+    return dict(settings)
+
+
+def spec_of_record(folder: Path, record: RunRecord) -> ClassifierSpec:
+    """Return the spec of the classifier that typed a folder's cells."""
+    stored: dict[str, Any] = dict(typed_settings(folder, record)["spec"])
+    calibration: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in stored.pop("calibration").items()
+    }
+    classes = tuple(ClassSpec(c["name"], (c["color"][0], c["color"][1], c["color"][2])) for c in stored.pop("classes"))
+    crops: dict[str, Any] = {name: CropSpec(**stored.pop(name)) for name in ("local", "context")}
+    plainly: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    return ClassifierSpec(**plainly, **crops, classes=classes, calibration=Calibration(**calibration))

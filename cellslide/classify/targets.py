@@ -1,0 +1,98 @@
+"""What `classify` works on: slides whose cells lie in the output folder, or output folders that name their slide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cellslide.errors import SlideError, UsageError
+from cellslide.pipeline import TABLE
+from cellslide.slide import Slide, open_slide
+from cellslide.slides import SlideInput, expand_slides
+from cellslide.table import open_table
+from cellslide.types import SlideInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A slide and the folder of its cells; `known` is what the cell table says of the slide, where that named it."""
+
+    source: SlideInput
+    folder: Path
+    known: SlideInfo | None = None
+
+    @property
+    def has_cells(self) -> bool:
+        """True where the folder holds a cell table."""
+        return (self.folder / TABLE).is_dir()
+
+
+def expand_targets(args: Sequence[str], out_dir: Path) -> list[Target]:
+    """Return the slides that slides, lists, folders of slides, and output folders name, each once.
+
+    Raises UsageError for what is not there.
+    """
+    found: dict[Path, Target] = {}
+    slides: list[str] = []
+    for arg in args:
+        tables = tables_below(Path(arg))
+        for table in tables:
+            found.setdefault(table.parent.resolve(), _from_table(table))
+        if not tables:
+            slides.append(arg)
+    for source in expand_slides(slides) if slides else ():
+        folder = out_dir / source.slide_id
+        found.setdefault(folder.resolve(), Target(source, folder))
+    return list(found.values())
+
+
+def tables_below(folder: Path) -> list[Path]:
+    """Return the cell tables that a folder is, holds, or holds one level below, in a fixed order."""
+    if folder.name == TABLE and folder.is_dir():
+        return [folder]
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in (*folder.glob(TABLE), *folder.glob(f"*/{TABLE}")) if p.is_dir())
+
+
+def _from_table(path: Path) -> Target:
+    with open_table(path) as table:
+        info = table.slide
+    return Target(SlideInput(info.path, slide_id=info.slide_id), path.parent, info)
+
+
+def open_target(target: Target, mpp: float | None) -> Slide:
+    """Open the slide of a target; `mpp` is that of `--mpp`.
+
+    Raises SlideError where an output folder names a slide that is not there any more.
+    """
+    known, source = target.known, target.source
+    if known is not None and not known.path.exists():
+        raise SlideError(
+            f"{target.folder}: its slide {known.path} is not there any more; name the slide, and its results by "
+            f"-o {target.folder.parent}"
+        )
+    told = None if known is None or known.mpp_source not in ("flag", "list") else known.mpp_x
+    given = source.mpp if source.mpp is not None else told
+    return open_slide(source.path, given if mpp is None else mpp, "list" if mpp is None else "flag", source.slide_id)
+
+
+def require_cells(target: Target) -> None:
+    """Raise UsageError where a slide has no cells to type."""
+    if not target.has_cells:
+        raise UsageError(
+            f"{target.folder}: no {TABLE} here; run `cellslide segment` with the same -o first, use `cellslide run`, "
+            "or give nuclei by --cells FILE"
+        )
+
+
+def check_slide(target: Target, slide: Slide) -> None:
+    """Raise SlideError where the cells were found on a slide of another size."""
+    with open_table(target.folder / TABLE) as table:
+        info = table.slide
+    sizes = [(i.width_px, i.height_px) for i in (info, slide.info)]
+    if sizes[0] != sizes[1]:
+        raise SlideError(
+            f"{slide.info.path}: {sizes[1]} pixels, the cells in {target.folder} lie on {sizes[0]}; use another -o"
+        )

@@ -1,0 +1,303 @@
+"""`cellslide classify`: say of every nucleus what it is, how sure that is, and where it is not known."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cellslide.cli.options import (
+    FILE,
+    batch_size_option,
+    chain,
+    device_option,
+    format_option,
+    geojson_options,
+    model_options,
+    output_option,
+    precision_option,
+    run_options,
+    seed_option,
+)
+from cellslide.errors import UsageError
+
+if TYPE_CHECKING:
+    from cellslide.batch import SlideOutcome
+    from cellslide.classify import Classifier
+    from cellslide.classify.columns import Rule
+    from cellslide.classify.slide import Organ
+    from cellslide.classify.targets import Target
+    from cellslide.config import ClassifyConfig
+    from cellslide.types import Calibration, ClassifierSpec
+
+log = logging.getLogger(__name__)
+
+organ_option = click.option(
+    "--organ", metavar="NAME", help="Organ of the slides.  [default: the list's column organ, else unknown]"
+)
+
+decision_options = chain(
+    click.option(
+        "--gate", type=click.Choice(["mix", "safe", "local", "global"]), default="mix", show_default=True,
+        help="Which probabilities decide: the gate's mix, the safe gate's choice, or one path.",
+    ),
+    click.option("--tau", type=float, help="Safe gate: least gate weight.  [default: the weights']"),
+    click.option("--gamma", type=float, help="Safe gate: least difference of confidence.  [default: the weights']"),
+    click.option("--thresholds", type=FILE, help="Least probability per class: CSV class,threshold, or YAML."),
+    click.option("--abstain", type=float, metavar="P", help="Least probability of any class; below it none is said."),
+    click.option(
+        "--taxonomy", metavar="lung|ovary|pancreas|FILE", help="Also project the classes; columns projected, mass_lost."
+    ),
+)  # fmt: skip
+
+network_options = chain(
+    click.option(
+        "--paths", type=click.Choice(["both", "local"]), default="both", show_default=True,
+        help="Run both paths, so that any rule may follow, or the local one alone, which needs no context.",
+    ),
+    click.option("--context-size", type=int, metavar="N", help="Edge of the context in px.  [default: the weights']"),
+    click.option(
+        "--context-grid", type=int, metavar="N",
+        help="Cells of one box of N px (of the classifier's pixel size) share a context.  [default: each its own]",
+    ),
+    click.option(
+        "--adaptive", type=float, metavar="P",
+        help="Skip the global path where the local one is sure by P, calibrated.  [default: never]",
+    ),
+    click.option("--max-cells", type=int, metavar="N", help="Type at most N cells of a slide, drawn by --seed."),
+    click.option("--sample", type=float, metavar="F", help="Type this share of the cells, drawn by --seed."),
+)  # fmt: skip
+
+cells_options = chain(
+    click.option("--cells", type=FILE, help="Nuclei that another tool found, on the one slide that is named."),
+    click.option(
+        "--cells-unit", type=click.Choice(["px", "um"]), default="px", show_default=True,
+        help="Unit of their coordinates: level-0 pixels or µm.",
+    ),
+    click.option("--cells-mpp", type=float, metavar="F", help="µm of a pixel of theirs, where it is not level 0's."),
+    click.option("--alignment", type=FILE, help="CSV of 3x3 numbers between their coordinates and the slide's pixels."),
+    click.option(
+        "--alignment-direction", type=click.Choice(["slide-to-cells", "cells-to-slide"]), default="slide-to-cells",
+        show_default=True, help="What the matrix takes to what; Xenium Explorer exports slide-to-cells.",
+    ),
+)  # fmt: skip
+
+torch_options = chain(
+    device_option,
+    batch_size_option("Local crops per forward pass; contexts by their share of pixels."),
+    precision_option,
+    click.option("--compile", "compile_", is_flag=True, help="Compile the network first."),
+    seed_option,
+)
+
+
+@click.command()
+@click.argument("slides", nargs=-1, required=True, metavar="SLIDES_OR_OUTPUTS...")
+@output_option
+@model_options
+@organ_option
+@decision_options
+@cells_options
+@network_options
+@click.option("--roi", type=FILE, help="GeoJSON with polygons, zero point as --geojson-origin; types cells inside.")
+@click.option("--mpp", type=float, metavar="F", help="Pixel size of the slides in µm, where their files do not tell.")
+@torch_options
+@format_option()
+@geojson_options
+@click.option("--regate", is_flag=True, help="Apply another rule to typed cells; runs no network.")
+@click.option("--overwrite", is_flag=True, help="Type anew what was typed with other settings.")
+@click.option("--dry-run", is_flag=True, help="List cells and an estimate of the time, and stop.")
+@run_options
+def command(
+    slides: tuple[str, ...],
+    output: Path,
+    regate: bool,
+    dry_run: bool,
+    no_progress: bool,
+    log_json: bool,
+    **settings: Any,
+) -> int:
+    """Type the nuclei of slides: SLIDES whose cells.zarr lies in -o DIR, or the folders that `segment` wrote.
+
+    The table gains class, class_prob, gate, path, abstained and organ, and the probabilities of both paths, so that any
+    rule can be applied later. The same command again goes on where it stopped.
+
+    \b
+    Examples:
+      cellslide classify out/slide --organ breast
+      cellslide classify slides/ -o out --organ lung --abstain 0.5
+      cellslide classify out --gate safe --regate
+      cellslide classify slide.svs -o out --cells qupath.geojson --organ breast
+    """
+    from cellslide.classify.targets import expand_targets
+
+    config = to_config(**settings)
+    targets = expand_targets(slides, output)
+    if regate:
+        return finish(regate_all(targets, config, settings), log_json)
+    classifier = load(config)
+    rule = to_rule(classifier.spec, settings)
+    rule.check()
+    organ_of = organ_finder(classifier.spec, config.organ)
+    if config.cells is not None:
+        targets = [bring_cells(targets, config)]
+    if dry_run:
+        return show_plan(targets, classifier)
+    shown = not no_progress and logging.getLogger("cellslide").isEnabledFor(logging.INFO)
+    return finish(run(targets, classifier, rule, organ_of, log_json, shown), log_json)
+
+
+def to_config(formats: tuple[Any, ...], compile_: bool, **flags: Any) -> ClassifyConfig:
+    """Return the settings that the flags give; raises UsageError for values out of range."""
+    from cellslide.config import ClassifyConfig, InferConfig, OutputConfig
+
+    infer = {name: flags[name] for name in ("device", "batch_size", "precision", "seed")}
+    output = {name: flags[name] for name in ("geojson_origin", "profile", "overwrite")}
+    names = (
+        "model", "weights", "mpp", "organ", "paths", "context_size", "context_grid", "adaptive", "max_cells", "sample",
+        "roi", "cells", "cells_unit", "cells_mpp", "alignment", "alignment_direction", "taxonomy",
+    )  # fmt: skip
+    return ClassifyConfig(
+        **{name: flags[name] for name in names if name in flags},
+        infer=InferConfig(compile=compile_, **infer),
+        output=OutputConfig(formats=formats, **output),
+    )
+
+
+def load(config: ClassifyConfig) -> Classifier:
+    """Return the classifier that the flags name, on its device."""
+    from cellslide.classify import open_classifier
+    from cellslide.weights.classifier import load_classifier
+
+    return open_classifier(load_classifier(config.model, config.weights), config)
+
+
+def to_rule(spec: ClassifierSpec, flags: dict[str, Any], calibration: Calibration | None = None) -> Rule:
+    """Return how cells are decided; raises UsageError for thresholds or a taxonomy that do not suit the classes."""
+    from cellslide.classify.columns import Rule
+    from cellslide.gate import DecisionConfig, read_thresholds
+    from cellslide.taxonomy import load_taxonomy
+
+    names = tuple(c.name for c in spec.classes)
+    thresholds = None if flags["thresholds"] is None else read_thresholds(flags["thresholds"], names)
+    decision = DecisionConfig(flags["gate"], flags["tau"], flags["gamma"], thresholds, flags["abstain"])
+    taxonomy = None if flags["taxonomy"] is None else load_taxonomy(flags["taxonomy"], names)
+    return Rule(decision, calibration or spec.calibration, names, taxonomy)
+
+
+def organ_finder(spec: ClassifierSpec, given: str | None) -> Callable[[str | None], Organ]:
+    """Return what gives the organ for the list's word; checks `--organ` now, raising UsageError with near names."""
+    from cellslide.classify.slide import UNKNOWN, Organ
+    from cellslide.weights.classifier import organ_index
+
+    def find(listed: str | None) -> Organ:
+        index = organ_index(spec, listed if given is None else given)
+        return Organ(UNKNOWN if index < 0 else spec.organs[index], index)
+
+    if given is None:
+        return find
+    organ = find(None)
+    return lambda _: organ
+
+
+def bring_cells(targets: list[Target], config: ClassifyConfig) -> Target:
+    """Make the cell table of the one slide from `--cells`; returns the slide. Raises UsageError for more slides."""
+    from cellslide.classify.foreign import import_cells
+
+    if len(targets) != 1:
+        raise UsageError(f"--cells {config.cells}: name the one slide that they lie on, not {len(targets)}")
+    log.info("%s", import_cells(targets[0], config))
+    return targets[0]
+
+
+def run(
+    targets: list[Target],
+    classifier: Classifier,
+    rule: Rule,
+    organ_of: Callable[[str | None], Organ],
+    log_json: bool,
+    shown: bool,
+) -> list[SlideOutcome]:
+    """Type the slides with a progress bar; one JSON line per slide at its end if asked."""
+    from cellslide.batch import StopOnSignal, classify_slides
+    from cellslide.cli.progress import progress_bar
+    from cellslide.pipeline import Watch
+
+    with StopOnSignal() as stop, progress_bar(len(targets), shown) as progress:
+        return list(told(classify_slides(targets, classifier, rule, organ_of, Watch(progress, stop)), log_json))
+
+
+def told(outcomes: Iterator[SlideOutcome], log_json: bool) -> Iterator[SlideOutcome]:
+    """Pass the outcomes on, and print each as a JSON line if asked."""
+    for outcome in outcomes:
+        if log_json:
+            click.echo(json.dumps({**outcome.to_json(), "seconds": round(outcome.seconds, 2)}))
+        yield outcome
+
+
+def finish(outcomes: list[SlideOutcome], log_json: bool) -> int:
+    """Show the summary and the errors; return the exit code."""
+    from cellslide.cli.segment import finish as finish_slides
+
+    return finish_slides(outcomes, log_json)
+
+
+def regate_all(targets: list[Target], config: ClassifyConfig, flags: dict[str, Any]) -> list[SlideOutcome]:
+    """Apply the rule of the flags to typed folders; returns how each ended."""
+    import time
+
+    from cellslide.batch import SlideOutcome
+    from cellslide.classify import regate_slide
+    from cellslide.classify.slide import spec_of_record
+    from cellslide.classify.targets import require_cells
+    from cellslide.errors import CellslideError
+    from cellslide.pipeline import TABLE
+    from cellslide.record import read_record
+    from cellslide.table import open_table
+
+    calibration = other_calibration(config)
+    outcomes = []
+    for target in targets:
+        start, name = time.perf_counter(), target.source.slide_id
+        try:
+            require_cells(target)
+            with open_table(target.folder / TABLE) as table:
+                record = read_record(target.folder) or table.run
+            rule = to_rule(spec_of_record(target.folder, record), flags, calibration)
+            cells = regate_slide(target.folder, rule, config.output).counts.nuclei
+            outcomes.append(SlideOutcome(name, "done", cells, time.perf_counter() - start))
+        except CellslideError as error:
+            spent = time.perf_counter() - start
+            outcomes.append(SlideOutcome(name, "failed", None, spent, str(error), error.exit_code))
+    return outcomes
+
+
+def other_calibration(config: ClassifyConfig) -> Calibration | None:
+    """Return the calibration of the weights that the flags name, or None: the one that the cells were typed with."""
+    if config.model is None and config.weights is None:
+        return None
+    from cellslide.weights.classifier import calibration_of, classifier_entry
+
+    return calibration_of(classifier_entry(config.model, config.weights))
+
+
+def show_plan(targets: list[Target], classifier: Classifier) -> int:
+    """Print the cells of each slide and how long they would take here; returns 0."""
+    from cellslide.classify import prepare
+    from cellslide.classify.slide import choose_cells, estimate, read_places
+    from cellslide.classify.targets import check_slide, open_target, require_cells
+    from cellslide.pipeline import TABLE
+    from cellslide.table import open_table
+
+    for target in targets:
+        require_cells(target)
+        with open_target(target, classifier.config.mpp) as slide, open_table(target.folder / TABLE) as table:
+            check_slide(target, slide)
+            rows = choose_cells(table, slide, classifier.config)
+            work = prepare(slide, read_places(table)[rows], classifier)
+            click.echo(f"{target.source.slide_id}  {estimate(work, classifier)}  {slide.info.path}")
+    return 0

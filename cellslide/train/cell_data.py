@@ -1,0 +1,292 @@
+"""Typed cells of labelled images, kept as planes in memory, and the crops that are drawn around them.
+
+Without augmentation a crop is the one that `classify` cuts: the same plane, corner, border and resampling. With it, one
+affine map takes plane pixels straight to the input. Every crop is a function of (seed, draw number) alone.
+
+Frames: points are (x, y) in pixels of the plane at the recipe's `mpp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cellslide.crops import CropCutter, RegionRead, crop_corners
+from cellslide.errors import UsageError
+from cellslide.evaluate.dataset import Sample, read_dataset
+from cellslide.slide import slide_from_array
+from cellslide.train.augment import crop_matrix, recolor
+from cellslide.train.data import DrawSampler, start_worker, validates
+from cellslide.train.nuclass_recipe import CellSetConfig, NuClassRecipe
+from cellslide.train.recipe import AugmentConfig
+from cellslide.types import CropSpec, Float64, Int64, Plane, UInt8
+
+UNKNOWN_ORGAN = -1
+BORDERS = {"reflect": cv2.BORDER_REFLECT_101, "zero": cv2.BORDER_CONSTANT}
+
+
+@dataclass(frozen=True, slots=True)
+class CellImage:
+    """One image and its typed cells.
+
+    levels   the plane, uint8 (H, W, 3), reduced by whole factors: {1: as it is, 2: halved, ...}.
+    plane    what the pixels of level 1 are.
+    xy       float64 (N, 2), plane pixels.
+    label    int64 (N,), index into the recipe's classes.
+    organ    index into the recipe's organs, UNKNOWN_ORGAN where it is none of them.
+    """
+
+    name: str
+    levels: Mapping[int, UInt8]
+    plane: Plane
+    xy: Float64
+    label: Int64
+    organ: int
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+@dataclass(frozen=True, slots=True)
+class CellSet:
+    """The images of one data set that train, and those that validate."""
+
+    name: str
+    path: Path
+    train: tuple[CellImage, ...]
+    val: tuple[CellImage, ...]
+
+
+class CellCrops(NamedTuple):
+    """A batch: local and context (B, 3, h, w), 0..255, uint8 or float32; organ and label int64 (B,).
+
+    `context` has no pixels, (B, 3, 0, 0), where the stage needs none.
+    """
+
+    local: Tensor
+    context: Tensor
+    organ: Tensor
+    label: Tensor
+
+
+def load_cell_sets(paths: Sequence[Path], recipe: NuClassRecipe) -> list[CellSet]:
+    """Read the data sets; raises UsageError on an unknown patient, organ or pixel size, or if no cell is left to train.
+
+    A patient that validates in one set trains in none.
+    """
+    names = [path.resolve().name for path in paths]
+    unused = sorted(set(recipe.datasets) - set(names))
+    if unused:
+        raise UsageError(f"recipe datasets: no DATASET folder is named {', '.join(unused)}")
+    configs = [recipe.datasets.get(name, CellSetConfig()) for name in names]
+    chosen = [_choose(path, config) for path, config in zip(paths, configs, strict=True)]
+    held_out = {s.patient for _, val in chosen for s in val if s.patient}
+    sets = []
+    for path, name, config, (train, val) in zip(paths, names, configs, chosen, strict=True):
+        train = [s for s in train if s.patient not in held_out]
+        prepared = (tuple(prepare_cells(s, config, recipe) for s in part) for part in (train, val))
+        sets.append(CellSet(name, path, *prepared))
+    if not sum(len(image) for s in sets for image in s.train):
+        raise UsageError(f"DATASET: no cell of the classes {', '.join(recipe.classes)} is left to train on")
+    return sets
+
+
+def _choose(path: Path, config: CellSetConfig) -> tuple[list[Sample], list[Sample]]:
+    """Return the samples of a set that may train and those that validate; those without points are left out."""
+    samples = [s for s in read_dataset(path).samples if s.points_path is not None and s.split != "test"]
+    samples = [s for s in samples if s.patient not in config.exclude_patients]
+    val = [s for s in samples if validates(s, config.val)]
+    missing = sorted(set(config.val.patients) - {s.patient for s in val})
+    if missing:
+        raise UsageError(f"{path}: recipe datasets.val.patients: no such patient {', '.join(missing)}")
+    return [s for s in samples if s not in val and config.split in (None, s.split)], val
+
+
+def prepare_cells(sample: Sample, config: CellSetConfig, recipe: NuClassRecipe) -> CellImage:
+    """Read one image, bring it to the recipe's plane and keep the points whose class the recipe knows."""
+    mpp = sample.mpp or config.mpp
+    if mpp is None:
+        mend = f"set datasets.{sample.dataset}.mpp in --recipe"
+        raise UsageError(f"{sample.image_path}: mpp is empty in the manifest; {mend}")
+    with slide_from_array(sample.load_image(), mpp) as slide:
+        plane = Plane.of(slide.info, recipe.mpp)
+        pixels = slide.read_plane(plane, (0, 0, plane.width_px, plane.height_px))
+    points = sample.load_points()
+    names = [config.classes.get(name, name) for name in points.class_name]
+    label = np.array([recipe.classes.index(n) if n in recipe.classes else -1 for n in names], np.int64)
+    known = label >= 0
+    factors = {1, level_factor(recipe.local), level_factor(recipe.context)}
+    return CellImage(
+        sample.stem,
+        {k: _reduced(pixels, k) for k in sorted(factors)},
+        plane,
+        plane.from_level0(points.xy)[known],
+        label[known],
+        organ_of(sample, config, recipe.organs),
+    )
+
+
+def organ_of(sample: Sample, config: CellSetConfig, organs: Sequence[str]) -> int:
+    """Return the index of a sample's organ, UNKNOWN_ORGAN if the recipe has none such; UsageError for a wrong key."""
+    if config.organ is not None and config.organ not in organs:
+        raise UsageError(f"recipe datasets.organ: {config.organ} is none of the organs {', '.join(organs)}")
+    name = config.organ or (sample.organ.casefold().split() or [""])[0]
+    return organs.index(name) if name in organs else UNKNOWN_ORGAN
+
+
+def level_factor(spec: CropSpec) -> int:
+    """Return by how much the plane is reduced before the affine map, so that the map reduces by two at most.
+
+    At exactly two, unturned, a bilinear sample lies in the middle of four pixels and is their mean.
+    """
+    if spec.resample == "bilinear":
+        return 1  # As published, without antialias.
+    return 2 ** max(0, int(np.ceil(np.log2(spec.field_px / spec.input_px))) - 1)
+
+
+def _reduced(pixels: UInt8, factor: int) -> UInt8:
+    if factor == 1:
+        return pixels
+    height, width = (max(n // factor, 1) for n in pixels.shape[:2])
+    whole = pixels[: height * factor, : width * factor]
+    return np.asarray(cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def cut_exact(image: CellImage, xy: Float64, spec: CropSpec) -> Tensor:
+    """Return float32 (N, 3, input, input), 0..255, of the crops about points (N, 2) as `classify` cuts them."""
+    corners = crop_corners(xy, spec.field_px)
+    if not len(corners):
+        return torch.empty(0, 3, spec.input_px, spec.input_px)
+    low, high = corners.min(axis=0), corners.max(axis=0) + spec.field_px
+    box = (int(low[0]), int(low[1]), int(high[0]), int(high[1]))
+    cutter = CropCutter(RegionRead(image.levels[1], (0, 0), box), image.plane, torch.device("cpu"))
+    return cutter.cut(corners, spec)
+
+
+def draw_crop(
+    rng: np.random.Generator, augment: AugmentConfig, image: CellImage, centre_xy: Float64, spec: CropSpec
+) -> UInt8:
+    """Cut one crop uint8 (input, input, 3) about a point by a drawn affine map; colours stay.
+
+    An unturned, unscaled crop equals that of `cut_exact` up to rounding; where the plane is reduced first, only as far
+    as the slide's edge and corners on odd pixels leave it.
+    """
+    factor, size = level_factor(spec), spec.input_px
+    middle = (crop_corners(centre_xy[None], spec.field_px)[0] + spec.field_px / 2) / factor
+    matrix = crop_matrix(rng, augment, middle, size)
+    linear = matrix[:, :2] * (spec.field_px / (size * factor))
+    matrix = np.column_stack([linear, middle - 0.5 - linear @ np.full(2, (size - 1) / 2)])
+    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    crop = cv2.warpAffine(image.levels[factor], matrix, (size, size), flags=how, borderMode=BORDERS[spec.border])
+    return np.asarray(crop, np.uint8)
+
+
+class CellDataset(Dataset[CellCrops]):
+    """Augmented crops by draw number; every cell comes once before any comes again, in an order drawn anew."""
+
+    def __init__(self, images: Sequence[CellImage], recipe: NuClassRecipe, context: bool) -> None:
+        self.images, self.recipe, self.context = images, recipe, context
+        counts = [len(image) for image in images]
+        self.image_of = np.repeat(np.arange(len(images)), counts)
+        self.row_of = np.concatenate([np.arange(n) for n in counts])
+        self._pass, self._order = -1, np.empty(0, np.int64)
+
+    def cell(self, draw: int) -> tuple[int, int]:
+        """Return image and row of the cell of a draw."""
+        turn, place = divmod(draw, len(self.row_of))
+        if turn != self._pass:
+            self._order = np.random.default_rng([self.recipe.seed, 1, turn]).permutation(len(self.row_of))
+            self._pass = turn
+        index = self._order[place]
+        return int(self.image_of[index]), int(self.row_of[index])
+
+    def __getitem__(self, draw: int) -> CellCrops:
+        """Return draw `draw`, unbatched: crops uint8 (3, h, w)."""
+        recipe, (chosen, row) = self.recipe, self.cell(draw)
+        rng = np.random.default_rng([recipe.seed, 0, draw])
+        image = self.images[chosen]
+        xy = image.xy[row]
+        local = draw_crop(rng, recipe.augment, image, xy + _shift(rng, recipe.jitter_px), recipe.local)
+        # Both crops show one slide, so their colours change alike: the same generator once for each.
+        crops = [recolor(np.random.default_rng([recipe.seed, 2, draw]), recipe.augment, local)]
+        if self.context:
+            far = xy + _shift(rng, recipe.context_training.shift_px)
+            wide = draw_crop(rng, recipe.augment, image, far, recipe.context)
+            crops.append(recolor(np.random.default_rng([recipe.seed, 2, draw]), recipe.augment, wide))
+        organ = UNKNOWN_ORGAN if rng.random() < recipe.unknown_organ_p else image.organ
+        tensors = [torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))) for crop in crops]
+        empty = torch.empty(3, 0, 0, dtype=torch.uint8)
+        return CellCrops(
+            tensors[0], tensors[1] if self.context else empty, torch.tensor(organ), torch.tensor(int(image.label[row]))
+        )
+
+
+def _shift(rng: np.random.Generator, most_px: float) -> Float64:
+    return rng.uniform(-most_px, most_px, 2)
+
+
+class ExactCells(Dataset[CellCrops]):
+    """The cells of images as they are, in batches of at most `batch_size` cells of one image."""
+
+    def __init__(self, images: Sequence[CellImage], recipe: NuClassRecipe, context: bool, batch_size: int = 64) -> None:
+        self.images, self.recipe, self.context = images, recipe, context
+        self.parts = [
+            (k, first, first + batch_size) for k, i in enumerate(images) for first in range(0, len(i), batch_size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, index: int) -> CellCrops:
+        """Return batch `index`: crops float32 (B, 3, h, w)."""
+        chosen, first, last = self.parts[index]
+        image = self.images[chosen]
+        xy, label = image.xy[first:last], torch.from_numpy(image.label[first:last])
+        empty = torch.empty(len(label), 3, 0, 0)
+        context = cut_exact(image, xy, self.recipe.context) if self.context else empty
+        organ = torch.full((len(label),), image.organ)
+        return CellCrops(cut_exact(image, xy, self.recipe.local), context, organ, label)
+
+
+def cell_loader(
+    images: Sequence[CellImage], recipe: NuClassRecipe, context: bool, workers: int, first_epoch: int = 0
+) -> DataLoader[CellCrops]:
+    """Return the loader of augmented batches; `workers` processes prepare them (0: in this one)."""
+    sampler = DrawSampler(recipe.epoch_steps * recipe.batch_size)
+    sampler.set_epoch(first_epoch)
+    return DataLoader(
+        CellDataset(images, recipe, context),
+        batch_size=recipe.batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=start_worker,
+        drop_last=True,
+    )
+
+
+def exact_loader(images: Sequence[CellImage], recipe: NuClassRecipe, context: bool) -> DataLoader[CellCrops]:
+    """Return the loader of the cells as they are, in a fixed order."""
+    return DataLoader(ExactCells(images, recipe, context), batch_size=None)  # type: ignore[arg-type]
+
+
+def class_counts(sets: Sequence[CellSet], n_classes: int) -> Int64:
+    """Return the training cells of each class, int64 (K,)."""
+    labels = [image.label for s in sets for image in s.train]
+    return np.bincount(np.concatenate(labels), minlength=n_classes).astype(np.int64)
+
+
+def normalise(crops: Tensor, recipe: NuClassRecipe) -> Tensor:
+    """Return crops (B, 3, h, w), 0..255, as the network reads them."""
+    mean, std = (255 * torch.tensor(v, device=crops.device).view(1, 3, 1, 1) for v in (recipe.mean, recipe.std))
+    x = (crops.float() - mean) / std
+    return x.contiguous(memory_format=torch.channels_last) if recipe.channels_last else x

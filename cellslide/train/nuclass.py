@@ -1,0 +1,236 @@
+"""Training of NuClass: each path with its own loss, freezing and rates; the gate on kept features of frozen paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cellslide.models.nuclass import NuClass, ParameterGroup, Part
+from cellslide.train.cell_data import CellCrops, normalise
+from cellslide.train.features import FeatureBatch
+from cellslide.train.module import Training
+from cellslide.train.nuclass_losses import balanced_cross_entropy, gate_loss, global_loss
+from cellslide.train.nuclass_recipe import CellOptimConfig, NuClassRecipe
+from cellslide.types import Float32, Int64
+
+PathStage = Literal["local", "global"]
+PARTS: dict[PathStage, tuple[Part, ...]] = {
+    "local": ("local_backbone", "local_head"),
+    "global": ("global_backbone", "context_backbone", "global_head"),
+}
+
+
+class PathTraining(Training):
+    """Trains the local path, or the global path beside a frozen local one.
+
+    `class_weight` is float32 (K,). What is frozen for the time being has no gradient and stays in evaluation mode.
+    """
+
+    def __init__(self, recipe: NuClassRecipe, model: NuClass, stage: PathStage, class_weight: Float32) -> None:
+        super().__init__(recipe, model.to(memory_format=torch.channels_last) if recipe.channels_last else model)
+        self.recipe, self.stage = recipe, stage
+        self.register_buffer("class_weight", torch.from_numpy(class_weight), persistent=False)
+        self._seen = Scores()
+
+    @property
+    def net(self) -> NuClass:
+        """The network."""
+        assert isinstance(self.model, NuClass)
+        return self.model
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW over what the stage ever trains; each part has its rate, earlier layers a share of it."""
+        learning = [g for g in self.net.parameter_groups() if g.part in PARTS[self.stage] and not self._never(g.part)]
+        return make_optimizer(learning, self.recipe.optim)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed this step, set its rate, and freeze what is frozen at this point of the run."""
+        super().on_train_batch_start(batch, batch_idx)
+        self.freeze_parts()
+
+    @property
+    def epochs_done(self) -> float:
+        """Epochs so far, as a fraction."""
+        return self.global_step / self.recipe.epoch_steps
+
+    def _never(self, part: Part) -> bool:
+        return part == "context_backbone" and self.recipe.context_training.freeze
+
+    def freeze_parts(self) -> None:
+        """Leave alone the other path, the crop's backbone in the probe warm-up, and the context's if so wished."""
+        warm = self.epochs_done >= self.recipe.freeze_epochs
+        for part, module in self.net.parts():
+            learns = part in PARTS[self.stage] and not self._never(part)
+            learns = learns and (warm or part not in ("local_backbone", "global_backbone"))
+            module.requires_grad_(learns)
+            module.train(learns)
+
+    def training_step(self, batch: CellCrops, batch_idx: int) -> Tensor:
+        """Return the loss of one batch and log its parts; raises FloatingPointError if it is not finite."""
+        parts = self._local_step(batch) if self.stage == "local" else self._global_step(batch)
+        total = self.check_finite(torch.stack(list(parts.values())).sum())
+        shown = {f"train/{name}": value.detach() for name, value in parts.items()} | {"train/loss": total.detach()}
+        self.log_dict(shown, on_step=False, on_epoch=True, batch_size=len(batch.label))
+        return total
+
+    def _per_cell(self, logits: Tensor, label: Tensor) -> Tensor:
+        return balanced_cross_entropy(logits, label, self.class_weight, self.recipe.loss.smoothing)
+
+    def _local_step(self, batch: CellCrops) -> dict[str, Tensor]:
+        logits = self.net.local_path(normalise(batch.local, self.recipe), batch.organ).logits
+        return {"cross_entropy": self._per_cell(logits, batch.label).mean()}
+
+    def _global_step(self, batch: CellCrops) -> dict[str, Tensor]:
+        local_image = normalise(batch.local, self.recipe)
+        with torch.no_grad():
+            local = self.net.local_path(local_image, batch.organ)
+            p_true = local.logits.float().softmax(1).gather(1, batch.label[:, None])[:, 0]
+        v = self.net.context_vector(normalise(batch.context, self.recipe))
+        u = local.raw if self.net.shares_backbone else None
+        logits = self.net.global_path(local_image, v, u, self.context_scale(v)).logits
+        config = self.recipe.loss
+        parts = global_loss(self._per_cell(logits, batch.label), p_true, config.gamma, config.lambda_stable)
+        return {"main": parts.main, "stable": parts.stable}
+
+    def context_scale(self, v: Tensor) -> Tensor:
+        """Return the factor (B,) of each cell's projected context: the warm-up's alpha, 0 where it is dropped."""
+        config = self.recipe.context_training
+        share = min(self.epochs_done / config.alpha_epochs, 1.0) if config.alpha_epochs > 0 else 1.0
+        alpha = config.alpha_start + (1 - config.alpha_start) * share
+        kept = torch.rand(len(v)) >= config.dropout
+        return (alpha * kept).to(v.device)
+
+    def validation_step(self, batch: CellCrops, batch_idx: int) -> None:
+        """Collect the probabilities of one batch of cells as they are."""
+        local = self.net.local_path(normalise(batch.local, self.recipe), batch.organ)
+        logits = local.logits
+        if self.stage == "global":
+            v = self.net.context_vector(normalise(batch.context, self.recipe))
+            u = local.raw if self.net.shares_backbone else None
+            logits = self.net.global_path(normalise(batch.local, self.recipe), v, u).logits
+        self._seen.add(logits.float().softmax(1), batch.label)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracy, macro F1 and negative log likelihood over all validation cells."""
+        for name, value in self._seen.take().items():
+            self.log(f"val/{name}", value)
+
+
+def make_optimizer(groups: Sequence[ParameterGroup], optim: CellOptimConfig) -> torch.optim.Optimizer:
+    """Return AdamW; a part has its own rate, a layer `layer_decay` of the next one's, and vectors no weight decay."""
+    rates = {"local_backbone": optim.backbone_lr, "global_backbone": optim.backbone_lr}
+    rates |= {"context_backbone": optim.context_lr}
+    made = []
+    for group in groups:
+        scale = rates.get(group.part, optim.lr) / optim.lr * optim.layer_decay**group.depth
+        for decays in (True, False):
+            chosen = [p for p in group.parameters if (p.ndim > 1) == decays]
+            if chosen:
+                decay = optim.weight_decay if decays else 0.0
+                made.append({"params": chosen, "lr_scale": scale, "weight_decay": decay})
+    return torch.optim.AdamW(made, lr=optim.lr, betas=optim.betas)
+
+
+class GateTraining(Training):
+    """Trains the gate, and later the paths' heads where the recipe says so, on kept features of frozen paths."""
+
+    def __init__(self, recipe: NuClassRecipe, model: NuClass) -> None:
+        super().__init__(recipe, model)
+        self.recipe = recipe
+        self._seen = {name: Scores() for name in ("mix", "local", "global")}
+
+    @property
+    def net(self) -> NuClass:
+        """The network."""
+        assert isinstance(self.model, NuClass)
+        return self.model
+
+    def heads(self) -> list[nn.Module]:
+        """Return the last layers of both paths, which kept features lead to."""
+        assert self.net.modelB is not None
+        return [self.net.modelA.head, self.net.modelB.head]
+
+    def freeze_parts(self) -> bool:
+        """Leave alone all but the gate, and the heads until their time comes; return whether they learn."""
+        config = self.recipe.gate
+        heads_train = config.heads_lr > 0 and self.global_step / self.recipe.epoch_steps >= config.gate_only_epochs
+        for part, module in self.net.parts():
+            module.requires_grad_(part == "gate")
+            module.train(part == "gate")
+        for head in self.heads():
+            head.requires_grad_(heads_train)
+            head.train(heads_train)
+        return heads_train
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW over the gate, and over the heads at their own rate."""
+        optim, heads_lr = self.recipe.optim, self.recipe.gate.heads_lr
+        optimizer = make_optimizer([g for g in self.net.parameter_groups() if g.part == "gate"], optim)
+        if heads_lr > 0:
+            parameters = [p for head in self.heads() for p in head.parameters()]
+            optimizer.add_param_group({"params": parameters, "lr_scale": heads_lr / optim.lr, "weight_decay": 0.0})
+        return optimizer
+
+    def forward(self, batch: FeatureBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return both paths' probabilities (B, K) and g (B,)."""
+        logits = (*(head(x) for head, x in zip(self.heads(), (batch.local, batch.fused), strict=True)),)
+        gate = self.net.gate(batch.local, batch.fused, *logits)
+        return logits[0].float().softmax(1), logits[1].float().softmax(1), gate.float()
+
+    def training_step(self, batch: FeatureBatch, batch_idx: int) -> Tensor:
+        """Return the loss of one batch and log its parts; raises FloatingPointError if it is not finite."""
+        heads_train = self.freeze_parts()
+        local, global_, gate = self(batch)
+        parts = gate_loss(local, global_, gate, batch.label, self.recipe.gate, heads_train)
+        total = self.check_finite(parts.total)
+        shown = {f"train/{name}": value.detach() for name, value in parts._asdict().items()}
+        self.log_dict(shown | {"train/loss": total.detach()}, on_step=False, on_epoch=True, batch_size=len(batch.label))
+        return total
+
+    def validation_step(self, batch: FeatureBatch, batch_idx: int) -> None:
+        """Collect the mix and both paths."""
+        local, global_, gate = self(batch)
+        mixed = (1 - gate)[:, None] * local + gate[:, None] * global_
+        for name, prob in (("mix", mixed), ("local", local), ("global", global_)):
+            self._seen[name].add(prob, batch.label)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of the mix, and those of the paths with their names before them."""
+        for name, seen in self._seen.items():
+            for score, value in seen.take().items():
+                self.log(f"val/{score}" if name == "mix" else f"val/{name}_{score}", value)
+
+
+class Scores:
+    """Probabilities and labels of the cells seen so far."""
+
+    def __init__(self) -> None:
+        self.prob: list[Float32] = []
+        self.label: list[Int64] = []
+
+    def add(self, prob: Tensor, label: Tensor) -> None:
+        """Add a batch, (B, K) and (B,)."""
+        self.prob.append(prob.detach().cpu().numpy())
+        self.label.append(label.cpu().numpy())
+
+    def take(self) -> dict[str, float]:
+        """Return the scores of all cells so far, and forget them."""
+        prob, label = np.concatenate(self.prob), np.concatenate(self.label)
+        self.prob.clear()
+        self.label.clear()
+        return score_cells(prob, label)
+
+
+def score_cells(prob: Float32, label: Int64) -> dict[str, float]:
+    """Return accuracy, macro F1 over the classes that occur, and negative log likelihood of (N, K) against (N,)."""
+    found = prob.argmax(1)
+    f1 = []
+    for k in np.unique(label):
+        both = int(((found == k) & (label == k)).sum())
+        f1.append(2 * both / int((found == k).sum() + (label == k).sum()))
+    nll = -np.log(np.maximum(prob[np.arange(len(label)), label], 1e-12)).mean()
+    return {"accuracy": float((found == label).mean()), "macro_f1": float(np.mean(f1)), "nll": float(nll)}
