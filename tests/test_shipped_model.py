@@ -49,7 +49,7 @@ def test_validation_patients_reach_the_bar(shared: Path, model: LoadedModel) -> 
         labels = rasterise(cells.contour_xy, cells.contour_start, (sample.height, sample.width))
         scores.append(panoptic_quality(overlaps(sample.load_mask(), labels)).pq)
     assert len(scores) == 9
-    assert np.mean(scores) >= 0.58
+    assert np.mean(scores) >= 0.65
 
 
 def _field(shared: Path) -> np.ndarray:
@@ -67,8 +67,8 @@ def _matched(some: Cells, others: Cells, within_px: float) -> float:
 @pytest.mark.timeout(600)
 def test_tiles_of_512_and_1024_find_the_same_nuclei(shared: Path, model: LoadedModel) -> None:
     image = _field(shared)
-    small, large = (segment_array(model, image, 0.5, SegmentConfig(tiles=TileConfig(px, 64))) for px in (512, 1024))
+    small, large = (segment_array(model, image, 0.5, SegmentConfig(tiles=TileConfig(px))) for px in (512, 1024))
     assert len(small) > 300
-    # What differs are faint nuclei near the threshold; the aim is 0.99, and the card says what is reached.
-    assert _matched(small, large, 4.0) >= 0.93
-    assert _matched(large, small, 4.0) >= 0.93
+    # What differs are faint shadows in keratin near the threshold; the aim is 0.99, and the card says what is reached.
+    assert _matched(small, large, 4.0) >= 0.95
+    assert _matched(large, small, 4.0) >= 0.95

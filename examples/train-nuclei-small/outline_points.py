@@ -107,11 +107,11 @@ def believed(mask: np.ndarray, mpp: float, rules: Rules) -> bool:
     return rules.min_area <= area <= rules.max_area and solid >= rules.min_solidity
 
 
-def outline(model: LoadedModel, sample: Sample, out: Path, rules: Rules) -> int:
-    """Write image and mask of one sample at the model's pixel size; returns the number of nuclei kept."""
-    scale = (sample.mpp or model.spec.mpp) / model.spec.mpp
+def outline(model: LoadedModel, sample: Sample, mpp: float, out: Path, rules: Rules) -> int:
+    """Write image and mask of one sample at `mpp` µm/px; returns the number of nuclei kept."""
+    scale = (sample.mpp or mpp) / mpp
     image = resample_image(sample.load_image(), scale)
-    labels = cut(*predict(model, image), sample.load_points().xy * scale, model.spec.mpp, rules)
+    labels = cut(*predict(model, image), sample.load_points().xy * scale, mpp, rules)
     cv2.imwrite(str(out / "images" / f"{sample.stem}.png"), image[..., ::-1])
     cv2.imwrite(str(out / "masks" / f"{sample.stem}.png"), labels)
     return len(np.setdiff1d(np.unique(labels), (0, IGNORE)))
@@ -121,13 +121,15 @@ def outline(model: LoadedModel, sample: Sample, out: Path, rules: Rules) -> int:
 @click.argument("dataset", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--weights", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+@click.option("--mpp", type=float, help="Pixel size (µm) to work at.  [default: the model's]")
 @click.option("--split", default="train", show_default=True)
 @click.option(
     "--exclude-patient", "excluded", multiple=True, help="A patient that stands in a set kept for evaluation."
 )
-def main(dataset: Path, weights: Path, output: Path, split: str, excluded: tuple[str, ...]) -> None:
+def main(dataset: Path, weights: Path, output: Path, mpp: float | None, split: str, excluded: tuple[str, ...]) -> None:
     """Outline the nuclei of a point data set."""
     model = load_model(None, weights)
+    mpp = mpp or model.spec.mpp
     for folder in ("images", "masks"):
         (output / folder).mkdir(parents=True, exist_ok=True)
     licence, note = "; ".join(licences(dataset)), "outlines by a model"
@@ -135,10 +137,10 @@ def main(dataset: Path, weights: Path, output: Path, split: str, excluded: tuple
         rows = csv.writer(file)
         rows.writerow(COLUMNS)
         for s in (s for s in read_dataset(dataset, split).samples if s.patient not in excluded):
-            n = outline(model, s, output, Rules())
+            n = outline(model, s, mpp, output, Rules())
             image, mask = f"images/{s.stem}.png", f"masks/{s.stem}.png"
             height, width = cv2.imread(str(output / mask), cv2.IMREAD_UNCHANGED).shape
-            about = (s.split, s.patient, s.organ, model.spec.mpp, width, height, n, licence, note)
+            about = (s.split, s.patient, s.organ, mpp, width, height, n, licence, note)
             rows.writerow([image, mask, "", *about])
             click.echo(f"{s.stem}: {n} nuclei")
 
