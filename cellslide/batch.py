@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
@@ -15,17 +16,18 @@ from typing import Any, Literal
 import numpy as np
 
 from cellslide import __version__
-from cellslide.classify import Classifier, classify_slide
+from cellslide.classify import Classifier, classify_slide, regate_slide
 from cellslide.classify.columns import Rule
-from cellslide.classify.slide import Organ
+from cellslide.classify.slide import Organ, typed_by
 from cellslide.classify.targets import Target, check_slide, open_target, require_cells
+from cellslide.config import OutputConfig
 from cellslide.errors import CellslideError, Interrupted
 from cellslide.pipeline import IDLE, Layout, Watch, in_words, lay_out, open_source, read_tile, run_slide
 from cellslide.record import head_sha256, now_utc, read_record, write_record
 from cellslide.segmenter import Segmenter, resolved
 from cellslide.slide import Slide
 from cellslide.slides import SlideInput
-from cellslide.types import RunRecord, WeightsRef
+from cellslide.types import ClassifierSpec, RunRecord, WeightsRef
 
 # Broken weights or a missing device would fail every slide in the same way.
 ENVIRONMENT = 3
@@ -59,17 +61,28 @@ def segment_slides(
     """
     for source in sources:
         watch.check()
-        start = time.perf_counter()
-        try:
-            record, skipped = run_slide(source, segmenter, out_dir, watch)
-        except Interrupted:
+        work = partial(run_slide, source, segmenter, out_dir, watch)
+        yield _tried(source, work, partial(_record_failure, source, segmenter, out_dir / source.slide_id))
+
+
+def _tried(
+    source: SlideInput, work: Callable[[], tuple[RunRecord, bool]], record_failure: Callable[[str], None] | None = None
+) -> SlideOutcome:
+    """Do one slide's work and return how it ended; only what would end every slide alike is raised."""
+    start = time.perf_counter()
+    try:
+        record, skipped = work()
+    except Interrupted:
+        raise
+    except Exception as error:
+        if getattr(error, "exit_code", 0) == ENVIRONMENT:
             raise
-        except Exception as error:
-            if getattr(error, "exit_code", 0) == ENVIRONMENT:
-                raise
-            yield _failure(source, segmenter, out_dir, error, time.perf_counter() - start)
-        else:
-            yield _outcome(source, record, skipped, time.perf_counter() - start)
+        log.debug("%s failed", source.path, exc_info=error)
+        words, code = in_words(error), getattr(error, "exit_code", 1)
+        if record_failure is not None:
+            record_failure(words)
+        return SlideOutcome(source.slide_id, "failed", None, time.perf_counter() - start, words, code)
+    return _outcome(source, record, skipped, time.perf_counter() - start)
 
 
 def _outcome(source: SlideInput, record: RunRecord, skipped: bool, seconds: float) -> SlideOutcome:
@@ -79,13 +92,6 @@ def _outcome(source: SlideInput, record: RunRecord, skipped: bool, seconds: floa
         words = f"{counts.tiles_failed} of {counts.tiles} tiles failed, {where}"
         return SlideOutcome(source.slide_id, "failed", record.counts.nuclei, seconds, words, 1)
     return SlideOutcome(source.slide_id, "skipped" if skipped else "done", record.counts.nuclei, seconds)
-
-
-def _failure(source: SlideInput, segmenter: Segmenter, out_dir: Path, error: Exception, seconds: float) -> SlideOutcome:
-    log.debug("%s failed", source.path, exc_info=error)
-    words = in_words(error)
-    _record_failure(source, segmenter, out_dir / source.slide_id, words)
-    return SlideOutcome(source.slide_id, "failed", None, seconds, words, getattr(error, "exit_code", 1))
 
 
 def _record_failure(source: SlideInput, segmenter: Segmenter, folder: Path, words: str) -> None:
@@ -130,23 +136,36 @@ def classify_slides(
     """
     for target in targets:
         watch.check()
-        start = time.perf_counter()
-        try:
-            require_cells(target)
-            with open_target(target, classifier.config.mpp) as slide:
-                check_slide(target, slide)
-                organ = organ_of(target.source.organ)
-                record, skipped = classify_slide(target.folder, slide, classifier, rule, organ, watch)
-        except Interrupted:
-            raise
-        except Exception as error:
-            if getattr(error, "exit_code", 0) == ENVIRONMENT:
-                raise
-            log.debug("%s failed", target.source.path, exc_info=error)
-            spent, code = time.perf_counter() - start, getattr(error, "exit_code", 1)
-            yield SlideOutcome(target.source.slide_id, "failed", None, spent, in_words(error), code)
-        else:
-            yield _outcome(target.source, record, skipped, time.perf_counter() - start)
+        yield _tried(target.source, partial(_classify, target, classifier, rule, organ_of, watch))
+
+
+def _classify(
+    target: Target, classifier: Classifier, rule: Rule, organ_of: Callable[[str | None], Organ], watch: Watch
+) -> tuple[RunRecord, bool]:
+    require_cells(target)
+    with open_target(target, classifier.config.mpp) as slide:
+        check_slide(target, slide)
+        return classify_slide(target.folder, slide, classifier, rule, organ_of(target.source.organ), watch)
+
+
+def regate_slides(
+    targets: Iterable[Target], rule_of: Callable[[ClassifierSpec], Rule], output: OutputConfig, watch: Watch = IDLE
+) -> Iterator[SlideOutcome]:
+    """Apply another rule to the typed cells of slides in order and yield how each ended; raises as `classify_slides`.
+
+    rule_of  gives the rule for the classifier that typed a slide.
+    """
+    for target in targets:
+        watch.check()
+        yield _tried(target.source, partial(_regate, target, rule_of, output, watch))
+
+
+def _regate(
+    target: Target, rule_of: Callable[[ClassifierSpec], Rule], output: OutputConfig, watch: Watch
+) -> tuple[RunRecord, bool]:
+    require_cells(target)
+    rule = rule_of(typed_by(target.folder))
+    return regate_slide(target.folder, rule, output, watch), False
 
 
 def plan(source: SlideInput, segmenter: Segmenter, seconds_per_tile: float | None = None) -> tuple[int, float]:

@@ -7,7 +7,7 @@ without a row, or with a row of zeros, has no counterpart: its probability is lo
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -39,13 +39,6 @@ class Taxonomy:
             raise ValueError(f"matrix {self.matrix.shape} for {len(self.names)} classes")
         if not np.isin(self.matrix, (0, 1)).all() or (self.matrix.sum(axis=1) > 1).any():
             raise ValueError("entries must be 0 or 1, and a class may map to one class at most")
-
-    @classmethod
-    def of_mapping(cls, name: str, classes: Sequence[str], target: Mapping[str, str | None]) -> Taxonomy:
-        """Return the projection that sends each class to `target[class]`, None for nowhere; names in order of use."""
-        names = tuple(dict.fromkeys(n for n in (target.get(c) for c in classes) if n is not None))
-        matrix = [[float(target.get(c) == n) for n in names] for c in classes]
-        return cls(name, np.array(matrix, np.float32).reshape(len(classes), len(names)), names)
 
     @property
     def lost(self) -> NDArray[np.bool_]:

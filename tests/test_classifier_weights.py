@@ -294,6 +294,7 @@ def test_classes_must_be_as_many_as_the_network_has(tmp_path: Path) -> None:
 
 def test_organ_is_found_by_name_and_near_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spec = load_classifier(weights=write_own(tmp_path)).spec
+    caplog.clear()
     assert organ_index(spec, "lung") == organ_index(spec, " Lung ") == 1
     with pytest.raises(UsageError, match=r"--organ lnug: did you mean lung\?.*breast, lung") as caught:
         organ_index(spec, "lnug")

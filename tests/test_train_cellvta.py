@@ -196,7 +196,7 @@ def test_a_perfect_model_scores_one(dataset: Path) -> None:
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     torch.save({"body.0.weight": torch.zeros(8, 3, 3, 3), "other": torch.zeros(1)}, tmp_path / "w.pt")
-    with pytest.raises(WeightsError, match=r"missing \['body.0.bias'.*unexpected \['other'\]"):
+    with pytest.raises(WeightsError, match=r"8 missing: body\.0\.bias.*1 unexpected: other"):
         load_start(Stub(), tmp_path / "w.pt")
     with pytest.raises(UsageError, match="no such file"):
         load_start(Stub(), tmp_path / "absent.pt")

@@ -56,7 +56,7 @@ def entry_of(**values: Any) -> WeightsEntry:
 
 def test_shipped_manifest_is_complete() -> None:
     manifest = Manifest.load()
-    assert manifest.defaults == {"segment": "cellslide-nuclei-small"}
+    assert manifest.defaults == {"segment": "cellslide-nuclei-small", "classify": "cells-breast-small"}
     named = {
         "cellvta-uni-pannuke-split1", "cellvta-uni-conic", "cellvit-256-x40", "cellvit-256-x20", "cellvit-sam-h-x40",
         "cellvit-sam-h-x20", "cellvit-uni-x40", "cellvit-virchow-x40", "hipt-vit256", "sam-vit-h", "uni", "uni2-h",

@@ -125,9 +125,13 @@ def classify_array(classifier: Classifier, image: UInt8, mpp: float, xy: Float64
 
     The crops are those that a slide with these pixels would give; `organ` is an index in the weights' organs.
     """
-    slide = slide_from_array(image, mpp)
-    n, k = len(xy), len(classifier.spec.classes)
+    return gather(slide_from_array(image, mpp), np.asarray(xy, np.float64), organ, classifier)
+
+
+def gather(slide: Slide, xy_level0: Float64, organ: int, classifier: Classifier) -> PathProbs:
+    """Return what the network says of all cells (N, 2), level-0 pixels, in their order; raises as `classify_cells`."""
+    n, k = len(xy_level0), len(classifier.spec.classes)
     probs = PathProbs(*(np.full(shape, np.nan, np.float32) for shape in ((n, k), (n, k), (n,))))
-    for rows, part in classify_cells(slide, np.asarray(xy, np.float64), organ, classifier):
+    for rows, part in classify_cells(slide, xy_level0, organ, classifier):
         probs.local[rows], probs.global_[rows], probs.gate[rows] = part.local, part.global_, part.gate
     return probs

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from cellslide.classify.cells import classify_cells, prepare
-from cellslide.classify.engine import Classifier, context_patch_px, open_classifier
+from cellslide.classify.cells import gather, prepare
+from cellslide.classify.engine import Classifier, open_classifier
 from cellslide.config import ClassifyConfig
 from cellslide.gate import mix, skipped
 from cellslide.slide import Slide
@@ -64,7 +64,7 @@ def variants(loaded: LoadedClassifier, config: ClassifyConfig) -> Iterator[tuple
 def grids(loaded: LoadedClassifier, config: ClassifyConfig) -> list[int]:
     """Return the steps of GRID_STEPS_PX that are multiples of the context's patch in the plane."""
     context = loaded.spec.context
-    step = context_patch_px(loaded.module) * context.field_px / (config.context_size or context.input_px)
+    step = loaded.module.context_patch_px * context.field_px / (config.context_size or context.input_px)
     return [grid for grid in GRID_STEPS_PX if (grid / step).is_integer() and grid <= context.field_px // 2]
 
 
@@ -99,11 +99,8 @@ def compare(name: str, reference: PathProbs, probs: PathProbs, seconds: float, c
 
 
 def _timed(classifier: Classifier, slide: Slide, xy: Float64, organ: int) -> tuple[float, PathProbs]:
-    n, k = len(xy), len(classifier.spec.classes)
-    probs = PathProbs(np.empty((n, k), np.float32), np.empty((n, k), np.float32), np.empty(n, np.float32))
     start = time.perf_counter()
-    for rows, part in classify_cells(slide, xy, organ, classifier):
-        probs.local[rows], probs.global_[rows], probs.gate[rows] = part.local, part.global_, part.gate
+    probs = gather(slide, xy, organ, classifier)
     return time.perf_counter() - start, probs
 
 

@@ -11,7 +11,8 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ CPU_BATCH_PX = 8 * 128 * 128
 BATCHES_AT_ONCE = 8
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +115,12 @@ class Classifier:
 
         Halves the batch when memory runs out; raises CellslideError when not even one cell fits.
         """
+        return self._in_memory(lambda: self._launch(region, local, context, organ))
+
+    def _in_memory(self, run: Callable[[], Result]) -> Result:
         while True:
             try:
-                return self._launch(region, local, context, organ)
+                return run()
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -206,9 +211,20 @@ class Classifier:
         passes = [run(np.minimum(np.arange(first, first + size), n - 1)) for first in range(0, n, size)]
         return tuple(torch.cat(column)[:n] for column in zip(*passes, strict=True))
 
-    @torch.inference_mode()
+    @cached_property
+    def pace(self) -> Seconds:
+        """What `measure` gives, measured once for all slides."""
+        return self.measure()
+
     def measure(self) -> Seconds:
-        """Return seconds a cell and a context take here: one full batch of each on a blank region, cutting included."""
+        """Return seconds a cell and a context take here: one full batch of each on a blank region, cutting included.
+
+        Halves the batch when memory runs out, as `launch` does.
+        """
+        return self._in_memory(self._measure)
+
+    @torch.inference_mode()
+    def _measure(self) -> Seconds:
         region = _blank_region(self)
         corners = np.tile(np.array(region.box[:2], np.int64), (self.batch_size, 1))
         if self._device.type == "cuda" or self.config.infer.compile:
@@ -254,7 +270,7 @@ def open_classifier(loaded: LoadedClassifier, config: ClassifyConfig) -> Classif
 def resolved_spec(loaded: LoadedClassifier, config: ClassifyConfig) -> ClassifierSpec:
     """Return the spec of the weights with `--context-size`; raises UsageError where the sizes do not suit them."""
     spec, size = loaded.spec, config.context_size
-    patch = context_patch_px(loaded.module)
+    patch = loaded.module.context_patch_px
     if size is not None and size % patch:
         raise UsageError(f"--context-size {size}: must be a multiple of {patch} px for {spec.name}")
     spec = spec if size is None else replace(spec, context=replace(spec.context, input_px=size))
@@ -264,11 +280,6 @@ def resolved_spec(loaded: LoadedClassifier, config: ClassifyConfig) -> Classifie
             f"--context-grid {config.context_grid}: must be a multiple of {step:g} px, the patch of {spec.name}"
         )
     return spec
-
-
-def context_patch_px(module: Any) -> int:
-    """Return the edge of the context network's patches in its input pixels; 1 where any size goes."""
-    return int(module.context_patch_px)
 
 
 def _auto_batch(spec: CropSpec, device: torch.device) -> int:

@@ -81,10 +81,11 @@ def classify_slide(
             if words := differences(earlier["network"], network):
                 raise UsageError(f"{folder}: typed with other settings ({words}); --overwrite types it anew")
             return _decide_again(folder, record, rule, classifier.config.output, watch)
-        rows = choose_cells(table, slide, classifier.config)
+        xy = read_places(table)
+        rows = choose_cells(xy, slide, classifier.config)
         overwrite, k = classifier.config.output.overwrite, len(classifier.spec.classes)
         store = PartialProbs.open(folder, network, len(table), k, overwrite)
-        run_network(slide, table, rows, store, classifier, organ, watch)
+        run_network(slide, xy, rows, store, classifier, organ, watch)
         record.seconds.classify = time.perf_counter() - began
         watch.progress.stage("write")
         settings = {**describe(classifier, organ), "network": network}
@@ -135,9 +136,8 @@ def network_settings(table: CellTable, classifier: Classifier, organ: Organ) -> 
     return flatten(settings)
 
 
-def choose_cells(table: CellTable, slide: Slide, config: ClassifyConfig) -> Int64:
-    """Return the rows that `--roi`, `--sample` and `--max-cells` leave, sorted; a sample is drawn by `--seed`."""
-    xy = read_places(table)
+def choose_cells(xy: Float64, slide: Slide, config: ClassifyConfig) -> Int64:
+    """Return the rows of cells (N, 2) that `--roi`, `--sample` and `--max-cells` leave, sorted; drawn by `--seed`."""
     rows = np.flatnonzero(np.isfinite(xy).all(axis=1))
     if config.roi is not None:
         tissue = TissueConfig(enabled=False, roi=config.roi, roi_origin=config.output.geojson_origin)
@@ -155,11 +155,11 @@ def read_places(table: CellTable) -> Float64:
 
 
 def run_network(
-    slide: Slide, table: CellTable, rows: Int64, store: PartialProbs, classifier: Classifier, organ: Organ, watch: Watch
+    slide: Slide, places: Float64, rows: Int64, store: PartialProbs, classifier: Classifier, organ: Organ, watch: Watch
 ) -> None:
-    """Type the cells `rows` that `store` does not hold yet; raises Interrupted when asked to stop."""
+    """Type the cells `rows` of `places` (N, 2) that `store` lacks; raises Interrupted when asked to stop."""
     todo = store.missing(rows)
-    xy = read_places(table)[todo]
+    xy = places[todo]
     work = prepare(slide, xy, classifier)
     if len(todo) > ESTIMATE_BATCHES * classifier.batch_size:
         log.info("%s: %s", slide.info.slide_id, estimate(work, classifier))
@@ -175,7 +175,7 @@ def run_network(
 
 def estimate(work: Work, classifier: Classifier) -> str:
     """Return in words how long typing takes here, from one batch that is tried; reading runs beside it."""
-    least, most = work.seconds(classifier.measure())
+    least, most = work.seconds(classifier.pace)
     adaptive = classifier.config.adaptive is not None and classifier.has_global
     span = f"{in_time(least)} to {in_time(most)}" if adaptive else in_time(most)
     contexts = f", {work.n_contexts:,} contexts" if classifier.has_global else ""
@@ -273,6 +273,12 @@ def typed_settings(folder: Path, record: RunRecord) -> dict[str, Any]:
     if settings is None:
         raise UsageError(f"{folder}: its cells are not typed; leave --regate out to run the network")
     return dict(settings)
+
+
+def typed_by(folder: Path) -> ClassifierSpec:
+    """Return the spec of the classifier that typed the cells of a folder; raises UsageError where they are not."""
+    with open_table(folder / TABLE) as table:
+        return spec_of_record(folder, read_record(folder) or table.run)
 
 
 def spec_of_record(folder: Path, record: RunRecord) -> ClassifierSpec:

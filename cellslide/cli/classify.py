@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -248,32 +249,13 @@ def finish(outcomes: list[SlideOutcome], log_json: bool) -> int:
 
 def regate_all(targets: list[Target], config: ClassifyConfig, flags: dict[str, Any]) -> list[SlideOutcome]:
     """Apply the rule of the flags to typed folders; returns how each ended."""
-    import time
-
-    from cellslide.batch import SlideOutcome
-    from cellslide.classify import regate_slide
-    from cellslide.classify.slide import spec_of_record
-    from cellslide.classify.targets import require_cells
-    from cellslide.errors import CellslideError
-    from cellslide.pipeline import TABLE
-    from cellslide.record import read_record
-    from cellslide.table import open_table
+    from cellslide.batch import StopOnSignal, regate_slides
+    from cellslide.pipeline import Watch
 
     calibration = other_calibration(config)
-    outcomes = []
-    for target in targets:
-        start, name = time.perf_counter(), target.source.slide_id
-        try:
-            require_cells(target)
-            with open_table(target.folder / TABLE) as table:
-                record = read_record(target.folder) or table.run
-            rule = to_rule(spec_of_record(target.folder, record), flags, calibration)
-            cells = regate_slide(target.folder, rule, config.output).counts.nuclei
-            outcomes.append(SlideOutcome(name, "done", cells, time.perf_counter() - start))
-        except CellslideError as error:
-            spent = time.perf_counter() - start
-            outcomes.append(SlideOutcome(name, "failed", None, spent, str(error), error.exit_code))
-    return outcomes
+    with StopOnSignal() as stop:
+        rule_of = partial(to_rule, flags=flags, calibration=calibration)
+        return list(regate_slides(targets, rule_of, config.output, Watch(stop=stop)))
 
 
 def other_calibration(config: ClassifyConfig) -> Calibration | None:
@@ -297,7 +279,7 @@ def show_plan(targets: list[Target], classifier: Classifier) -> int:
         require_cells(target)
         with open_target(target, classifier.config.mpp) as slide, open_table(target.folder / TABLE) as table:
             check_slide(target, slide)
-            rows = choose_cells(table, slide, classifier.config)
-            work = prepare(slide, read_places(table)[rows], classifier)
+            xy = read_places(table)
+            work = prepare(slide, xy[choose_cells(xy, slide, classifier.config)], classifier)
             click.echo(f"{target.source.slide_id}  {estimate(work, classifier)}  {slide.info.path}")
     return 0

@@ -335,9 +335,16 @@ def build_empty(arch: str, config: Mapping[str, Any]) -> nn.Module:
 def load_strict(module: nn.Module, state: State, where: str) -> nn.Module:
     """Put `state` into `module` as float32 copies and return it in eval mode.
 
-    Raises WeightsError that lists every missing, unexpected and misshapen tensor.
+    Raises WeightsError as `check_fit` does.
     """
-    own = module.state_dict()
+    check_fit(module.state_dict(), state, f"{where} does not fit {type(module).__name__}")
+    copies = {name: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True) for name, t in state.items()}
+    module.load_state_dict(copies, strict=True, assign=True)
+    return module.eval()
+
+
+def check_fit(own: State, state: State, where: str) -> None:
+    """Raise WeightsError, beginning with `where`, that lists every missing, unexpected and misshapen tensor."""
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     shapes = [
         f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
@@ -346,10 +353,7 @@ def load_strict(module: nn.Module, state: State, where: str) -> nn.Module:
     ]
     faults = [_listed("missing", missing), _listed("unexpected", unexpected), _listed("other shape", shapes)]
     if any(faults):
-        raise WeightsError(f"{where} does not fit {type(module).__name__}: " + "; ".join(f for f in faults if f))
-    copies = {name: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True) for name, t in state.items()}
-    module.load_state_dict(copies, strict=True, assign=True)
-    return module.eval()
+        raise WeightsError(f"{where}: " + "; ".join(f for f in faults if f))
 
 
 def _listed(what: str, names: Iterable[str]) -> str:

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from cellslide.crops import CropCutter, RegionRead, crop_corners
 from cellslide.errors import UsageError
-from cellslide.evaluate.dataset import Sample, read_dataset
+from cellslide.evaluate.dataset import Sample
 from cellslide.slide import slide_from_array
 from cellslide.train.augment import crop_matrix, recolor
-from cellslide.train.data import DrawSampler, start_worker, validates
+from cellslide.train.data import DrawSampler, choose_samples, start_worker
 from cellslide.train.nuclass_recipe import CellSetConfig, NuClassRecipe
 from cellslide.train.recipe import AugmentConfig
 from cellslide.types import CropSpec, Float64, Int64, Plane, UInt8
@@ -78,36 +78,19 @@ class CellCrops(NamedTuple):
 
 
 def load_cell_sets(paths: Sequence[Path], recipe: NuClassRecipe) -> list[CellSet]:
-    """Read the data sets; raises UsageError on an unknown patient, organ or pixel size, or if no cell is left to train.
+    """Read the typed points of data sets; samples without points are left out.
 
-    A patient that validates in one set trains in none.
+    Raises UsageError on an unknown patient, organ or pixel size, or if no cell is left to train.
     """
-    names = [path.resolve().name for path in paths]
-    unused = sorted(set(recipe.datasets) - set(names))
-    if unused:
-        raise UsageError(f"recipe datasets: no DATASET folder is named {', '.join(unused)}")
-    configs = [recipe.datasets.get(name, CellSetConfig()) for name in names]
-    chosen = [_choose(path, config) for path, config in zip(paths, configs, strict=True)]
-    held_out = {s.patient for _, val in chosen for s in val if s.patient}
     sets = []
-    for path, name, config, (train, val) in zip(paths, names, configs, chosen, strict=True):
-        train = [s for s in train if s.patient not in held_out]
-        prepared = (tuple(prepare_cells(s, config, recipe) for s in part) for part in (train, val))
-        sets.append(CellSet(name, path, *prepared))
+    for path, chosen in zip(paths, choose_samples(paths, recipe.datasets, CellSetConfig()), strict=True):
+        name = path.resolve().name
+        config = recipe.datasets.get(name, CellSetConfig())
+        parts = ([s for s in part if s.points_path is not None] for part in (chosen.train, chosen.val))
+        sets.append(CellSet(name, path, *(tuple(prepare_cells(s, config, recipe) for s in part) for part in parts)))
     if not sum(len(image) for s in sets for image in s.train):
         raise UsageError(f"DATASET: no cell of the classes {', '.join(recipe.classes)} is left to train on")
     return sets
-
-
-def _choose(path: Path, config: CellSetConfig) -> tuple[list[Sample], list[Sample]]:
-    """Return the samples of a set that may train and those that validate; those without points are left out."""
-    samples = [s for s in read_dataset(path).samples if s.points_path is not None and s.split != "test"]
-    samples = [s for s in samples if s.patient not in config.exclude_patients]
-    val = [s for s in samples if validates(s, config.val)]
-    missing = sorted(set(config.val.patients) - {s.patient for s in val})
-    if missing:
-        raise UsageError(f"{path}: recipe datasets.val.patients: no such patient {', '.join(missing)}")
-    return [s for s in samples if s not in val and config.split in (None, s.split)], val
 
 
 def prepare_cells(sample: Sample, config: CellSetConfig, recipe: NuClassRecipe) -> CellImage:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cellslide.decode import hover_instances
-from cellslide.errors import UsageError, WeightsError
+from cellslide.errors import UsageError
 from cellslide.evaluate.detection import centroids, pair_points, tally
 from cellslide.evaluate.matching import overlaps, panoptic_quality
+from cellslide.models.checkpoint import check_fit
 from cellslide.train.data import Crops, TrainImage
 from cellslide.train.losses import hover_losses
 from cellslide.train.module import Training
@@ -127,10 +128,7 @@ def load_start(model: nn.Module, path: Path, encoder_only: bool = False) -> None
         state = {k if k.startswith("encoder.") else f"encoder.{k}": v for k, v in state.items()}
         wanted = {k: v for k, v in wanted.items() if is_encoder(k)}
         state = {k: v for k, v in state.items() if k in wanted}
-    missing, unexpected = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
-    shapes = [k for k in wanted if k in state and wanted[k].shape != state[k].shape]
-    if missing or unexpected or shapes:
-        raise WeightsError(f"{path}: missing {missing[:5]}, unexpected {unexpected[:5]}, other shape {shapes[:5]}")
+    check_fit(wanted, state, f"{path}: does not fit")
     model.load_state_dict(state, strict=not encoder_only)
 
 

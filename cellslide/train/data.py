@@ -6,10 +6,10 @@ Every crop is a function of (seed, draw number) alone, so neither workers nor re
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -82,41 +82,66 @@ def load_sets(paths: Sequence[Path], recipe: Recipe) -> list[TrainSet]:
 
     A patient that validates in one set trains in none.
     """
-    found = [(path, _choose(path, recipe)) for path in paths]
-    unused = sorted(set(recipe.datasets) - {path.resolve().name for path in paths})
-    if unused:
-        raise UsageError(f"recipe datasets: no DATASET folder is named {', '.join(unused)}")
-    held_out = frozenset(s.patient for _, (_, val) in found for s in val if s.patient)
-    sets = [_prepare_set(path, train, val, held_out, recipe) for path, (train, val) in found]
+    chosen = choose_samples(paths, recipe.datasets, DatasetConfig())
+    sets = [_prepare_set(path, samples, recipe) for path, samples in zip(paths, chosen, strict=True)]
     if not any(s.trains for s in sets):
         raise UsageError("DATASET: no image is left to train on")
     return sets
 
 
-def _choose(path: Path, recipe: Recipe) -> tuple[list[Sample], list[Sample]]:
-    """Return the samples of a set that may train and those that validate, under its own settings."""
-    name = path.resolve().name
-    config = recipe.datasets.get(name, DatasetConfig())
+class SetConfig(Protocol):
+    """What tells which samples of a data set are used."""
+
+    @property
+    def split(self) -> str | None: ...
+    @property
+    def val(self) -> ValConfig: ...
+    @property
+    def exclude_patients(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The samples of one data set that train, and those that validate."""
+
+    train: list[Sample]
+    val: list[Sample]
+
+
+def choose_samples(paths: Sequence[Path], configs: Mapping[str, SetConfig], default: SetConfig) -> list[Chosen]:
+    """Return which samples of each data set train and validate, `configs` by the folders' names.
+
+    A patient that validates in one set trains in none. Raises UsageError for a name or a patient that is not there.
+    """
+    names = [path.resolve().name for path in paths]
+    unused = sorted(set(configs) - set(names))
+    if unused:
+        raise UsageError(f"recipe datasets: no DATASET folder is named {', '.join(unused)}")
+    found = [_choose(path, configs.get(name, default)) for path, name in zip(paths, names, strict=True)]
+    held_out = {s.patient for chosen in found for s in chosen.val if s.patient}
+    return [Chosen([s for s in chosen.train if s.patient not in held_out], chosen.val) for chosen in found]
+
+
+def _choose(path: Path, config: SetConfig) -> Chosen:
     samples = [s for s in read_dataset(path).samples if s.patient not in config.exclude_patients and s.split != "test"]
-    val = [s for s in samples if validates(s, config.val)]
+    val = [s for s in samples if _validates(s, config.val)]
     missing = sorted(set(config.val.patients) - {s.patient for s in val})
     if missing:
+        name = path.resolve().name
         raise UsageError(f"{path}: recipe datasets.{name}.val.patients: no such patient {', '.join(missing)}")
-    return [s for s in samples if s not in val and config.split in (None, s.split)], val
+    return Chosen([s for s in samples if s not in val and config.split in (None, s.split)], val)
 
 
-def _prepare_set(
-    path: Path, train: Sequence[Sample], val: Sequence[Sample], held_out: frozenset[str], recipe: Recipe
-) -> TrainSet:
+def _prepare_set(path: Path, chosen: Chosen, recipe: Recipe) -> TrainSet:
     name = path.resolve().name
     config = recipe.datasets.get(name, DatasetConfig())
     # A set that is never drawn is there to validate.
-    train = [s for s in train if s.patient not in held_out] if config.weight > 0 else []
-    prepared = (tuple(prepare(s, config, recipe) for s in part) for part in (train, val))
+    train = chosen.train if config.weight > 0 else []
+    prepared = (tuple(prepare(s, config, recipe) for s in part) for part in (train, chosen.val))
     return TrainSet(name, path, config.weight, *prepared)
 
 
-def validates(sample: Sample, val: ValConfig) -> bool:
+def _validates(sample: Sample, val: ValConfig) -> bool:
     """Whether a sample validates under a data set's settings."""
     return sample.patient in val.patients or (val.split is not None and sample.split == val.split)
 

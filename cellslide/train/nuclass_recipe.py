@@ -6,12 +6,12 @@ Defaults are the paper's (tables A2-A4) where it states them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from cellslide.errors import UsageError
-from cellslide.train.recipe import AugmentConfig, Range, ValConfig, as_plain, build, read_document, require
+from cellslide.train.recipe import AugmentConfig, Range, RunLength, ValConfig, build, read_document, require
 from cellslide.types import CropSpec
 
 Stage = Literal["local", "global", "gate"]
@@ -136,7 +136,7 @@ class GateLossConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class NuClassRecipe:
+class NuClassRecipe(RunLength):
     """Everything a stage depends on besides the files of the data sets.
 
     local, context    the crops, in pixels of the plane at `mpp`.
@@ -179,28 +179,9 @@ class NuClassRecipe:
     gate: GateLossConfig = field(default_factory=GateLossConfig)
 
     def __post_init__(self) -> None:
-        require(0.05 <= self.mpp <= 2, "mpp", self.mpp, "0.05 to 2 µm/px")
+        self.check_length(least_batch=2)
         require(len(self.classes) >= 2, "classes", list(self.classes), "two names or more")
-        require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
-        require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
-        ok = self.epoch_samples >= self.batch_size
-        require(ok, "epoch_samples", self.epoch_samples, f"at least one batch ({self.batch_size})")
         require(0 <= self.unknown_organ_p <= 1, "unknown_organ_p", self.unknown_organ_p, "0 to 1")
-
-    @property
-    def epoch_steps(self) -> int:
-        """Optimizer steps in an epoch; an incomplete last batch is not drawn."""
-        return self.epoch_samples // self.batch_size
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.epoch_steps * self.epochs
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain containers that `nuclass_recipe_from` reads back."""
-        plain: dict[str, Any] = as_plain(asdict(self))
-        return plain
 
 
 # What a later stage takes from the run before it where its own recipe is silent, and what must then be the same.

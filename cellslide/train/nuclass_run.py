@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cellslide.errors import UsageError, WeightsError
+from cellslide.errors import UsageError
 from cellslide.models import build_model
 from cellslide.models.backbones import to_timm
+from cellslide.models.checkpoint import check_fit
 from cellslide.models.nuclass import NuClass
 from cellslide.train.callbacks import ModelWriter
 from cellslide.train.cell_data import CellImage, CellSet, cell_loader, class_counts, exact_loader, load_cell_sets
@@ -101,16 +102,16 @@ def train_gate(
 
 def build_stage(recipe: NuClassRecipe, stage: Stage) -> NuClass:
     """Return the network as far as a stage needs it, weights untrained; raises WeightsError for a config that fails."""
-    model = build_model("nuclass", stage_config(recipe, stage))
+    sizes = {"num_classes": len(recipe.classes), "num_organs": len(recipe.organs)}
+    model = build_model("nuclass", {**stage_config(recipe, stage), **sizes})
     assert isinstance(model, NuClass)
     return model
 
 
 def stage_config(recipe: NuClassRecipe, stage: Stage) -> dict[str, Any]:
-    """Return the network's configuration in a stage."""
-    sizes = {"num_classes": len(recipe.classes), "num_organs": len(recipe.organs)}
+    """Return the network's configuration in a stage; classes and organs are counted by who lists them."""
     missing: dict[str, Any] = {"context": None} if stage == "local" else {"gate": False} if stage == "global" else {}
-    return {**recipe.model, **sizes, **missing}
+    return {**recipe.model, **missing}
 
 
 def recipe_before(run: Path) -> NuClassRecipe:
@@ -157,11 +158,7 @@ def _prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    wanted = module.state_dict()
-    missing, unexpected = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
-    shapes = [name for name in wanted if name in state and wanted[name].shape != state[name].shape]
-    if missing or unexpected or shapes:
-        raise WeightsError(f"{path}: missing {missing[:5]}, unexpected {unexpected[:5]}, other shape {shapes[:5]}")
+    check_fit(module.state_dict(), state, f"{path}: does not fit")
     module.load_state_dict(dict(state))
 
 

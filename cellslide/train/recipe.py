@@ -172,8 +172,41 @@ class DecodeConfig:
     hv_gradient_range: Range | None = None
 
 
+class RunLength:
+    """What the recipes of all trainings share: pixel size, length and plain form."""
+
+    __slots__ = ()
+    mpp: float
+    batch_size: int
+    epochs: int
+    epoch_samples: int
+
+    def check_length(self, least_batch: int) -> None:
+        """Raise UsageError for a pixel size or a length that cannot be."""
+        require(0.05 <= self.mpp <= 2, "mpp", self.mpp, "0.05 to 2 µm/px")
+        require(self.batch_size >= least_batch, "batch_size", self.batch_size, f"{least_batch} or more")
+        require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        ok = self.epoch_samples >= self.batch_size
+        require(ok, "epoch_samples", self.epoch_samples, f"at least one batch ({self.batch_size})")
+
+    @property
+    def epoch_steps(self) -> int:
+        """Optimizer steps in an epoch; an incomplete last batch is not drawn."""
+        return self.epoch_samples // self.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.epoch_steps * self.epochs
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain containers from which the recipe can be built again."""
+        plain: dict[str, Any] = as_plain(asdict(self))  # type: ignore[call-overload]  # each recipe is a dataclass
+        return plain
+
+
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class Recipe(RunLength):
     """Everything a run depends on besides the files of the data sets.
 
     An epoch is `epoch_samples` drawn crops of `crop_px`; `max_minutes` also ends the run by the clock, and the learning
@@ -199,29 +232,10 @@ class Recipe:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
     def __post_init__(self) -> None:
-        require(0.05 <= self.mpp <= 2, "mpp", self.mpp, "0.05 to 2 µm/px")
+        self.check_length(least_batch=1)
         whole = self.crop_px % 16 == 0 and self.crop_px >= 32
         require(whole, "crop_px", self.crop_px, "a multiple of 16, at least 32")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-        require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
-        ok = self.epoch_samples >= self.batch_size
-        require(ok, "epoch_samples", self.epoch_samples, f"at least one batch ({self.batch_size})")
         require(0 <= self.nuclei_share <= 1, "nuclei_share", self.nuclei_share, "0 to 1")
-
-    @property
-    def epoch_steps(self) -> int:
-        """Optimizer steps in an epoch; an incomplete last batch is not drawn."""
-        return self.epoch_samples // self.batch_size
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.epoch_steps * self.epochs
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain containers that `recipe_from` reads back."""
-        plain: dict[str, Any] = as_plain(asdict(self))
-        return plain
 
 
 def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -109,7 +109,9 @@ def believed(mask: np.ndarray, mpp: float, rules: Rules) -> bool:
 
 def outline(model: LoadedModel, sample: Sample, mpp: float, out: Path, rules: Rules) -> int:
     """Write image and mask of one sample at `mpp` µm/px; returns the number of nuclei kept."""
-    scale = (sample.mpp or mpp) / mpp
+    if sample.mpp is None:
+        raise click.ClickException(f"{sample.image_path}: mpp is empty in the manifest")
+    scale = sample.mpp / mpp
     image = resample_image(sample.load_image(), scale)
     labels = cut(*predict(model, image), sample.load_points().xy * scale, mpp, rules)
     cv2.imwrite(str(out / "images" / f"{sample.stem}.png"), image[..., ::-1])
