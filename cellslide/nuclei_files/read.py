@@ -48,7 +48,7 @@ def read_nuclei(
         parts = [place(block, info, report) for block in reader.blocks()]
     _check_some_inside(path, source, report)
     nuclei = _ordered(parts, reader, info, report)
-    _log.info("%s: %s", path.name, report.in_words())
+    _log.debug("%s: %s", path.name, report.in_words())
     return nuclei
 
 
