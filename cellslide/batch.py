@@ -21,6 +21,7 @@ from cellslide.classify.columns import Rule
 from cellslide.classify.slide import Organ, typed_by
 from cellslide.classify.targets import Target, check_slide, open_target, require_cells
 from cellslide.config import OutputConfig
+from cellslide.embed import Embedder, embed_slide
 from cellslide.errors import CellslideError, Interrupted
 from cellslide.pipeline import IDLE, Layout, Watch, in_words, lay_out, open_source, read_tile, run_slide
 from cellslide.record import head_sha256, now_utc, read_record, write_record
@@ -146,6 +147,20 @@ def _classify(
     with open_target(target, classifier.config.mpp) as slide:
         check_slide(target, slide)
         return classify_slide(target.folder, slide, classifier, rule, organ_of(target.source.organ), watch)
+
+
+def embed_slides(targets: Iterable[Target], embedder: Embedder, watch: Watch = IDLE) -> Iterator[SlideOutcome]:
+    """Read the vectors of the cells of slides in order and yield how each ended; raises as `classify_slides`."""
+    for target in targets:
+        watch.check()
+        yield _tried(target.source, partial(_embed, target, embedder, watch))
+
+
+def _embed(target: Target, embedder: Embedder, watch: Watch) -> tuple[RunRecord, bool]:
+    require_cells(target)
+    with open_target(target, embedder.config.mpp) as slide:
+        check_slide(target, slide)
+        return embed_slide(target.folder, slide, embedder, watch)
 
 
 def regate_slides(

@@ -151,3 +151,30 @@ class ClassifyConfig:
         _require(pixel_um is None or 0.01 <= pixel_um <= 10, "--cells-mpp", pixel_um, "0.01 to 10 µm per pixel")
         given = self.cells is not None or self.alignment is None
         _require(given, "--alignment", self.alignment, "given together with --cells")
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedConfig:
+    """All settings of `cellslide embed`.
+
+    mpp        pixel size of the slides (µm), where their files do not tell.
+    read_mpp   pixel size at which nuclei are read; None takes the weights'.
+    field_px   edge of the windows in pixels of `read_mpp`; None takes the weights'.
+    to         "zarr" puts the vectors into the cell table, "parquet" and "npz" beside it.
+    """
+
+    model: str | None = None
+    weights: Path | None = None
+    mpp: float | None = None
+    read_mpp: float | None = None
+    field_px: int | None = None
+    to: Literal["zarr", "parquet", "npz"] = "zarr"
+    overwrite: bool = False
+    infer: InferConfig = field(default_factory=InferConfig)
+
+    def __post_init__(self) -> None:
+        for flag, mpp in (("--mpp", self.mpp), ("--read-mpp", self.read_mpp)):
+            _require(mpp is None or 0.05 <= mpp <= 2.0, flag, mpp, "0.05 to 2 µm per pixel")
+        size = self.field_px
+        whole = size is None or (64 <= size <= 4096 and size % 32 == 0)
+        _require(whole, "--field-px", size, "a multiple of 32 from 64 to 4096 px")

@@ -7,7 +7,9 @@ centre c is round(c - size / 2), halves to even, as published (NuClass). Beyond 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +27,7 @@ Box = tuple[int, int, int, int]
 REGION_PX = 4096
 # Cells of one strip of a region stand together, so that neighbours share contexts within one piece of work.
 STRIP_PX = 256
+READ_AHEAD = 2
 
 
 def crop_corners(centre_xy: Float64, size_px: int) -> Int64:
@@ -101,6 +104,27 @@ def read_region(slide: Slide, plane: Plane, box: Box, borders: Sequence[str]) ->
     x0, x1 = min(s[0] for s in spans_x), max(s[1] for s in spans_x)
     y0, y1 = min(s[0] for s in spans_y), max(s[1] for s in spans_y)
     return RegionRead(slide.read_plane(plane, (x0, y0, x1, y1)), (x0, y0), box)
+
+
+def read_ahead(
+    slide: Slide, plane: Plane, regions: Sequence[Region], borders: Sequence[str]
+) -> Generator[tuple[Region, RegionRead], None, None]:
+    """Yield the regions in order with their pixels, at most READ_AHEAD of them read beforehand."""
+    rest = iter(regions)
+    queue: deque[tuple[Region, Future[RegionRead]]] = deque()
+    pool = ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="cellslide-read")
+    try:
+        while True:
+            for region in rest:
+                queue.append((region, pool.submit(read_region, slide, plane, region.box, borders)))
+                if len(queue) >= READ_AHEAD:
+                    break
+            if not queue:
+                return
+            region, future = queue.popleft()
+            yield region, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 class CropCutter:

@@ -196,7 +196,8 @@ def _measurements(chunk: CellChunk, layout: _Layout) -> Iterator[tuple[str, Floa
     """Yield name, values (N,) and decimals; a value that is not finite is left out of its feature."""
     yield "probability", chunk.class_prob.astype(np.float64), 4
     yield "score", chunk.cells.score.astype(np.float64), 4
-    yield "area µm²", chunk.cells.area_um2.astype(np.float64), 2
+    if chunk.cells.contour_xy is not None:  # A point has no area, and 0 would say that it is known.
+        yield "area µm²", chunk.cells.area_um2.astype(np.float64), 2
     for name in layout.obs:
         values = chunk.columns.obs[name]
         if isinstance(values, np.ndarray):

@@ -28,10 +28,14 @@ from cellslide.device import (
     resolve_precision,
 )
 from cellslide.errors import CellslideError, WeightsError
+from cellslide.points import point_nms
 from cellslide.types import HoverMaps, Instances, ModelSpec, UInt8
 
 TileOutput = HoverMaps | Instances
 Arrays = Mapping[str, NDArray[Any]]
+
+# A box that ends so near to the tile's edge may go on behind it.
+EDGE_PX = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +64,8 @@ def output_names(spec: ModelSpec) -> tuple[str, ...]:
     if spec.kind == "mask":
         return ("foreground", "foreground_prob", "hv", *(("type_prob",) if typed else ()))
     place = "box_xyxy" if spec.kind == "box" else "point_xy"
-    return (place, "score", *(("class_prob",) if typed else ()))
+    embedded = ("embedding",) if spec.embedding_dim else ()
+    return (place, "score", *(("class_prob",) if typed else ()), *embedded)
 
 
 class TileNet(nn.Module):
@@ -68,14 +73,15 @@ class TileNet(nn.Module):
 
     forward: images uint8 (B, H, W, 3) RGB -> tensors in the order of `output_names`.
     A mask model gives logits under their published names. A box or point model gives `boxes` (B, Q, 4) xyxy or
-    `points` (B, Q, 2) in tile pixels, `scores` (B, Q) with 0 for an unused query, and `class_prob` (B, Q, K) when it
-    has classes.
+    `points` (B, Q, 2) in tile pixels, `scores` (B, Q) with 0 for an unused query, `class_prob` (B, Q, K) when it has
+    classes and `embedding` (B, Q, D) when the spec names its length.
     """
 
     def __init__(self, module: nn.Module, spec: ModelSpec) -> None:
         super().__init__()
         self.module = module
         self.kind, self.typed, self.model_name = spec.kind, bool(spec.classes), spec.name
+        self.embedded = spec.embedding_dim > 0
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
 
@@ -96,32 +102,47 @@ class TileNet(nn.Module):
         return (*maps, torch.softmax(out["nuclei_type_map"].float(), dim=1).half())
 
     def _places(self, out: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        place = out["boxes" if self.kind == "box" else "points"].float()
-        found = (place, out["scores"].float())
-        return (*found, out["class_prob"].float()) if self.typed else found
+        wanted = ["boxes" if self.kind == "box" else "points", "scores"]
+        wanted += ["class_prob"] if self.typed else []
+        wanted += ["embedding"] if self.embedded else []
+        if missing := [name for name in wanted if name not in out]:
+            raise WeightsError(f"{self.model_name}: the model gives no {', '.join(missing)}, which its entry promises")
+        return tuple(out[name].float() for name in wanted)
 
 
-def unpack(arrays: Arrays, kind: str, row: int, size_px: int) -> TileOutput:
-    """Return the output of one tile of a batch."""
-    if kind == "mask":
+def unpack(arrays: Arrays, spec: ModelSpec, row: int, size_px: int) -> TileOutput:
+    """Return the output of one tile of a batch; of boxes and points what `spec.detect` lets through."""
+    if spec.kind == "mask":
         types = arrays["type_prob"][row] if "type_prob" in arrays else None
         return HoverMaps(arrays["foreground"][row], arrays["foreground_prob"][row], arrays["hv"][row], types)
-    return _instances(arrays, kind, row, size_px)
+    tile = {name: column[row] for name, column in arrays.items()}
+    score = tile["score"]
+    # A query scored 0 is unused, whatever the threshold.
+    keep = np.flatnonzero((score > 0) & (score >= np.float32(spec.detect.score_threshold)))
+    found = {name: column[keep].astype(np.float32) for name, column in tile.items()}
+    return _points(found, spec) if spec.kind == "point" else _boxes(found, size_px)
 
 
-def _instances(arrays: Arrays, kind: str, row: int, size_px: int) -> Instances:
-    score = arrays["score"][row]
-    keep = score > 0
-    probs = arrays["class_prob"][row][keep].astype(np.float32) if "class_prob" in arrays else None
-    score = score[keep].astype(np.float32)
-    if kind == "point":
-        xy = arrays["point_xy"][row][keep].astype(np.float64)
-        none = np.zeros(len(xy), np.float32)
-        return Instances(xy, score, none, np.zeros(len(xy), np.bool_), class_prob=probs)
-    box = arrays["box_xyxy"][row][keep].astype(np.float32)
+def _points(found: Arrays, spec: ModelSpec) -> Instances:
+    xy, score = found["point_xy"].astype(np.float64), found["score"]
+    none = np.zeros(len(xy), np.float32)
+    points = Instances(xy, score, none, none > 0, found.get("class_prob"), embedding=found.get("embedding"))
+    radius_px = spec.detect.nms_um / spec.mpp
+    return points.take(point_nms(xy, score, radius_px)) if radius_px > 0 else points
+
+
+def _boxes(found: Arrays, size_px: int) -> Instances:
+    box = found["box_xyxy"]
     low, high = box[:, :2], box[:, 2:]
-    cut = (low <= 0).any(axis=1) | (high >= size_px).any(axis=1)
-    return Instances((low + high).astype(np.float64) / 2, score, np.prod(high - low, axis=1), cut, probs, box)
+    return Instances(
+        centroid_xy=(low + high).astype(np.float64) / 2,
+        score=found["score"],
+        area_px=np.prod(high - low, axis=1),
+        cut=(low < EDGE_PX).any(axis=1) | (high > size_px - EDGE_PX).any(axis=1),
+        class_prob=found.get("class_prob"),
+        box_xyxy=box,
+        embedding=found.get("embedding"),
+    )
 
 
 @dataclass(slots=True)
@@ -188,7 +209,7 @@ class TorchEngine:
 
     def _collect(self, step: _Fetched) -> list[TileOutput]:
         arrays = dict(zip(output_names(self.spec), step.numpy(), strict=True))
-        return [unpack(arrays, self.spec.kind, row, self.tile_px) for row in range(len(step.source))]
+        return [unpack(arrays, self.spec, row, self.tile_px) for row in range(len(step.source))]
 
     def _try(self, images: UInt8) -> _Fetched | None:
         try:

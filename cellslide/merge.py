@@ -3,8 +3,9 @@
 Ownership: own boxes partition the plane, and a nucleus belongs to the tile whose own box holds its centroid. A tile
 reports its own nuclei and, beyond its own box, those within a narrow band, so that two tiles that place a centroid on
 either side of a seam cannot both disown it. What two tiles report twice is found along the seams only: same place, or
-outlines that overlap. The owner's nucleus stays; among equals the larger, then the one from the earlier tile. Cells of
-one tile never exclude each other, and touching neighbours from two tiles overlap too little to be taken for one.
+outlines or boxes that overlap. The owner's nucleus stays; among equals the larger, then the one from the earlier tile.
+Cells of one tile never exclude each other, and touching neighbours from two tiles overlap too little to be taken for
+one; boxes of touching neighbours may share much of the smaller one, so those are compared by the area of both.
 """
 
 from __future__ import annotations
@@ -17,12 +18,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellslide.outlines import ring_areas, ring_bounds, to_polygons
-from cellslide.types import Bool, Cells, Float64, Instances, Int32, Int64, Plane, SlideInfo, Tile, concat, take_rings
+from cellslide.types import (
+    Bool,
+    Cells,
+    Float64,
+    Instances,
+    Int32,
+    Int64,
+    ModelSpec,
+    Plane,
+    SlideInfo,
+    Tile,
+    concat,
+    take_rings,
+)
 
 BAND_UM = 3.0
 SAME_PLACE_UM = 1.5
 SAME_POINT_UM = 3.0
 SAME_OVERLAP = 1 / 3
+SAME_BOX_IOU = 1 / 2
 _STEPS_PER_PX = 1024.0
 
 
@@ -43,10 +58,13 @@ def to_cells(instances: Instances, tile: Tile, plane: Plane, info: SlideInfo, ba
 
     Kept: centroid on the slide and in the own box or within `band_um` of it; or farther out, when the nucleus is so
     large that the owner's read box cuts it. Nuclei cut by the read box are dropped unless that edge is the plane's.
-    Centroids are rounded to 1/1024 px, so that every tile gives a nucleus the same number.
+    Centroids are rounded to 1/1024 px, so that every tile gives a nucleus the same number; a point or box that a network
+    puts a little beyond the slide's edge is moved onto it.
     """
     own = _level0_box(tile.own_xyxy, plane)
     centroid = _round(plane.to_level0(_round(tile.to_plane(instances.centroid_xy))))
+    if instances.contour_xy is None:
+        centroid = _onto_slide(centroid, info)
     bounds = _instance_bounds(instances)
     keep = ~(instances.cut & _cut_inside(bounds, tile, plane))
     keep &= _answers_for(centroid, bounds, tile, plane, own, band_um)
@@ -72,6 +90,14 @@ def to_cells(instances: Instances, tile: Tile, plane: Plane, info: SlideInfo, ba
 
 def _round(xy: Float64) -> Float64:
     return np.rint(xy * _STEPS_PER_PX) / _STEPS_PER_PX
+
+
+def _onto_slide(centroid: Float64, info: SlideInfo) -> Float64:
+    """Return points (N, 2) with those that lie outside by no more than a nucleus may be misplaced moved to the edge."""
+    last = np.array([info.width_px, info.height_px]) - 1 / _STEPS_PER_PX
+    inside = np.clip(centroid, 0, last)
+    beside_um = np.abs(centroid - inside) * (info.mpp_x, info.mpp_y)
+    return np.where(beside_um.max(axis=1, keepdims=True) <= SAME_PLACE_UM, inside, centroid)
 
 
 def _level0_box(xyxy: tuple[int, int, int, int], plane: Plane) -> Float64:
@@ -120,14 +146,19 @@ def _answers_for(centroid: Float64, bounds: Float64, tile: Tile, plane: Plane, o
     return np.asarray(near | cut_there)
 
 
-def merge_stream(parts: Iterable[Cells], grid: Grid) -> Iterator[Cells]:
+def same_point_um(spec: ModelSpec) -> float:
+    """Return how near (µm) points of two tiles are one nucleus: as near as the model's own suppression has it."""
+    return spec.detect.nms_um or SAME_POINT_UM
+
+
+def merge_stream(parts: Iterable[Cells], grid: Grid, same_point_um: float = SAME_POINT_UM) -> Iterator[Cells]:
     """Merge the cells of tiles, given in order of tile index, and yield them in blocks in final order.
 
-    Final order: tile row that holds the centroid, then x, then y; equal places keep tile order. About three tile rows
-    are in memory at a time. How tiles are grouped into parts does not matter. Raises ValueError when parts come out of
-    order.
+    Points of two tiles no farther apart than `same_point_um` are one nucleus. Final order: tile row that holds the
+    centroid, then x, then y; equal places keep tile order. About three tile rows are in memory at a time. How tiles are
+    grouped into parts does not matter. Raises ValueError when parts come out of order.
     """
-    merger = SeamMerger(grid)
+    merger = SeamMerger(grid, same_point_um)
     current, waiting = -1, list[Cells]()
     for part in parts:
         for row, cells in _by_row(part, grid.n_cols):
@@ -174,8 +205,8 @@ class SeamMerger:
     whole slide; groups that reach into the next tile row's read boxes wait for it.
     """
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+    def __init__(self, grid: Grid, same_point_um: float = SAME_POINT_UM) -> None:
+        self._grid, self._same_point_um = grid, same_point_um
         plane = grid.plane
         columns = [grid.tile(col).own_xyxy[2] for col in range(grid.n_cols - 1)]
         rows = [grid.tile(row * grid.n_cols).own_xyxy[3] for row in range(grid.n_rows - 1)]
@@ -193,7 +224,7 @@ class SeamMerger:
         top = np.inf
         if next_row < self._grid.n_rows:
             below = self._grid.tile(next_row * self._grid.n_cols)
-            top = below.read_xyxy[1] * self._grid.plane.scale_y - SAME_POINT_UM / self._um[1]
+            top = below.read_xyxy[1] * self._grid.plane.scale_y - self._same_point_um / self._um[1]
         open_rows = self._decide(top)
         return self._hand_out(min([row, *open_rows]))
 
@@ -259,7 +290,7 @@ class SeamMerger:
         import shapely
 
         um = np.tile(self._um, 2)
-        margin = 0.0 if pool.has_extent else SAME_POINT_UM / 2
+        margin = 0.0 if pool.has_extent else self._same_point_um / 2
         own, box = self._own_boxes(pool.tile) * um, pool.box * um + np.array([-1, -1, 1, 1]) * margin
         # Whatever lies in a tile's own box farther from its edge than any foreign cell intrudes has no rival.
         intrusion = np.concatenate([own[:, :2] - box[:, :2], box[:, 2:] - own[:, 2:]], axis=1)
@@ -269,10 +300,10 @@ class SeamMerger:
         rivals = (first < second) & (pool.tile[first] != pool.tile[second])
         first, second = first[rivals], second[rivals]
         gap = np.hypot(*((pool.centroid[first] - pool.centroid[second]) * self._um).T)
-        same = gap <= (SAME_PLACE_UM if pool.has_extent else SAME_POINT_UM)
+        same = gap <= (SAME_PLACE_UM if pool.has_extent else self._same_point_um)
         if pool.has_extent:
             rest = np.flatnonzero(~same)
-            same[rest] = pool.overlap(first[rest], second[rest]) >= SAME_OVERLAP
+            same[rest] = pool.overlaps(first[rest], second[rest])
         return np.stack([first[same], second[same]], axis=1)
 
 
@@ -310,17 +341,21 @@ class _Pool:
             extent,
         )
 
-    def overlap(self, first: Int64, second: Int64) -> Float64:
-        """Return (M,) the area two cells share over that of the smaller one; outlines only where boxes leave it
-        open."""
-        import shapely
-
+    def overlaps(self, first: Int64, second: Int64) -> Bool:
+        """Return (M,) whether two cells share so much of their area that they are one nucleus."""
         low = np.maximum(self.box[first, :2], self.box[second, :2])
         high = np.minimum(self.box[first, 2:], self.box[second, 2:])
         shared = np.prod(np.maximum(high - low, 0), axis=1)
-        if not self._has_outlines():
-            smaller = np.minimum(_box_area(self.box[first]), _box_area(self.box[second]))
-            return _ratio(shared, smaller)
+        if self._has_outlines():
+            return self._share(first, second, shared) >= SAME_OVERLAP
+        both = _box_area(self.box[first]) + _box_area(self.box[second]) - shared
+        return _ratio(shared, both) >= SAME_BOX_IOU
+
+    def _share(self, first: Int64, second: Int64, shared: Float64) -> Float64:
+        """Return (M,) the area two outlines share over that of the smaller one; `shared` (M,) is that of their boxes,
+        which is enough where it is small."""
+        import shapely
+
         cells, place = np.unique(np.concatenate([first, second]), return_inverse=True)
         xy, start = self._rings(cells)
         area = ring_areas(xy, start)

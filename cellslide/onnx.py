@@ -125,7 +125,7 @@ class OnnxEngine:
         """Run uint8 RGB tiles (B, H, W, 3); the outputs are there on return."""
         found = self._session.run(None, {"images": images})
         arrays = dict(zip(output_names(self.spec), found, strict=True))
-        return lambda: [unpack(arrays, self.spec.kind, row, self.tile_px) for row in range(len(images))]
+        return lambda: [unpack(arrays, self.spec, row, self.tile_px) for row in range(len(images))]
 
     def peak_device_bytes(self) -> int:
         """Return 0: onnxruntime does not tell."""

@@ -20,6 +20,9 @@ ROWS_AT_ONCE = 50_000
 _SHIFT = 4
 _HALF_PX = 0.5
 NO_CLASS = (150, 150, 150)
+# A point is a ring on white, since colours of classes are lost on dark nuclei; about 3 µm wide, but never a speck.
+POINT_RADIUS_UM, POINT_RADIUS_PX = 1.5, (2.0, 5.0)
+WHITE = (255, 255, 255)
 
 Colors = tuple[tuple[int, int, int], ...]
 
@@ -86,7 +89,7 @@ def _draw_chunk(picture: UInt8, chunk: CellChunk, colors: Colors, plane: Plane, 
     cells = chunk.cells.take(near)
     class_index = _shown(chunk, len(colors))[near]
     if cells.contour_xy is None or cells.contour_start is None:
-        _draw_points(picture, centre[near], class_index, colors)
+        _draw_points(picture, centre[near], class_index, colors, plane.mpp)
         return
     vertices = _fixed_point(plane.from_level0(cells.contour_xy) - corner)
     rings = np.split(vertices, cells.contour_start[1:-1]) if len(cells) else []
@@ -104,10 +107,14 @@ def _shown(chunk: CellChunk, n_colors: int) -> NDArray[Any]:
     return np.asarray(named % n_colors)
 
 
-def _draw_points(picture: UInt8, xy: Float64, class_index: NDArray[Any], colors: Colors) -> None:
-    radius = 3 << _SHIFT
-    for (x, y), k in zip(_fixed_point(xy).tolist(), class_index.tolist(), strict=True):
-        cv2.circle(picture, (x, y), radius, colors[k], 1, cv2.LINE_AA, _SHIFT)
+def _draw_points(picture: UInt8, xy: Float64, class_index: NDArray[Any], colors: Colors, mpp: float) -> None:
+    radius = float(np.clip(POINT_RADIUS_UM / mpp, *POINT_RADIUS_PX))
+    fixed, line = round(radius * (1 << _SHIFT)), 2 if radius > 3 else 1
+    places = _fixed_point(xy).tolist()
+    for place in places:
+        cv2.circle(picture, place, fixed, WHITE, line + 2, cv2.LINE_AA, _SHIFT)
+    for place, k in zip(places, class_index.tolist(), strict=True):
+        cv2.circle(picture, place, fixed, colors[k], line, cv2.LINE_AA, _SHIFT)
 
 
 def _fixed_point(xy: Float64) -> Int32:

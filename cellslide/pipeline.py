@@ -20,7 +20,7 @@ from cellslide.config import OutputConfig, SegmentConfig, TissueConfig
 from cellslide.detect import TileResult
 from cellslide.errors import CellslideError, Interrupted, SlideError, TileError, UsageError
 from cellslide.export import export_table
-from cellslide.merge import merge_stream, to_cells
+from cellslide.merge import merge_stream, same_point_um, to_cells
 from cellslide.parts import Parts, TilePart
 from cellslide.record import (
     describe_slide,
@@ -40,7 +40,7 @@ from cellslide.tissue import TissueMask, find_tissue, write_tissue
 from cellslide.types import (
     Cells,
     FailedTile,
-    ModelKind,
+    ModelSpec,
     Plane,
     RunRecord,
     Seconds,
@@ -166,8 +166,9 @@ def segment_array(model: LoadedModel | Segmenter, image: UInt8, mpp: float, conf
     for part in parts:
         if part.error is not None:
             raise TileError(f"tile {part.tile_index} of the image: {part.error}")
-    found = list(merge_stream((p.cells for p in parts if p.cells is not None), layout.grid))
-    return concat(found) if found else no_cells(model.spec.kind, len(model.spec.classes))
+    found_in = (p.cells for p in parts if p.cells is not None)
+    found = list(merge_stream(found_in, layout.grid, same_point_um(model.spec)))
+    return concat(found) if found else no_cells(model.spec)
 
 
 def open_source(source: SlideInput, config: SegmentConfig) -> Slide:
@@ -328,7 +329,7 @@ def write_cells(
     """Merge the parts and write `cells.zarr`, in one pass and bounded memory."""
     watch.progress.stage("merge")
     writer = CellTableWriter(folder / TABLE, info, segmenter.spec)
-    merged = merge_stream(parts.stream(t.index for t in layout.tiles), layout.grid)
+    merged = merge_stream(parts.stream(t.index for t in layout.tiles), layout.grid, same_point_um(segmenter.spec))
     try:
         for cells in timed(merged, record.seconds):
             start = time.perf_counter()
@@ -364,8 +365,9 @@ def write_formats(folder: Path, output: OutputConfig, record: RunRecord, watch: 
     record.seconds.write += time.perf_counter() - start
 
 
-def no_cells(kind: ModelKind, n_classes: int) -> Cells:
-    """Return an empty record with the columns that a model of this kind gives."""
+def no_cells(spec: ModelSpec) -> Cells:
+    """Return an empty record with the columns that a model gives."""
+    kind, n_classes = spec.kind, len(spec.classes)
     none = np.zeros(0, np.float32)
     whole = np.zeros(0, np.int32)
     return Cells(
@@ -374,4 +376,5 @@ def no_cells(kind: ModelKind, n_classes: int) -> Cells:
         box_xyxy=np.zeros((0, 4)) if kind == "box" else None,
         contour_xy=np.zeros((0, 2)) if kind == "mask" else None,
         contour_start=np.zeros(1, np.int64) if kind == "mask" else None,
+        embedding=np.zeros((0, spec.embedding_dim), np.float32) if spec.embedding_dim else None,
     )  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from cellslide.config import InferConfig, SegmentConfig, TileConfig
+from cellslide.config import InferConfig, OutputFormat, SegmentConfig, TileConfig
 from cellslide.detect import Detector, default_workers
 from cellslide.device import available_cpus
 from cellslide.errors import UsageError
@@ -53,10 +54,17 @@ def open_segmenter(model: LoadedModel, config: SegmentConfig) -> Segmenter:
     Raises UsageError when the tiles do not suit the model, MissingDependencyError when device or engine is not there.
     """
     config = replace(config, tiles=resolve_tiles(model.spec, config.tiles))
+    check_formats(model.spec, config.output.formats)
     torch.manual_seed(config.infer.seed)
     engine = make_engine(model, config.infer, config.tiles.size_px or model.spec.tile_px)
     workers = config.infer.workers
     return Segmenter(model, config, Detector(engine, default_workers(available_cpus()) if workers is None else workers))
+
+
+def check_formats(spec: ModelSpec, formats: Sequence[OutputFormat]) -> None:
+    """Raise UsageError, before any work is done, for a format that a model of this kind cannot give."""
+    if "labels" in formats and spec.kind == "point":
+        raise UsageError(f"--format labels: {spec.name} gives points, which have no label map; leave labels out")
 
 
 def make_engine(model: LoadedModel, config: InferConfig, tile_px: int) -> Engine:
@@ -98,6 +106,9 @@ def resolved(config: SegmentConfig, spec: ModelSpec) -> dict[str, Any]:
     """Return the settings as `run.json` holds them: with the model's spec, and a hash of the mask and region files."""
     settings: dict[str, Any] = plain(config)
     settings["spec"] = plain(spec)
+    # What the model's kind has no use for decides nothing.
+    for name in ("detect", "embedding_dim") if spec.kind == "mask" else ("decode",):
+        del settings["spec"][name]
     for name, path in (("mask", config.tissue.mask), ("roi", config.tissue.roi)):
         settings["tissue"][f"{name}_sha256_head"] = None if path is None else head_sha256(path)
     return settings

@@ -137,11 +137,30 @@ class HoverDecode:
 
 
 @dataclass(frozen=True, slots=True)
+class DetectDecode:
+    """Which queries of a box or point model become nuclei.
+
+    score_threshold   least score of a nucleus, 0..1.
+    nms_um            of two points no farther apart (µm) the one of higher score stays; 0 leaves all of them.
+    """
+
+    score_threshold: float = 0.4
+    nms_um: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.score_threshold <= 1:
+            raise ValueError(f"score_threshold {self.score_threshold}: must be 0 to 1")
+        if not 0 <= self.nms_um <= 50:
+            raise ValueError(f"nms_um {self.nms_um}: must be 0 to 50 µm")
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What a pipeline must know of a model: input pixels, what it finds, and how its maps are decoded.
+    """What a pipeline must know of a model: input pixels, what it finds, and how its output is decoded.
 
     `classes` excludes background and is empty for a model that does not type nuclei. `tile_px` and `overlap_px` are
-    defaults in plane pixels; read boxes are multiples of `multiple_px`.
+    defaults in plane pixels; read boxes are multiples of `multiple_px`. `decode` is for masks, `detect` for boxes and
+    points. `embedding_dim` is the length of the vector that the model gives with each nucleus, 0 for none.
     """
 
     name: str
@@ -157,6 +176,8 @@ class ModelSpec:
     weights_id: str = ""
     weights_sha256: str = ""
     licence: str = ""
+    detect: DetectDecode = field(default_factory=DetectDecode)
+    embedding_dim: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from cellslide.types import Bool, ClassSpec, Float32, HoverDecode, ModelKind, Mo
 from cellslide.weights import LoadedModel
 
 DARK = 0.55
+EMBEDDED = 4
 CLASSES = (ClassSpec("pink", (255, 100, 100)), ClassSpec("blue", (60, 60, 220)))
 FAKE_SPEC = ModelSpec(
     name="fake",
@@ -39,7 +40,7 @@ def fake_spec(kind: ModelKind = "mask", **changes: object) -> ModelSpec:
 
 
 def fake_model(kind: ModelKind = "mask", **changes: object) -> LoadedModel:
-    """Return a fake network as `load_model` would; mask models type discs when the spec has classes."""
+    """Return a fake network as `load_model` would; it types discs when the spec has classes."""
     spec = fake_spec(kind, **changes)
     modules = {"mask": lambda: FakeMask(len(spec.classes)), "box": FakeBox, "point": FakePoint}
     return LoadedModel(spec, modules[kind]().eval(), entry=None)
@@ -90,18 +91,26 @@ def _logits(chosen: Bool) -> Tensor:
 
 
 class FakeBox(nn.Module):
-    """Gives the bounding box of each painted disc, on a fixed number of queries; unused ones score 0."""
+    """Gives the bounding box of each painted disc, on a fixed number of queries; unused ones score 0.
+
+    Also types as `FakeMask` does, and an embedding of EMBEDDED numbers: the mean colour of the disc, 1 for a nucleus.
+    """
 
     n_queries = 400
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        boxes = np.zeros((len(x), self.n_queries, 4), np.float32)
+        shapes = {"boxes": 4, "class_prob": 2, "embedding": EMBEDDED}
+        out = {name: np.zeros((len(x), self.n_queries, n), np.float32) for name, n in shapes.items()}
         scores = np.zeros((len(x), self.n_queries), np.float32)
         for i, image in enumerate(x.float().cpu().numpy()):
-            for q, (rows, cols) in enumerate(_objects(image)[1]):
-                boxes[i, q] = cols.start, rows.start, cols.stop, rows.stop
+            labels, places = _objects(image)
+            for q, (rows, cols) in enumerate(places):
+                color = image[:, rows, cols][:, labels[rows, cols] == q + 1].mean(axis=1)
+                out["boxes"][i, q] = cols.start, rows.start, cols.stop, rows.stop
+                out["class_prob"][i, q] = (0.75, 0.25) if color[0] >= color[2] else (0.25, 0.75)
+                out["embedding"][i, q] = *color, 1
                 scores[i, q] = 0.9
-        return {"boxes": torch.from_numpy(boxes), "scores": torch.from_numpy(scores)}
+        return {name: torch.from_numpy(column) for name, column in {**out, "scores": scores}.items()}
 
 
 class FakePoint(FakeBox):
@@ -109,7 +118,8 @@ class FakePoint(FakeBox):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         out = super().forward(x)
-        return {"points": (out["boxes"][..., :2] + out["boxes"][..., 2:]) / 2, "scores": out["scores"]}
+        boxes = out.pop("boxes")
+        return {"points": (boxes[..., :2] + boxes[..., 2:]) / 2, **out}
 
 
 class HungryMask(FakeMask):

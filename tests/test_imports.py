@@ -20,21 +20,21 @@ LAYERS = (
     ("errors", "types"),
     ("config", "record", "jsontext", "device", "pixelsize", "resample", "staging", "uuids", "torchvision_ops"),
     ("readers", "tiles", "outlines", "models", "anndata_store", "demo"),
-    ("slide", "decode", "weights", "parts", "spatial"),
+    ("slide", "decode", "points", "weights", "parts", "spatial"),
     ("gate", "taxonomy"),
     ("slides", "tissue", "tissue_detect", "merge", "table", "infer", "evaluate", "crops"),
     ("geojson", "labels", "detect", "onnx", "overlay", "nuclei_files"),
     ("export", "segmenter"),
     ("pipeline",),
     ("classify",),
-    ("batch", "bench", "train", "calibrate", "explain"),
+    ("batch", "bench", "train", "pretrain", "calibrate", "explain", "embed", "probe"),
     ("cluster",),
     ("cli",),
 )
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NUMPY_ONLY = {
     "types", "errors", "config", "slide", "slides", "tissue", "tiles", "decode", "merge", "outlines", "table",
-    "geojson", "evaluate", "record", "parts", "gate", "taxonomy", "nuclei_files",
+    "geojson", "evaluate", "record", "parts", "gate", "taxonomy", "nuclei_files", "points",
 }  # fmt: skip
 FORBIDDEN = {
     "models": {"slide", "slides", "tissue", "tiles", "table", "pipeline", "cli"},

@@ -13,7 +13,7 @@ from cellslide.device import available_cpus, batch_limit, resolve_device, resolv
 from cellslide.errors import CellslideError, MissingDependencyError, UsageError, WeightsError
 from cellslide.infer import TorchEngine, output_names
 from cellslide.models.cellvta import CellVTA, CellVTAConfig
-from cellslide.types import HoverMaps, Instances, UInt8
+from cellslide.types import DetectDecode, HoverMaps, Instances, UInt8
 from tests.fakes import CLASSES, FakeBox, FakeMask, FakePoint, HungryMask, fake_spec
 
 CPU = InferConfig(device="cpu")
@@ -140,9 +140,41 @@ def test_boxes_and_points_come_as_instances() -> None:
     assert points[0].centroid_xy.tolist() == [[11, 15]] and points[0].area_px.tolist() == [0]
 
 
+def test_thresholds_and_suppression_come_from_the_spec() -> None:
+    points = torch.tensor([[[10.0, 10.0], [14.0, 10.0], [30.0, 10.0], [18.5, 10.0], [50.0, 50.0]]])
+    scores = torch.tensor([[0.6, 0.9, 0.39, 0.5, 0.0]])
+    module = Constant(points=points, scores=scores)
+
+    def found(detect: DetectDecode) -> list[float]:
+        engine = TorchEngine(module, fake_spec("point", mpp=0.5, detect=detect), CPU, 64)
+        return engine.launch(tiles(1))()[0].centroid_xy[:, 0].tolist()
+
+    assert found(DetectDecode(0.0)) == [10, 14, 30, 18.5]  # a query scored 0 is none
+    assert found(DetectDecode(0.4)) == [10, 14, 18.5]
+    assert found(DetectDecode(0.4, nms_um=2.0)) == [14, 18.5]  # 4 px is 2 µm, and within
+    assert found(DetectDecode(0.4, nms_um=3.0)) == [14]
+    with pytest.raises(ValueError, match="score_threshold"):
+        DetectDecode(1.5)
+
+
+def test_embeddings_follow_their_nuclei_and_must_be_there_when_promised() -> None:
+    boxes = torch.tensor([[[0.2, 4.0, 9.0, 9.0], [10, 10, 20, 20], [30, 30, 63.8, 40]]])
+    scores = torch.tensor([[0.7, 0.1, 0.8]])
+    embedding = torch.arange(6.0).view(1, 3, 2)
+    spec = fake_spec("box", embedding_dim=2)
+    engine = TorchEngine(Constant(boxes=boxes, scores=scores, embedding=embedding), spec, CPU, 64)
+    (found,) = engine.launch(tiles(1))()
+    assert isinstance(found, Instances) and found.embedding is not None
+    assert found.embedding.tolist() == [[0, 1], [4, 5]] and found.embedding.dtype == np.float32
+    assert found.cut.tolist() == [True, True]  # a fraction of a pixel from the tile's edge
+    with pytest.raises(WeightsError, match="gives no embedding"):
+        TorchEngine(Constant(boxes=boxes, scores=scores), spec, CPU, 64).launch(tiles(1))
+
+
 def test_names_of_outputs_follow_kind_and_classes() -> None:
     assert output_names(fake_spec()) == ("foreground", "foreground_prob", "hv")
     assert output_names(fake_spec("box", classes=CLASSES)) == ("box_xyxy", "score", "class_prob")
+    assert output_names(fake_spec("point", embedding_dim=4)) == ("point_xy", "score", "embedding")
 
 
 def test_bf16_on_the_cpu_runs_in_autocast() -> None:

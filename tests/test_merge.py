@@ -11,7 +11,7 @@ from scipy.spatial import cKDTree
 
 from cellslide.bench import FakeDetector, detect_cells, square_slide, synthetic_maps
 from cellslide.decode import decode_hover
-from cellslide.merge import BAND_UM, SeamMerger, merge_stream, to_cells
+from cellslide.merge import BAND_UM, SAME_POINT_UM, SeamMerger, merge_stream, to_cells
 from cellslide.tiles import TileGrid, tile_grid
 from cellslide.types import Cells, HoverDecode, HoverMaps, Instances, Plane, SlideInfo, Tile, concat
 
@@ -263,6 +263,49 @@ def test_boxes_and_points(kind: str) -> None:
     assert distance.max() < 4 and len(np.unique(nearest)) == inside.sum()
     assert len(np.unique(cKDTree(detector.centre).query(cells.centroid_xy)[1])) == len(cells)
     assert (cells.box_xyxy is not None) == (kind == "box")
+
+
+def seam_cells(boxes: list[tuple[float, float, float, float]], kind: str, gap_um: float = SAME_POINT_UM) -> Cells:
+    """Return what is left of boxes that two neighbouring tiles report by turns, one mpp 0.25 tile each."""
+    info = square_slide(1000)
+    grid = grid_over(info, 0.25, 512, 128)
+    parts = []
+    for k, tile in enumerate((grid.tile(0), grid.tile(1))):
+        box = np.array(boxes[k::2], np.float32) - np.tile(tile.read_xyxy[:2], 2).astype(np.float32)
+        centre = ((box[:, :2] + box[:, 2:]) / 2).astype(np.float64)
+        score = np.full(len(box), 0.5, np.float32)
+        none = np.zeros(len(box), np.bool_)
+        area = np.prod(box[:, 2:] - box[:, :2], axis=1) if kind == "box" else np.zeros(len(box), np.float32)
+        found = Instances(centre, score, area, none, box_xyxy=box if kind == "box" else None)
+        parts.append(to_cells(found, tile, grid.plane, info))
+    return concat(list(merge_stream(iter(parts), grid, gap_um)))
+
+
+def test_boxes_of_neighbours_stay_and_boxes_of_one_nucleus_do_not() -> None:
+    # Two spindles side by side, slanting: their boxes share 0.44 of the smaller, 0.28 of both.
+    slanting = [(436.0, 100.0, 454.0, 118.0), (442.0, 106.0, 460.0, 124.0)]
+    assert len(seam_cells(slanting, "box")) == 2
+    # One nucleus, of which one tile's box is larger all round, its centre 1.8 um away.
+    same = [(436.0, 100.0, 454.0, 118.0), (438.0, 100.0, 466.0, 118.0)]
+    assert len(seam_cells(same, "box")) == 1
+
+
+def test_points_across_a_seam_are_one_within_the_radius_of_the_model() -> None:
+    spots = [(441.0, 100.0, 441.0, 100.0), (455.0, 100.0, 455.0, 100.0)]  # 3.5 um apart
+    assert len(seam_cells(spots, "point")) == 2
+    assert len(seam_cells(spots, "point", 4.0)) == 1
+
+
+def test_points_a_little_beside_the_slide_are_moved_onto_it() -> None:
+    info = square_slide(500)
+    grid = grid_over(info, 0.25, 576, 128)
+    tile = grid.tile(0)
+    xy = np.array([(-3.0, 100.0), (504.0, 300.0), (250.0, -7.0)])
+    none = np.zeros(3, np.float32)
+    found = Instances(xy, none + 0.5, none, none > 0)
+    cells = to_cells(found, tile, grid.plane, info)
+    np.testing.assert_allclose(cells.centroid_xy, [(0, 100), (500, 300)], atol=0.001)
+    assert (cells.centroid_xy < 500).all()
 
 
 def simulation() -> tuple[list[Cells], TileGrid]:

@@ -5,9 +5,7 @@ Frames: cells come in level-0 pixels and are cut in the plane of the classifier'
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -17,16 +15,13 @@ from cellslide.classify.engine import Classifier, Seconds
 from cellslide.crops import (
     REGION_PX,
     Region,
-    RegionRead,
     crop_corners,
     grid_centres,
     plan_regions,
-    read_region,
+    read_ahead,
 )
 from cellslide.slide import Slide, slide_from_array
 from cellslide.types import Float64, Int64, PathProbs, Plane, UInt8
-
-READ_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +82,7 @@ def classify_cells(
     """
     work = prepare(slide, xy_level0, classifier) if work is None else work
     waiting: tuple[Int64, Callable[[], PathProbs]] | None = None
-    with closing(_read_ahead(slide, work, classifier.borders)) as reads:
+    with closing(read_ahead(slide, work.plane, work.regions, classifier.borders)) as reads:
         for region, read in reads:
             cutter = classifier.load_region(read, work.plane)
             for first in range(0, len(region.rows), classifier.rows_at_once):
@@ -99,25 +94,6 @@ def classify_cells(
                 waiting = current
     if waiting is not None:
         yield waiting[0], waiting[1]()
-
-
-def _read_ahead(slide: Slide, work: Work, borders: tuple[str, ...]) -> Generator[tuple[Region, RegionRead], None, None]:
-    """Yield the regions in order with their pixels, at most READ_AHEAD of them read beforehand."""
-    rest = iter(work.regions)
-    queue: deque[tuple[Region, Future[RegionRead]]] = deque()
-    pool = ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="cellslide-read")
-    try:
-        while True:
-            for region in rest:
-                queue.append((region, pool.submit(read_region, slide, work.plane, region.box, borders)))
-                if len(queue) >= READ_AHEAD:
-                    break
-            if not queue:
-                return
-            region, future = queue.popleft()
-            yield region, future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def classify_array(classifier: Classifier, image: UInt8, mpp: float, xy: Float64, organ: int = -1) -> PathProbs:

@@ -24,6 +24,7 @@ from cellslide.errors import UsageError
 
 if TYPE_CHECKING:
     from cellslide.evaluate.dataset import Dataset, Sample
+    from cellslide.evaluate.protocols import Protocol
     from cellslide.evaluate.report import Predictor
     from cellslide.evaluate.score import ClassSet, ImageScores, Nuclei
     from cellslide.types import Cells
@@ -44,9 +45,14 @@ FOLDER_IN = click.Path(exists=True, file_okay=False, path_type=Path)
     type=FOLDER_IN,
     metavar="DIR",
     help="Score what lies here instead of a model: STEM/cells.zarr, label images STEM.png|.npy|.tif, "
-    "or points STEM.csv with x,y[,class].",
+    "or points STEM.csv with x,y[,class][,score].",
 )
 @click.option("--split", metavar="NAME", help="Only the images of this split of the manifest.  [default: all]")
+@click.option(
+    "--protocol", metavar="NAME",
+    help="How nuclei are paired with points: brca-m2c, promptnucseg, ocelot, puma, pannuke, or optimal.  "
+    "[default: brca-m2c for points with classes, else optimal]",
+)  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N images.")
 @dataset_mpp_option
 @map_class_option
@@ -69,9 +75,10 @@ FOLDER_IN = click.Path(exists=True, file_okay=False, path_type=Path)
 @verbosity_options
 def command(
     dataset: Path, model: str | None, weights: Path | None, predictions: Path | None, split: str | None,
-    limit: int | None, mpp: float | None, class_map: dict[str, str], nuclei: Literal["given", "detected"] | None,
-    json_file: Path | None, per_image: Path | None, reliability: Path | None, tile_size: int | None,
-    overlap: int | None, compile_: bool, no_progress: bool, **flags: Any,
+    protocol: str | None, limit: int | None, mpp: float | None, class_map: dict[str, str],
+    nuclei: Literal["given", "detected"] | None, json_file: Path | None, per_image: Path | None,
+    reliability: Path | None, tile_size: int | None, overlap: int | None, compile_: bool, no_progress: bool,
+    **flags: Any,
 ) -> None:  # fmt: skip
     """Score a model or its predictions on the labelled images in DATASET_DIR.
 
@@ -83,12 +90,14 @@ def command(
       cellslide evaluate data/tnbc --json scores.json
       cellslide evaluate --model classical data/tnbc
       cellslide evaluate --predictions out data/tnbc --split val
+      cellslide evaluate --predictions points data/brca-m2c --protocol brca-m2c
       cellslide evaluate --model CLASSIFIER data/typed --split val --reliability diagram.png
       cellslide evaluate --model CLASSIFIER data/typed --nuclei detected
     """
     if predictions is not None and (model is not None or weights is not None):
         raise UsageError("--predictions: scores what is on disk, so it goes without --model and --weights")
     from cellslide.evaluate.dataset import read_dataset
+    from cellslide.evaluate.protocols import protocol_of
     from cellslide.evaluate.report import pixel_size, write_per_image
     from cellslide.evaluate.score import ClassSet, dataset_classes
 
@@ -97,20 +106,20 @@ def command(
             file.parent.mkdir(parents=True, exist_ok=True)
     data = read_dataset(dataset, split)
     data = replace(data, samples=data.samples[:limit])
-    classes = ClassSet.of(dataset_classes(data), class_map)
+    classes, rule = ClassSet.of(dataset_classes(data), class_map), protocol_of(protocol, data)
     for sample in data.samples:  # Before a network is loaded for nothing.
         pixel_size(sample, mpp)
     typing = {name: flags.pop(name) for name in TYPING_FLAGS}
     infer, tiles = InferConfig(compile=compile_, **flags), TileConfig(tile_size, overlap)
     if predictions is None and (nuclei is not None or is_classifier(model, weights)):
         how = Typing(nuclei or "given", typing.pop("detector"), typing.pop("organ"), typing, infer, tiles, reliability,
-                     no_progress)  # fmt: skip
-        _check_per_image(how, per_image)
+                     no_progress, rule)  # fmt: skip
+        _check_detected(how, per_image, protocol)
         scored = evaluate_classifier(data, split, classes, mpp, model, weights, how)
     else:
         _refuse_typing({**typing, "reliability": reliability, "nuclei": nuclei})
         config = SegmentConfig(model, weights, mpp, TissueConfig(enabled=False), tiles, infer)
-        scored = _evaluate(data, split, classes, config, predictions, no_progress)
+        scored = _evaluate(data, split, classes, config, predictions, rule, no_progress)
     if json_file is not None:
         _write(json_file, scored.report.to_json())
     if per_image is not None:
@@ -118,9 +127,11 @@ def command(
     _show(scored)
 
 
-def _check_per_image(how: Typing, per_image: Path | None) -> None:
+def _check_detected(how: Typing, per_image: Path | None, protocol: str | None) -> None:
     if how.nuclei == "given" and per_image is not None:
         raise UsageError("--per-image: given nuclei are scored together; use it with --nuclei detected")
+    if how.nuclei == "given" and protocol is not None:
+        raise UsageError("--protocol: given nuclei need no pairing; use it with --nuclei detected")
 
 
 def _refuse_typing(flags: dict[str, Any]) -> None:
@@ -131,14 +142,14 @@ def _refuse_typing(flags: dict[str, Any]) -> None:
 
 def _evaluate(
     data: Dataset, split: str | None, classes: ClassSet, config: SegmentConfig, predictions: Path | None,
-    no_progress: bool,
+    rule: Protocol, no_progress: bool,
 ) -> Scored:  # fmt: skip
     from cellslide.evaluate.report import summarise
 
     with ExitStack() as resources:
         name, predict = _predictor(config, predictions, resources)
-        scores = _score(data, predict, classes, config.mpp, no_progress)
-    return Scored(summarise(name, data, split, classes, scores), images=tuple(scores))
+        scores = _score(data, predict, classes, config.mpp, rule, no_progress)
+    return Scored(summarise(name, data, split, classes, scores, rule), images=tuple(scores))
 
 
 def _predictor(config: SegmentConfig, predictions: Path | None, resources: ExitStack) -> tuple[str, Predictor]:
@@ -196,7 +207,8 @@ def _read_table(path: Path, sample: Sample) -> Nuclei:
             raise UsageError(
                 f"{path}: made from an image of {size[0]} x {size[1]} px, not {sample.width} x {sample.height}"
             )
-        parts = [chunk.cells for chunk in table.iter_chunks()]
+        # A box is no outline: only where it lies is compared.
+        parts = [chunk.cells for chunk in table.iter_chunks(outlines=table.kind == "mask")]
         names = () if table.class_names == (NUCLEUS.name,) else table.class_names
         if parts:
             return nuclei_of(concat(parts), (sample.height, sample.width), names)
@@ -214,18 +226,19 @@ def nuclei_of(cells: Cells, shape: tuple[int, int], names: tuple[str, ...]) -> N
     from cellslide.outlines import rasterise
 
     labels = label_id = None
+    score = cells.score.astype(np.float64)
     if cells.contour_xy is not None and cells.contour_start is not None:
         labels = rasterise(cells.contour_xy, cells.contour_start, shape)
         label_id = np.arange(1, len(cells) + 1, dtype=np.int64)
     if not names or cells.class_prob is None:
-        return Nuclei(cells.centroid_xy, labels, label_id)
+        return Nuclei(cells.centroid_xy, labels, label_id, score=score)
     prob = cells.class_prob.astype(np.float64)
     class_name = tuple(names[i] for i in prob.argmax(axis=1)) if len(prob) else ()
-    return Nuclei(cells.centroid_xy, labels, label_id, class_name, prob, names)
+    return Nuclei(cells.centroid_xy, labels, label_id, class_name, prob, names, score)
 
 
 def _score(
-    data: Dataset, predict: Predictor, classes: ClassSet, mpp: float | None, no_progress: bool
+    data: Dataset, predict: Predictor, classes: ClassSet, mpp: float | None, rule: Protocol, no_progress: bool
 ) -> list[ImageScores]:
     from rich.console import Console
     from rich.progress import Progress
@@ -235,7 +248,7 @@ def _score(
     console = Console(stderr=True)
     with Progress(console=console, disable=no_progress or not console.is_terminal, transient=True) as progress:
         task = progress.add_task(data.name, total=len(data))
-        return evaluate_dataset(data, predict, classes, mpp, lambda _: progress.advance(task))
+        return evaluate_dataset(data, predict, classes, mpp, lambda _: progress.advance(task), rule)
 
 
 def _write(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cellslide.classify.columns import Rule
     from cellslide.evaluate.dataset import Dataset, Sample
     from cellslide.evaluate.paths import PathScores
+    from cellslide.evaluate.protocols import Protocol
     from cellslide.evaluate.report import EvalReport
     from cellslide.evaluate.score import ClassSet, ImageScores, Nuclei
     from cellslide.gate import GateRule
@@ -32,6 +33,7 @@ class Typing:
     nuclei       "given" points of the data set, or those that the segmentation model `detector` finds.
     decision     the flags of the rule: gate, tau, gamma, thresholds, abstain, taxonomy.
     reliability  where the diagram goes, if anywhere.
+    protocol     how detected nuclei are paired with the annotated ones.
     """
 
     nuclei: Literal["given", "detected"]
@@ -42,6 +44,7 @@ class Typing:
     tiles: TileConfig
     reliability: Path | None
     no_progress: bool
+    protocol: Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +108,8 @@ def _score_detected(
         def predict(sample: Sample, size: float, by: Rule = decide_by) -> Nuclei:
             return nuclei_of(*found[sample.image_path], by)
 
-        images[gate] = evaluate_dataset(data, predict, classes, mpp)
-        reports[gate] = summarise(_name(classifier), data, split, classes, images[gate])
+        images[gate] = evaluate_dataset(data, predict, classes, mpp, protocol=how.protocol)
+        reports[gate] = summarise(_name(classifier), data, split, classes, images[gate], how.protocol)
     paths = {str(gate): _classified(report) for gate, report in reports.items()}
     gate = rule.decision.gate
     return Scored(replace(reports[gate], nuclei="detected", gate=gate, paths=paths), (), tuple(images[gate]))

@@ -69,12 +69,14 @@ def command(
     """Find every nucleus of SLIDES: files, folders, patterns, or one .csv or .txt list.
 
     Each slide gets a folder with cells.zarr, cells.geojson.gz for QuPath, tissue.geojson and run.json. The same command
-    again skips what is done and goes on where it stopped.
+    again skips what is done and goes on where it stopped. Models give outlines, or boxes or points: `cellslide weights
+    list --task detect` names those.
 
     \b
     Examples:
       cellslide segment slide.svs -o out
       cellslide segment 'slides/*.ndpi' -o out --device cuda:1 --format zarr,geojson,csv
+      cellslide segment slide.svs -o points --model detect
       cellslide segment scan.tif -o out --mpp 0.25 --roi tumour.geojson
       cellslide segment slides.csv -o out --shard 2/8 --log-json
     """

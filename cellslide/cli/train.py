@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
+PATH = click.Path(exists=True, path_type=Path)
 RUN = click.Path(file_okay=False, exists=True, path_type=Path)
 
 _SHARED: tuple[Callable[..., Any], ...] = (
@@ -135,6 +136,52 @@ def nuclass_gate(recipe: Path | None, local: Path, global_: Path, **rest: Any) -
 
     datasets, options, overrides = _run_options(None, rest)
     train_gate(datasets, load_nuclass_recipe(recipe, overrides, recipe_before(global_)), options, local, global_)
+
+
+@command.command("muse-points")
+@shared_options
+@click.option("--init", type=PATH, help="Whole detector to start from: a file of weights, or the folder of a run.")
+@click.option(
+    "--encoder-weights",
+    type=PATH,
+    help="Backbone to start from: a published MUSE, one of `cellslide pretrain muse`, or another detector's.",
+)
+@click.option("--mpp", type=float, help="Pixel size that all sets are resampled to, µm per pixel.")
+@click.option("--field-size", "field_px", type=int, help="Edge of the fields that the network sees, px.")
+def muse_points(recipe: Path | None, init: Path | None, encoder_weights: Path | None, **rest: Any) -> None:
+    """Train a point detector (a MUSE backbone and a head after DPA-P2PNet) on DATASET folders.
+
+    Points of the recipe's classes teach place and type, other points and masks (by their centroids) the place alone.
+    Writes model.safetensors, model.yaml and card.json (best by mean F1), last/ (newest), last.ckpt and logs/.
+    The same command again goes on from last.ckpt with the same numbers.
+    """
+    _need_lightning()
+    from cellslide.train.points_recipe import load_points_recipe
+    from cellslide.train.points_run import train_points
+
+    datasets, options, overrides = _run_options(init, rest)
+    train_points(datasets, load_points_recipe(recipe, overrides, encoder_weights), options)
+
+
+@command.command("celldetr")
+@shared_options
+@click.option("--init", type=PATH, help="Detector to start from, also one of `cellslide pretrain celldetr`.")
+@click.option("--encoder-weights", type=PATH, help="Weights of the backbone alone, under any prefix.")
+@click.option("--mpp", type=float, help="Pixel size that all sets are resampled to, µm per pixel.")
+@click.option("--crop-size", "crop_px", type=int, help="Edge of the training crops, px.")
+def celldetr(recipe: Path | None, init: Path | None, encoder_weights: Path | None, **rest: Any) -> None:
+    """Train CellDETR, which finds nuclei as boxes, on DATASET folders of masks.
+
+    Boxes are those of the masks; points give classes where the recipe names some. Writes model.safetensors, model.yaml
+    and card.json (best by the recipe's monitor), last/ (newest), last.ckpt and logs/. The same command again goes on
+    from last.ckpt with the same numbers.
+    """
+    _need_lightning()
+    from cellslide.train.celldetr_recipe import load_celldetr_recipe
+    from cellslide.train.celldetr_run import train_celldetr
+
+    datasets, options, overrides = _run_options(init, rest)
+    train_celldetr(datasets, load_celldetr_recipe(recipe, overrides, encoder_weights), options)
 
 
 def _run_options(init: Path | None, given: dict[str, Any]) -> tuple[tuple[Path, ...], RunOptions, dict[str, Any]]:

@@ -25,10 +25,14 @@ REQUIRED_COLUMNS = ("file",)
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """Points of one image: xy float64 (N, 2) in pixels; class_name has N names, "" where a point has none."""
+    """Points of one image: xy float64 (N, 2) in pixels; class_name has N names, "" where a point has none.
+
+    score is float64 (N,), the confidence of a prediction, or None.
+    """
 
     xy: Float64
     class_name: tuple[str, ...]
+    score: Float64 | None = None
 
     def __post_init__(self) -> None:
         if self.xy.shape != (len(self.class_name), 2):
@@ -149,15 +153,21 @@ def read_labels(path: Path) -> Int32:
 
 
 def read_points(path: Path) -> Points:
-    """Read a CSV with the header `x,y` and optionally `class`; raises UsageError on a missing or non-numeric value."""
+    """Read a CSV with the header `x,y` and optionally `class`, `score`; raises UsageError on a value that is no number.
+
+    Scores are read where every row has one.
+    """
     rows = _read_rows(path, ("x", "y"))
+    scored = bool(rows) and all(row.get("score") for row in rows)
+    columns = ("x", "y", "score") if scored else ("x", "y")
     try:
-        xy = np.array([(float(row["x"]), float(row["y"])) for row in rows], np.float64).reshape(-1, 2)
+        values = np.array([[float(row[name]) for name in columns] for row in rows], np.float64)
     except ValueError as error:
-        raise UsageError(f"{path}: x and y must be numbers ({error})") from error
-    if not np.isfinite(xy).all():
-        raise UsageError(f"{path}: x and y must be finite")
-    return Points(xy, tuple(row.get("class", "") for row in rows))
+        raise UsageError(f"{path}: {', '.join(columns)} must be numbers ({error})") from error
+    values = values.reshape(-1, len(columns))
+    if not np.isfinite(values).all():
+        raise UsageError(f"{path}: {', '.join(columns)} must be finite")
+    return Points(values[:, :2], tuple(row.get("class", "") for row in rows), values[:, 2] if scored else None)
 
 
 def _read_tiff(path: Path) -> NDArray[Any]:

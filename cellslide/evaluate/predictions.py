@@ -30,8 +30,9 @@ def find_prediction(folder: Path, stem: str) -> Path:
 
 
 def read_prediction(path: Path) -> Nuclei:
-    """Read a label image (PNG, TIFF, .npy) or points (CSV `x,y[,class]`); raises UsageError on a damaged file."""
+    """Read a label image (PNG, TIFF, .npy) or points (CSV `x,y[,class][,score]`); raises UsageError where damaged."""
     if path.suffix == POINT_SUFFIX:
         points = read_points(path)
-        return Nuclei(points.xy, class_name=points.class_name if all(points.class_name) else None)
+        class_name = points.class_name if all(points.class_name) else None
+        return Nuclei(points.xy, class_name=class_name, score=points.score)
     return Nuclei.from_labels(read_labels(path))

@@ -16,6 +16,7 @@ from cellslide.errors import UsageError
 from cellslide.evaluate import classification
 from cellslide.evaluate.dataset import Dataset, Sample
 from cellslide.evaluate.detection import RADIUS_UM, Tally
+from cellslide.evaluate.protocols import OPTIMAL, Protocol, protocol_of
 from cellslide.evaluate.score import ClassSet, ImageScores, Nuclei, score_image, truth_of
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class EvalReport:
 
     nuclei  for a classifier, whose places were typed: "given" ones or those "detected" by a segmentation model.
     gate    the rule that the shared keys are about; `paths` holds the scores of every rule.
+    protocol  the rule by which found nuclei are paired with true ones, None where places were given.
     """
 
     model: str
@@ -90,6 +92,7 @@ class EvalReport:
     nuclei: str | None = None
     gate: str | None = None
     paths: dict[str, Any] | None = None
+    protocol: str | None = None
 
     def to_json(self) -> str:
         """Return the report as JSON text, keys in the order of the record and classes keyed by name."""
@@ -111,7 +114,8 @@ class EvalReport:
 
     def _rows(self) -> list[tuple[str, float | None]]:
         rows: list[tuple[str, float | None]] = [(n, v) for n, v in asdict(self.instance).items() if v is not None]
-        within = f"within {self.detection.radius_um:g} µm"
+        rule = f" ({self.protocol})" if self.protocol not in (None, OPTIMAL.name) else ""
+        within = f"within {self.detection.radius_um:g} µm{rule}"
         if self.nuclei != "given":
             rows += [(f"detection {n} {within}", getattr(self.detection, n)) for n in ("precision", "recall", "f1")]
         rows += [(f"{c.name} f1 ({c.support} nuclei)", c.f1) for c in self.classes or ()]
@@ -134,27 +138,36 @@ def evaluate_dataset(
     classes: ClassSet,
     mpp: float | None = None,
     on_image: Callable[[ImageScores], None] | None = None,
+    protocol: Protocol | None = None,
 ) -> list[ImageScores]:
     """Predict and score every image in the order of the manifest; `mpp` (µm/px) overrides the manifest.
 
-    Every pixel size is checked before the first prediction. Raises what `predict` raises, and UsageError.
+    `protocol` None is what suits the data set. Every pixel size is checked before the first prediction. Raises what
+    `predict` raises, and UsageError.
     """
+    rule = protocol or protocol_of(None, dataset)
     sizes = [pixel_size(sample, mpp) for sample in dataset.samples]
     scores = []
     for sample, size in zip(dataset.samples, sizes, strict=True):
-        scores.append(score_image(sample, truth_of(sample), predict(sample, size), size, classes))
+        scores.append(score_image(sample, truth_of(sample), predict(sample, size), size, classes, rule))
         if on_image is not None:
             on_image(scores[-1])
     return scores
 
 
 def summarise(
-    model: str, dataset: Dataset, split: str | None, classes: ClassSet, scores: Sequence[ImageScores]
+    model: str,
+    dataset: Dataset,
+    split: str | None,
+    classes: ClassSet,
+    scores: Sequence[ImageScores],
+    protocol: Protocol | None = None,
 ) -> EvalReport:
-    """Gather the scores of images into the report of a data set."""
+    """Gather the scores of images into the report of a data set; `protocol` is the one that they were scored by."""
+    rule = protocol or protocol_of(None, dataset)
     sizes = {s.mpp for s in scores}
     shared = _share_classes(scores)
-    classified = _classes(scores, classes.names) if shared else None
+    classified = _classes(scores, classes.names, rule) if shared else None
     accuracy, ece, brier = _typing(scores) if shared else (None, None, None)
     return EvalReport(
         model=model,
@@ -164,13 +177,14 @@ def summarise(
         n_nuclei=sum(s.n_true for s in scores),
         mpp=sizes.pop() if len(sizes) == 1 else None,
         instance=_instance(scores, shared),
-        detection=_detection(scores),
+        detection=_detection(scores, rule),
         classes=classified,
-        mean_f1=None if classified is None else _mean([c.f1 for c in classified if c.support]),
+        mean_f1=None if classified is None else _mean([c.f1 for c in classified if c.support or rule.per_image]),
         accuracy=accuracy,
         ece=ece,
         brier=brier,
         warnings=tuple(_warnings(dataset, classes, scores)),
+        protocol=rule.name,
     )
 
 
@@ -207,11 +221,11 @@ def _instance(scores: Sequence[ImageScores], shared_classes: bool) -> InstanceSc
     )
 
 
-def _detection(scores: Sequence[ImageScores]) -> DetectionScores:
+def _detection(scores: Sequence[ImageScores], rule: Protocol) -> DetectionScores:
     pooled = _pool([s.detection for s in scores])
     if pooled is None:
-        return DetectionScores()
-    return DetectionScores(RADIUS_UM, pooled.precision, pooled.recall, pooled.f1)
+        return DetectionScores(rule.radius_um)
+    return DetectionScores(rule.radius_um, pooled.precision, pooled.recall, pooled.f1)
 
 
 def _share_classes(scores: Sequence[ImageScores]) -> bool:
@@ -219,12 +233,18 @@ def _share_classes(scores: Sequence[ImageScores]) -> bool:
     return any(s.scored_names for s in scores) or not any(s.other_names for s in scores)
 
 
-def _classes(scores: Sequence[ImageScores], names: Sequence[str]) -> tuple[ClassScores, ...] | None:
-    typed = [s.by_class for s in scores if s.by_class is not None]
+def _classes(scores: Sequence[ImageScores], names: Sequence[str], rule: Protocol) -> tuple[ClassScores, ...] | None:
+    typed = [(s.by_class, s.support) for s in scores if s.by_class is not None]
     if not typed or not names:
         return None
-    tallies = [sum((image[k] for image in typed), Tally()) for k in range(len(names))]
-    return tuple(ClassScores(n, t.precision, t.recall, t.f1, t.support) for n, t in zip(names, tallies, strict=True))
+    found = []
+    for k, name in enumerate(names):
+        each = [tallies[k] for tallies, _ in typed]
+        pooled = sum(each, Tally())
+        # An image without the class counts 0 in a mean over images, as PUMA has it.
+        f1 = _mean([t.f1 or 0.0 for t in each]) if rule.per_image and pooled.f1 is not None else pooled.f1
+        found.append(ClassScores(name, pooled.precision, pooled.recall, f1, sum(support[k] for _, support in typed)))
+    return tuple(found)
 
 
 def _tissue_mean(scores: Sequence[ImageScores]) -> float | None:

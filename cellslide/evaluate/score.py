@@ -15,15 +15,8 @@ import numpy as np
 from cellslide.errors import UsageError
 from cellslide.evaluate import matching
 from cellslide.evaluate.dataset import Dataset, Sample
-from cellslide.evaluate.detection import (
-    RADIUS_UM,
-    Pairs,
-    Tally,
-    centroids,
-    class_tallies,
-    pair_points,
-    tally,
-)
+from cellslide.evaluate.detection import Pairs, Tally, centroids
+from cellslide.evaluate.protocols import OPTIMAL, Marks, Protocol
 from cellslide.types import Float64, Int32, Int64
 
 
@@ -36,6 +29,7 @@ class Nuclei:
     label_id     int64 (N,), the label of each nucleus, with `labels`.
     class_name   N names, "" where not known, or None if nuclei have no classes.
     prob         float64 (N, K) over `prob_names`, or None.
+    score        float64 (N,), the confidence in each, or None.
     """
 
     xy: Float64
@@ -44,9 +38,10 @@ class Nuclei:
     class_name: tuple[str, ...] | None = None
     prob: Float64 | None = None
     prob_names: tuple[str, ...] = ()
+    score: Float64 | None = None
 
     def __post_init__(self) -> None:
-        for name in ("label_id", "class_name", "prob"):
+        for name in ("label_id", "class_name", "prob", "score"):
             column = getattr(self, name)
             if column is not None and len(column) != len(self.xy):
                 raise ValueError(f"Nuclei.{name} has {len(column)} rows, expected {len(self.xy)}")
@@ -125,7 +120,8 @@ class ImageScores:
     """What one image gives; None where it does not apply.
 
     class_pq     float64 (C,), NaN for a class that the image's truth lacks.
-    by_class     C tallies of detection with the class.
+    by_class     C tallies of detection with the class, as the protocol counts them.
+    support      true nuclei of each of the C classes.
     scored_names, other_names
                  predicted class names that are scored, and those that are not.
     """
@@ -142,6 +138,7 @@ class ImageScores:
     dice: float | None = None
     detection: Tally | None = None
     by_class: tuple[Tally, ...] | None = None
+    support: tuple[int, ...] = ()
     typed: TypedPairs | None = None
     scored_names: frozenset[str] = frozenset()
     other_names: frozenset[str] = frozenset()
@@ -187,8 +184,10 @@ def dataset_classes(dataset: Dataset) -> tuple[str, ...]:
     return tuple(sorted(names - {""}))
 
 
-def score_image(sample: Sample, truth: Nuclei, pred: Nuclei, mpp: float, classes: ClassSet) -> ImageScores:
-    """Compare a prediction with the truth of an image at `mpp` µm/px.
+def score_image(
+    sample: Sample, truth: Nuclei, pred: Nuclei, mpp: float, classes: ClassSet, protocol: Protocol = OPTIMAL
+) -> ImageScores:
+    """Compare a prediction with the truth of an image at `mpp` µm/px; `protocol` is for points, not for outlines.
 
     Where only the foreground was drawn by hand, only Dice is given. Raises UsageError if the label maps differ in size.
     """
@@ -196,21 +195,23 @@ def score_image(sample: Sample, truth: Nuclei, pred: Nuclei, mpp: float, classes
     if truth.labels is not None and pred.labels is not None:
         scores |= _instance_scores(sample, truth, pred, classes)
     if not sample.derived_instances:
-        scores |= _point_scores(truth, pred, RADIUS_UM / mpp, classes)
+        scores |= _point_scores(truth, pred, mpp, classes, protocol)
     return ImageScores(sample.stem, sample.organ, len(truth), len(pred), mpp, **scores)
 
 
-def _point_scores(truth: Nuclei, pred: Nuclei, radius_px: float, classes: ClassSet) -> dict[str, Any]:
-    pairs = pair_points(truth.xy, pred.xy, radius_px)
-    scores: dict[str, Any] = {"detection": tally(pairs, len(truth), len(pred))}
+def _point_scores(truth: Nuclei, pred: Nuclei, mpp: float, classes: ClassSet, protocol: Protocol) -> dict[str, Any]:
+    true_at, pred_at = Marks(truth.xy), Marks(pred.xy, pred.score)
+    scores: dict[str, Any] = {"detection": protocol.tally(true_at, pred_at, mpp)}
     if truth.class_name is None or pred.class_name is None:
         return scores
     true_class, pred_class = classes.index(truth.class_name), classes.index(pred.class_name)
-    by_class = class_tallies(truth.xy, true_class, pred.xy, pred_class, len(classes.names), radius_px)
+    n = len(classes.names)
     names = sorted({*pred.class_name, *pred.prob_names})
     scored = {name for name, index in zip(names, classes.index(names).tolist(), strict=True) if index >= 0}
+    pairs = protocol.pairs(true_at, pred_at, mpp)
     return scores | {
-        "by_class": tuple(by_class),
+        "by_class": protocol.class_tallies(true_at, true_class, pred_at, pred_class, n, mpp),
+        "support": tuple(protocol.count(true_at.take(true_class == k)) for k in range(n)),
         "typed": _typed_pairs(pairs, true_class, pred_class, pred, classes),
         "scored_names": frozenset(scored),
         "other_names": frozenset(names) - scored,

@@ -14,6 +14,8 @@ from cellslide.errors import WeightsError
 if TYPE_CHECKING:
     from torch import nn
 
+    from cellslide.types import ModelKind
+
 Builder = Callable[[Mapping[str, Any]], "nn.Module"]
 
 
@@ -35,6 +37,30 @@ def _nuclass(config: Mapping[str, Any]) -> nn.Module:
     return NuClass(NuClassConfig.of(config))
 
 
+def _muse(encoder: str, config: Mapping[str, Any]) -> nn.Module:
+    from cellslide.models.muse import MuseBackbone, MuseConfig
+
+    return MuseBackbone(MuseConfig.of(config, encoder))
+
+
+def _muse_points(config: Mapping[str, Any]) -> nn.Module:
+    from cellslide.models.point_head import MusePoints, MusePointsConfig
+
+    return MusePoints(MusePointsConfig.of(config))
+
+
+def _dpa_p2pnet(config: Mapping[str, Any]) -> nn.Module:
+    from cellslide.models.dpa_p2pnet import build
+
+    return build(config)
+
+
+def _celldetr(config: Mapping[str, Any]) -> nn.Module:
+    from cellslide.models.celldetr import CellDETR, CellDETRConfig
+
+    return CellDETR(CellDETRConfig(**config))
+
+
 _CELLVIT = (
     "cellvit_256", "cellvit_sam_b", "cellvit_sam_l", "cellvit_sam_h",
     "cellvit_uni", "cellvit_virchow", "cellvit_virchow2",
@@ -44,7 +70,17 @@ ARCHITECTURES: dict[str, Builder] = {
     "cellvta": _cellvta,
     **{name: partial(_cellvit, name) for name in _CELLVIT},
     "nuclass": _nuclass,
+    "celldetr": _celldetr,
+    "muse": partial(_muse, "vit_small"),
+    "muse_vit_s": partial(_muse, "vit_small"),
+    "muse_vit_b": partial(_muse, "vit_base"),
+    "muse_r50": partial(_muse, "resnet50"),
+    "muse_points": _muse_points,
+    "dpa_p2pnet": _dpa_p2pnet,
 }
+
+# What a detector gives; every other architecture of a segmentation model gives maps of masks.
+DETECTORS: dict[str, ModelKind] = {"celldetr": "box", "muse_points": "point", "dpa_p2pnet": "point"}
 
 # Class names that published checkpoints carry. A CellViTSAM is of any size; its tensors tell which.
 PUBLISHED_NAMES = {
@@ -56,6 +92,7 @@ PUBLISHED_NAMES = {
     "CellViTVirchow": "cellvit_virchow",
     "CellViTVirchow2": "cellvit_virchow2",
     "NuClass": "nuclass",
+    "CellDETR": "celldetr",
 }
 
 
@@ -66,6 +103,11 @@ def canonical_arch(name: str) -> str:
         known = ", ".join([*ARCHITECTURES, *PUBLISHED_NAMES])
         raise WeightsError(f"architecture {name!r} is not part of this version of cellslide; it has {known}")
     return short
+
+
+def kind_of(arch: str) -> ModelKind:
+    """Return what the networks of an architecture (short or published name) give; raises WeightsError."""
+    return DETECTORS.get(canonical_arch(arch), "mask")
 
 
 def build_model(arch: str, config: Mapping[str, Any] | None = None) -> nn.Module:

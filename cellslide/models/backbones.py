@@ -171,10 +171,11 @@ def build_empty(make: Callable[[], nn.Module]) -> nn.Module:
     """
     with torch.device("meta"):
         module = make()
-    return module if _restore_constants(module) else make()
+    return module if restore_constants(module) else make()
 
 
-def _restore_constants(module: nn.Module) -> bool:
+def restore_constants(module: nn.Module) -> bool:
+    """Compute what is in no state dict and lost its values on the meta device; False where a part cannot."""
     for part in module.modules():
         lost = [name for name in part._non_persistent_buffers_set if _is_meta(part._buffers.get(name))]
         if not lost:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cellslide.errors import WeightsError
-from cellslide.models import build_model, canonical_arch
+from cellslide.models import build_model, canonical_arch, celldetr_layout, muse_layout
 from cellslide.models.cellvit import PUBLISHED
 from cellslide.types import ClassSpec
 
@@ -67,6 +67,11 @@ def read_checkpoint(path: Path, arch: str | None = None) -> Checkpoint:
     if not isinstance(name, str):
         raise WeightsError(f"{path}: the checkpoint names no architecture and its tensors fit none that is known")
     short = canonical_arch(name)
+    if short in muse_layout.BACKBONES:
+        # A published file is moved to new positions by every load.
+        state = muse_layout.with_positions(muse_layout.backbone_state(state, str(path)), None, "teacher" in content)
+    if short == "celldetr":
+        state = celldetr_layout.own_names(state)
     return Checkpoint(_sam_size(state) if name == "CellViTSAM" else short, config, state)
 
 
@@ -143,7 +148,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _find_state(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    state = content.get("model_state_dict", content.get("state_dict", content))
+    # CellViT and CellVTA, Lightning, MUSE, DPA-P2PNet; or the tensors alone.
+    named = (key for key in ("model_state_dict", "state_dict", "teacher", "model") if key in content)
+    state = content.get(next(named, ""), content)
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError(f"{path}: no `model_state_dict` of tensors in it")
     return {str(name): tensor for name, tensor in state.items()}
@@ -169,6 +176,10 @@ def guess_arch(state: State) -> str | None:
     """Return the architecture whose tensors these look like, or None."""
     if "encoder.spm.stem.0.weight" in state:
         return "cellvta"
+    if found := muse_layout.guess_arch(state):
+        return found
+    if celldetr_layout.is_celldetr(state):
+        return "celldetr"
     if "encoder.neck.0.weight" in state:
         return "CellViTSAM"
     if "encoder.reg_token" in state:
@@ -196,6 +207,10 @@ def infer_config(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises WeightsError when tensors that tell the sizes are missing.
     """
     try:
+        if checkpoint.arch in muse_layout.SIZES:
+            return muse_layout.SIZES[checkpoint.arch](checkpoint.state, checkpoint.config)
+        if checkpoint.arch == "celldetr":
+            return celldetr_layout.config_of(checkpoint.state, checkpoint.config)
         sizes = _decoder_config(checkpoint.state) | _vit_config(checkpoint)
         return sizes | (_cellvta_config(checkpoint) if checkpoint.arch == "cellvta" else _cellvit_config(checkpoint))
     except KeyError as error:

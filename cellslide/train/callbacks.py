@@ -89,7 +89,7 @@ class Progress(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
         """Print loss, learning rate and seconds per step."""
         step = trainer.global_step
-        if step % self.every == 0:
+        if step % self.every == 0 and trainer.is_global_zero:
             pace = (time.monotonic() - self._epoch_started) / max(step - self._first, 1)
             rate = trainer.optimizers[0].param_groups[0]["lr"]
             loss = float(outputs["loss"])
@@ -101,7 +101,8 @@ class Progress(L.Callback):
         numbers = {k: float(v) for k, v in sorted(trainer.callback_metrics.items())}
         text = " ".join(f"{name} {value:.4f}" for name, value in numbers.items() if value)
         minutes = pl_module.minutes  # type: ignore[union-attr]
-        print(f"epoch {trainer.current_epoch} at {minutes:.1f} min: {text}", flush=True)
+        if trainer.is_global_zero:
+            print(f"epoch {trainer.current_epoch} at {minutes:.1f} min: {text}", flush=True)
 
 
 class Keeper(L.Callback):
@@ -122,13 +123,14 @@ class Keeper(L.Callback):
         if self.average is not None:
             state = {name: self.average.average.get(name, value) for name, value in state.items()}
         for wanted, folder in ((True, self.folder / "last"), (better, self.folder)):
-            if wanted:
+            if wanted and trainer.is_global_zero:
                 self.write(folder, state, metrics, trainer.global_step)
         if trainer.global_step % pl_module.course.epoch_steps:
             return  # Stopped inside an epoch: only whole epochs resume to the same numbers.
         temporary = self.folder / "last.ckpt.part"
         trainer.save_checkpoint(temporary, weights_only=False)
-        os.replace(temporary, self.folder / "last.ckpt")
+        if trainer.is_global_zero:
+            os.replace(temporary, self.folder / "last.ckpt")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best score so far."""

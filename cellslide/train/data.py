@@ -273,6 +273,11 @@ class CropDataset(Dataset[Crops]):
 
     def __getitem__(self, draw: int) -> Crops:
         """Return draw `draw`, unbatched: image uint8 (3, H, W) and its targets."""
+        image, labels, item = self.draw(draw)
+        return targets_of(image, labels, item.label_class, item.label_hover)
+
+    def draw(self, draw: int) -> tuple[UInt8, Int32, TrainImage]:
+        """Return draw `draw` as image (H, W, 3) and labels (H, W), augmented, and the image it was cut from."""
         rng = np.random.default_rng([self.recipe.seed, draw])
         chosen = min(int(np.searchsorted(self.cumulative, rng.random(), side="right")), len(self.images) - 1)
         index = int(rng.integers(len(self.images[chosen])))
@@ -281,7 +286,7 @@ class CropDataset(Dataset[Crops]):
         matrix = crop_matrix(rng, self.recipe.augment, centre, crop)
         image, labels = warp(item.image, item.labels, matrix, crop)
         image = pale_nuclei(rng, self.recipe.augment, image, labels)
-        return targets_of(recolor(rng, self.recipe.augment, image), labels, item.label_class, item.label_hover)
+        return recolor(rng, self.recipe.augment, image), labels, item
 
 
 def _centres(item: TrainImage) -> Float64:

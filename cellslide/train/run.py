@@ -28,6 +28,7 @@ class RunOptions:
     """What does not belong to the recipe: where the run writes, on what it runs, and how far.
 
     max_steps ends the run early without changing its schedule; fresh starts over although a checkpoint is there.
+    devices over 1 trains on so many at once (DDP), for trainings whose loaders know of it.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class RunOptions:
     fresh: bool = False
     max_steps: int | None = None
     log_every: int = 20
+    devices: int = 1
 
 
 def train(
@@ -104,9 +106,12 @@ def make_trainer(
     average = AveragedWeights(outcome.ema) if outcome.ema > 0 else None
     keeper = Keeper(options.folder, outcome.write, average, outcome.monitor)
     accelerator, devices = accelerator_of(options.device)
+    several = options.devices > 1
     return L.Trainer(
         accelerator=accelerator,
-        devices=devices,
+        devices=options.devices if several else devices,
+        strategy="ddp_find_unused_parameters_true" if several else "auto",
+        sync_batchnorm=several and accelerator == "cuda",
         precision=precision_of(course, accelerator),
         max_epochs=course.epochs,
         gradient_clip_val=outcome.grad_clip or None,

@@ -16,7 +16,7 @@ import yaml
 from cellslide.errors import UsageError, WeightsError
 from cellslide.weights.cache import cache_dir, file_sha256, find_file, how_to_get, verify_file
 from cellslide.weights.classifier import LoadedClassifier, load_classifier
-from cellslide.weights.load import LoadedModel, entry_beside, load_entry, load_file, resolve_path
+from cellslide.weights.load import FINDERS, LoadedModel, entry_beside, load_entry, load_file, resolve_path
 from cellslide.weights.manifest import ENTRY_FILE, Manifest, Source, WeightsEntry
 
 CHUNK_BYTES = 1 << 20
@@ -145,7 +145,7 @@ def _add_known(entry: WeightsEntry, path: Path) -> WeightsEntry:
         raise UsageError(f"--id {entry.id}: taken already; give another --id")
     if path.is_dir():
         raise UsageError(f"{path}: {entry.id} takes one file")
-    if entry.task == "segment":
+    if entry.task in FINDERS:
         load_entry(entry, path)
     elif entry.task == "classify":
         load_classifier(entry.id, path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cellslide.errors import UsageError, WeightsError
-from cellslide.types import HoverDecode, ModelKind, ModelSpec
+from cellslide.types import DetectDecode, HoverDecode, ModelSpec
 from cellslide.weights.cache import file_sha256, require_file, verify_file
 from cellslide.weights.manifest import ENTRY_FILE, Manifest, Source, WeightsEntry, read_entry
 
@@ -23,6 +23,17 @@ DEFAULT_MPP = 0.25
 DEFAULT_TILE_PX = 512
 # Covers twice the radius of the largest nuclei and what the network's edge spoils: 32 µm.
 OVERLAP_UM = 32.0
+# Both find nuclei: as outlines, or as boxes and points.
+FINDERS = ("segment", "detect")
+# Which queries count where the entry says nothing: as published, or as the head was trained here.
+DETECT = {
+    "celldetr": DetectDecode(0.4, 0.0),
+    "muse_points": DetectDecode(0.4, 3.0),
+    # A class that beats the background is enough.
+    "dpa_p2pnet": DetectDecode(0.0, 3.0),
+}
+# Edges of tiles are multiples of the coarsest stride of a detector.
+DETECTOR_MULTIPLE_PX = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +46,25 @@ class LoadedModel:
 
 
 def load_model(model: str | None = None, weights: Path | None = None, task: str = "segment") -> LoadedModel:
-    """Load weights by id, from a file, or the ones that ship for `task`.
+    """Load weights by id, from a file, or the ones that ship for `task`; "detect" as an id means those of that task.
 
     `weights` alone is enough: what the file does not say comes from a `model.yaml` beside it, from the manifest's entry
-    of that file name, or from defaults. With `model` too, the file must be the one that the manifest means.
+    of that file name, or from defaults. With `model` too, the file must be the one that the manifest means. A detector
+    of boxes or points may be named where outlines are asked for, and the reverse: both find nuclei.
     Raises UsageError for an unknown id or another task, WeightsError when weights are missing, changed or do not fit.
     """
     manifest = Manifest.load()
     if weights is not None and model is None:
         return load_file(weights, manifest, task)
-    entry = manifest.default(task) if model is None else manifest.entry(model)
+    entry = _named(manifest, task if model is None else model)
     check_task(entry, task)
     return load_entry(entry, weights)
+
+
+def _named(manifest: Manifest, name: str) -> WeightsEntry:
+    """Return the entry called `name`, or the one that ships for the task of that name."""
+    ships = name in FINDERS and name not in manifest.entries
+    return manifest.default(name) if ships else manifest.entry(name)
 
 
 def load_entry(entry: WeightsEntry, path: Path | None = None) -> LoadedModel:
@@ -92,8 +110,8 @@ def entry_beside(path: Path) -> WeightsEntry | None:
 
 
 def check_task(entry: WeightsEntry, task: str) -> None:
-    """Raise UsageError for weights that were made for another task."""
-    if entry.task != task:
+    """Raise UsageError for weights that were made for another task; segment and detect stand for each other."""
+    if entry.task != task and not {entry.task, task} <= set(FINDERS):
         raise UsageError(
             f"--model {entry.id}: made to {entry.task}, not to {task}; see `cellslide weights list --task {task}`"
         )
@@ -101,14 +119,16 @@ def check_task(entry: WeightsEntry, task: str) -> None:
 
 def describe(path: Path, checkpoint: Checkpoint, sha256: str, manifest: Manifest) -> WeightsEntry:
     """Return an entry for a file nobody described: from its tensors and config, then by its name in the manifest."""
+    from cellslide.models import kind_of
     from cellslide.models.checkpoint import classes_of, infer_config, mpp_of, normalisation_of
 
     config = infer_config(checkpoint)
     known = manifest.by_file_name(path.name)
     known = known if known is not None and known.arch == checkpoint.arch else None
-    blank = WeightsEntry("blank", "segment", checkpoint.arch, source=Source())
+    kind = kind_of(checkpoint.arch)
+    blank = WeightsEntry("blank", "segment" if kind == "mask" else "detect", checkpoint.arch, source=Source())
     mean, std = normalisation_of(checkpoint.config) or ((known or blank).mean, (known or blank).std)
-    classes = classes_of(checkpoint.config, config["num_nuclei_classes"])
+    classes = classes_of(checkpoint.config, config["num_nuclei_classes"]) if kind == "mask" else ()
     return replace(
         known or blank,
         id=slug(path.stem),
@@ -141,35 +161,45 @@ def _finish(entry: WeightsEntry, checkpoint: Checkpoint, path: Path, sha256: str
         raise WeightsError(f"{path}: a {checkpoint.arch} checkpoint, {entry.id} is {entry.arch}")
     config = dict(entry.config) or infer_config(checkpoint)
     module = load_strict(build_empty(checkpoint.arch, config), checkpoint.state, str(path))
-    n_types = _n_types(checkpoint)
+    n_types = _n_types(entry, checkpoint, module)
     if not entry.classes and n_types:
-        entry = replace(entry, classes=classes_of(checkpoint.config, n_types))
-    if n_types and len(entry.classes) != n_types - 1:
-        raise WeightsError(f"{path}: {n_types - 1} nucleus types, {entry.id} names {len(entry.classes)} classes")
-    return LoadedModel(spec_of(entry, config, sha256), module, entry)
+        entry = replace(entry, classes=classes_of(checkpoint.config, n_types + 1))
+    if len(entry.classes) != n_types:
+        raise WeightsError(f"{path}: {n_types} nucleus types, {entry.id} names {len(entry.classes)} classes")
+    spec = spec_of(entry, config, sha256)
+    return LoadedModel(replace(spec, embedding_dim=getattr(module, "embedding_dim", 0)), module, entry)
 
 
-def _n_types(checkpoint: Checkpoint) -> int:
-    """Return the channels of the type branch, background included; 0 without that branch."""
+def _n_types(entry: WeightsEntry, checkpoint: Checkpoint, module: nn.Module) -> int:
+    """Return how many classes a network tells apart, background not among them; 0 if it does not type nuclei."""
+    n_types = getattr(module, "n_types", None)
+    if isinstance(n_types, int):
+        # The only class of a detector, if nobody names it, is the nucleus itself.
+        return n_types if n_types > 1 or entry.classes else 0
     head = checkpoint.state.get("nuclei_type_maps_decoder.decoder0_header.2.bias")
-    return 0 if head is None else len(head)
+    return 0 if head is None else len(head) - 1
 
 
 def spec_of(entry: WeightsEntry, config: Mapping[str, Any], sha256: str) -> ModelSpec:
     """Return what the pipeline must know of `entry`."""
-    mpp = entry.mpp or DEFAULT_MPP
-    kinds: dict[str, ModelKind] = {"segment": "mask", "detect": "box"}
+    from cellslide.models import canonical_arch, kind_of
+
+    mpp, kind = entry.mpp or DEFAULT_MPP, kind_of(entry.arch)
+    if (kind == "mask") != (entry.task == "segment"):
+        raise WeightsError(f"{entry.id}: {entry.arch} gives {kind}s, so its task is not {entry.task}")
     overlap = entry.overlap_px if entry.overlap_px is not None else 2 * round(OVERLAP_UM / mpp / 2)
     return ModelSpec(
         name=entry.id,
-        kind=kinds[entry.task],
+        kind=kind,
         mpp=mpp,
         tile_px=entry.tile_px or DEFAULT_TILE_PX,
         overlap_px=overlap,
         mean=entry.mean,
         std=entry.std,
         classes=entry.classes,
+        multiple_px=16 if kind == "mask" else DETECTOR_MULTIPLE_PX,
         decode=entry.decode or published_decode(mpp),
+        detect=entry.detect or DETECT.get(canonical_arch(entry.arch), DetectDecode()),
         weights_id=entry.id,
         weights_sha256=sha256,
         licence=entry.licence or "",

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from cellslide.errors import UsageError, WeightsError
-from cellslide.types import ClassSpec, HoverDecode
+from cellslide.types import ClassSpec, DetectDecode, HoverDecode
 
 SCHEMA_VERSION = 1
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -70,6 +70,7 @@ class WeightsEntry:
     classes     without background, in the order of the network's channels.
     gated       the source asks for an account and for consent.
     page, published_as  where a person finds the file and its terms, and its name there.
+    decode      how maps become masks; detect: which queries of a box or point model count.
     calibration, safe_gate  for classifiers.
     root        folder that `file` is relative to; not a key.
     """
@@ -97,6 +98,7 @@ class WeightsEntry:
     trained_on: tuple[TrainedOn, ...] = ()
     metrics: Mapping[str, Any] = field(default_factory=dict)
     decode: HoverDecode | None = None
+    detect: DetectDecode | None = None
     calibration: Mapping[str, Any] | None = None
     safe_gate: Mapping[str, Any] | None = None
     citation: str = ""
@@ -133,6 +135,7 @@ class WeightsEntry:
         raw["classes"] = [{"name": c.name, "color": list(c.color)} for c in self.classes]
         raw["trained_on"] = [asdict(t) for t in self.trained_on]
         raw["decode"] = _lean(asdict(self.decode)) if self.decode else None
+        raw["detect"] = asdict(self.detect) if self.detect else None
         kept = ("licence", "sha256", "size_bytes")
         return {k: _plain(v) for k, v in raw.items() if k in kept or v not in (None, "", (), [], {})}
 
@@ -219,6 +222,10 @@ def _decode(raw: Any) -> HoverDecode:
     return HoverDecode(**values)
 
 
+def _detect(raw: Any) -> DetectDecode:
+    return DetectDecode(**{name: float(value) for name, value in dict(raw).items()})
+
+
 def _mapping(raw: Any) -> dict[str, Any]:
     if not isinstance(raw, Mapping):
         raise ValueError(f"{raw!r} is not a mapping")
@@ -232,6 +239,7 @@ def _strings(raw: Any) -> tuple[str, ...]:
 _CONVERT: dict[str, Any] = {
     "id": str, "file": str, "source": _source, "config": _mapping, "mpp": float, "mean": _triple, "std": _triple,
     "classes": _classes, "organs": _strings, "trained_on": _trained_on, "metrics": _mapping, "decode": _decode,
+    "detect": _detect,
     "calibration": _mapping, "safe_gate": _mapping, "gated": bool, "size_bytes": int, "tile_px": int, "overlap_px": int,
 }  # fmt: skip
 

@@ -1,0 +1,106 @@
+"""`cellslide pretrain muse|celldetr SLIDES_OR_TILES... -o DIR`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cellslide.cli.train import FILE, FOLDER, PATH, _need_lightning
+
+_SHARED: tuple[Callable[..., Any], ...] = (
+    click.argument("sources", nargs=-1, required=True, metavar="SLIDES_OR_TILES..."),
+    click.option("-o", "--output", required=True, type=FOLDER, help="Folder of the run."),
+    click.option(
+        "--nuclei", type=FOLDER, help="Folder that `cellslide segment` wrote for the slides.  [default: the one given]"
+    ),
+    click.option("--mpp", type=click.FloatRange(0.05, 2.0), help="Pixel size of the slides, µm, over what they say."),
+    click.option("--recipe", type=FILE, help="YAML recipe; options given win over it."),
+    click.option("--init", type=PATH, help="Weights to start from: of an earlier run, or published."),
+    click.option("--batch-size", type=int, help="Samples per step, over all devices."),
+    click.option("--epochs", type=int, help="Epochs of the whole schedule."),
+    click.option("--epoch-samples", type=int, help="Samples per epoch."),
+    click.option("--max-minutes", type=float, help="End after this many minutes; the schedule then ends too."),
+    click.option("--seed", type=int, help="Seed of weights, views and augmentation."),
+    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Number format of the forward pass."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, mps, cuda or cuda:N."),
+    click.option(
+        "--devices", default=1, show_default=True, type=click.IntRange(1), help="Train on so many at once (DDP)."
+    ),
+    click.option(
+        "--workers", default=1, show_default=True, type=click.IntRange(0, 64), help="Processes that prepare samples."
+    ),
+    click.option("--max-steps", type=click.IntRange(1), help="Stop after this step, schedule unchanged."),
+    click.option(
+        "--log-every", default=20, show_default=True, type=click.IntRange(1), help="Steps between progress lines."
+    ),
+    click.option("--stop-on-collapse", is_flag=True, help="End with an error where the run learns nothing any more."),
+    click.option("--overwrite", is_flag=True, help="Start over; without it a run goes on from its last epoch."),
+)
+
+
+def _shared_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_SHARED):
+        function = option(function)
+    return function
+
+
+@click.group()
+def command() -> None:
+    """Learn from slides or tiles without labels, given where the nuclei are: MUSE, or CellDETR's contrastive variant.
+
+    SLIDES_OR_TILES are slides whose nuclei `cellslide segment` found, its output folders, or data sets with masks or
+    points, of which only the places count.
+
+    \b
+    Examples:
+      cellslide segment slides/ -o out
+      cellslide pretrain muse out -o runs/muse --recipe muse.yaml
+      cellslide pretrain muse slides/*.svs data/tnbc --nuclei out -o runs/muse --devices 4
+      cellslide pretrain celldetr out --recipe contrastive.yaml -o runs/contrastive --stop-on-collapse
+    """
+
+
+@command.command()
+@_shared_options
+def muse(**given: Any) -> None:
+    """Pretrain a MUSE backbone by self-distillation of images and of their nuclei.
+
+    Writes model.safetensors, model.yaml and card.json (the teacher's backbone), teacher.pth (the whole teacher, as
+    published), last.ckpt and logs/. The same command again goes on from last.ckpt with the same numbers.
+    """
+    _need_lightning()
+    from cellslide.pretrain.muse import pretrain_muse
+    from cellslide.pretrain.recipe import load_muse_recipe
+
+    sources, options, stop, recipe, overrides = _run_options(given)
+    pretrain_muse(sources, load_muse_recipe(recipe, overrides), options, stop)
+
+
+@command.command()
+@_shared_options
+def celldetr(**given: Any) -> None:
+    """Pretrain a CellDETR by telling each nucleus, its box shifted and scaled, from the others of its crop.
+
+    Writes model.safetensors, model.yaml and card.json for `train celldetr --init`, last.ckpt and logs/. The same
+    command again goes on from last.ckpt with the same numbers.
+    """
+    _need_lightning()
+    from cellslide.pretrain.celldetr import pretrain_celldetr
+    from cellslide.pretrain.recipe import load_celldetr_recipe
+
+    sources, options, stop, recipe, overrides = _run_options(given)
+    pretrain_celldetr(sources, load_celldetr_recipe(recipe, overrides), options, stop)
+
+
+def _run_options(given: dict[str, Any]) -> tuple[Any, Any, bool, Path | None, dict[str, Any]]:
+    """Return the sources, what concerns the run alone, whether to stop, the recipe and what wins over it."""
+    from cellslide.pretrain.fields import Sources
+    from cellslide.train.run import RunOptions
+
+    sources = Sources(given.pop("sources"), given.pop("nuclei"), given.pop("mpp"))
+    names = ("output", "device", "workers", "init", "overwrite", "max_steps", "log_every", "devices")
+    options = RunOptions(*(given.pop(name) for name in names))
+    return sources, options, given.pop("stop_on_collapse"), given.pop("recipe"), given

@@ -1,0 +1,135 @@
+"""CellDETR's contrastive pretraining: a nucleus, its box shifted and scaled, is told from the others of its crop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cellslide.errors import UsageError
+from cellslide.models import build_model
+from cellslide.models.celldetr import CellDETR, DetrOutput, Found
+from cellslide.pretrain.data import BoxCrops, BoxedCrops
+from cellslide.pretrain.fields import FieldRules, FieldSet, Sources, load_fields
+from cellslide.pretrain.module import Feed, Pretraining, check_devices, say_fields
+from cellslide.pretrain.recipe import CellDETRPretrainRecipe
+from cellslide.pretrain.watch import Reading, spread_of
+from cellslide.train.callbacks import ModelWriter
+from cellslide.train.celldetr_losses import info_nce, match, set_losses
+from cellslide.train.celldetr_run import load_init
+from cellslide.train.celldetr_slots import noised_slots
+from cellslide.train.export import licences, write_files
+from cellslide.train.run import Outcome, RunOptions, find_start, fit
+
+
+class CellDETRPretraining(Pretraining):
+    """Trains a CellDETR's representation decoder without classes, and its detector on the same boxes if asked to."""
+
+    watched = ("cell",)
+    recipe: CellDETRPretrainRecipe
+
+    def __init__(
+        self, recipe: CellDETRPretrainRecipe, model: CellDETR, feed: Feed, stop_on_collapse: bool = False
+    ) -> None:
+        super().__init__(recipe, model, model, feed, stop_on_collapse)
+
+    def is_backbone(self, name: str) -> bool:
+        """Whether a parameter belongs to the convolutional backbone."""
+        return name.startswith("detr.backbone.")
+
+    def training_step(self, batch: BoxedCrops, batch_idx: int) -> Tensor:
+        """Return the loss of one batch and log its parts; raises FloatingPointError if it is not finite."""
+        assert isinstance(self.model, CellDETR)
+        noise = self.recipe.noise
+        own = [boxes[valid] for boxes, valid in zip(batch.boxes, batch.valid, strict=True)]
+        output = self.model.detect(self.normalized(batch.image))
+        slots = noised_slots(own, noise.low, noise.high, noise.enlarge_p)
+        projected = self.model.contrast(output, slots).logits
+        contrast = info_nce(projected, slots.counts, noise.temperature)
+        detection = self.detection_loss(output, own)
+        total = self.check_finite(contrast + self.recipe.detection * detection)
+        # What InfoNCE is where nothing is told apart: the mean log of the number to choose from.
+        chance = [math.log(n) for n in slots.counts if n]
+        self.say({"train/loss": total, "train/contrast": contrast, "train/detection": detection,
+                  "train/chance": sum(chance) / max(len(chance), 1)})  # fmt: skip
+        cells = torch.cat([rows[:n] for rows, n in zip(projected, slots.counts, strict=True)])
+        self.say(Reading(spread_of(cells)).as_dict("cell"))
+        return total
+
+    def detection_loss(self, output: DetrOutput, boxes: Sequence[Tensor]) -> Tensor:
+        """Return the weighted terms of the detector, summed over its layers and proposals; 0 if not asked for."""
+        if self.recipe.detection == 0:
+            return output.logits.sum() * 0.0
+        layers = [Found(output.logits, output.boxes), *output.aux]
+        layers += [] if output.proposals is None else [output.proposals]
+        weights, terms = self.recipe.matcher, []
+        for found in layers:
+            pairs = match(found.logits, found.boxes, boxes, weights)
+            everywhere = torch.ones_like(found.logits[..., 0], dtype=torch.bool)
+            terms.append(set_losses(found.logits, found.boxes, boxes, pairs, everywhere).weighted(weights))
+        return torch.stack(terms).sum()
+
+
+def pretrain_celldetr(
+    sources: Sources, recipe: CellDETRPretrainRecipe, options: RunOptions, stop_on_collapse: bool = False
+) -> CellDETRPretraining:
+    """Pretrain, or go on from `folder/last.ckpt` if it is there; returns the module.
+
+    `options.init` holds weights of a whole network to start from. Raises UsageError for sources or a recipe that do not
+    fit, WeightsError for weights that do not, CollapseError if asked to, Interrupted on a signal.
+    """
+    check_devices(recipe.batch_size, options.devices)
+    start = find_start(options, recipe)
+    rules = FieldRules(recipe.mpp, recipe.field_px, recipe.min_nuclei, recipe.slides_weight, dict(recipe.datasets))
+    sets = load_fields(sources, rules)
+    say_fields(sets)
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe.model.arch, network_config(recipe))
+    if not isinstance(model, CellDETR) or not hasattr(model, "contrastive_project"):
+        raise UsageError("recipe model: arch must be celldetr, and config.repr_layers 1 or more")
+    if options.init is not None and start.checkpoint is None:
+        load_init(model, options.init)
+    feed = Feed(BoxCrops(sets, recipe), options.workers, start.first_epoch)
+    module = CellDETRPretraining(recipe, model, feed, stop_on_collapse)
+    outcome = Outcome(writer(recipe, sets, sources), "", 0.0, recipe.optim.grad_clip)
+    fit(module, (None, None), options, start, outcome)
+    return module
+
+
+def network_config(recipe: CellDETRPretrainRecipe) -> dict[str, Any]:
+    """Return the network's configuration: no classes, and the head of the contrast."""
+    return {**recipe.model.config, "num_classes": 0, "projection": True}
+
+
+def writer(recipe: CellDETRPretrainRecipe, sets: Sequence[FieldSet], sources: Sources) -> ModelWriter:
+    """Return what writes the whole network, which `train celldetr --init` starts from."""
+    used = [s.as_dict() for s in sets]
+
+    def write(folder: Path, state: Mapping[str, Tensor], metrics: Mapping[str, float], step: int) -> None:
+        card = {"metrics": dict(metrics), "step": step, "recipe": recipe.as_dict(), "data": used}
+        entry = entry_of(recipe, sources)
+        write_files(folder, state, lambda sha256, size: {**entry, "sha256": sha256, "size_bytes": size}, card)
+
+    return write
+
+
+def entry_of(recipe: CellDETRPretrainRecipe, sources: Sources) -> dict[str, Any]:
+    """Return the manifest entry of a pretrained network, without what its file tells."""
+    return {
+        "id": recipe.id,
+        "task": "backbone",
+        "arch": recipe.model.arch,
+        "config": network_config(recipe),
+        "file": "model.safetensors",
+        "licence": "Apache-2.0",
+        "gated": False,
+        "mpp": recipe.mpp,
+        "mean": list(recipe.model.mean),
+        "std": list(recipe.model.std),
+        "trained_on": [{"dataset": p.resolve().name, "licence": "; ".join(licences(p))} for p in sources.datasets],
+        "citation": "CellDETR (method); weights trained with cellslide",
+    }

@@ -1,0 +1,169 @@
+"""Training of CellDETR: boxes by set matching, classes in parallel or sequential mode, and embeddings by contrast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cellslide.models.celldetr import CellDETR, DetrOutput, Found, Slots, parallel_slots
+from cellslide.train.celldetr_data import BoxCrops, MarkedImage
+from cellslide.train.celldetr_losses import (
+    PARALLEL_FACTOR,
+    SEQUENTIAL_FACTOR,
+    Pairs,
+    SetParts,
+    empty_loss,
+    info_nce,
+    label_loss,
+    match,
+    noise_boxes,
+    set_losses,
+)
+from cellslide.train.celldetr_recipe import CellDETRRecipe
+from cellslide.train.celldetr_scores import BoxScores
+from cellslide.train.celldetr_slots import NEAR, denoising_slots, noised_slots
+from cellslide.train.module import Training
+
+
+class CellDETRTraining(Training):
+    """Trains CellDETR on crops with boxes; validation counts what its inference finds within 3 µm."""
+
+    def __init__(self, recipe: CellDETRRecipe, model: CellDETR) -> None:
+        super().__init__(recipe, model.to(memory_format=torch.channels_last) if recipe.channels_last else model)
+        self.recipe = recipe
+        self.register_buffer("mean", 255 * torch.tensor(recipe.model.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(recipe.model.std).view(1, 3, 1, 1), persistent=False)
+        self._scores = BoxScores(recipe)
+
+    @property
+    def net(self) -> CellDETR:
+        """The network."""
+        assert isinstance(self.model, CellDETR)
+        return self.model
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """Return uint8 images (B, 3, H, W) as the network takes them."""
+        x: Tensor = (image.float() - self.mean) / self.std
+        return x.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else x
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW; biases, norms and other vectors have no weight decay, backbone and sampling their own rate."""
+        optim = self.recipe.optim
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                decay = optim.weight_decay if parameter.ndim > 1 else 0.0
+                groups.setdefault((rate_share(name, self.recipe), decay), []).append(parameter)
+        return torch.optim.AdamW(
+            [{"params": p, "lr_scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()],
+            lr=optim.lr,
+            betas=optim.betas,
+        )
+
+    def training_step(self, batch: BoxCrops, batch_idx: int) -> Tensor:
+        """Return the loss of one batch and log its parts; raises FloatingPointError if it is not finite."""
+        output = self.net.detect(self.normalise(batch.image))
+        parts, pairs = self.detection_loss(output, batch)
+        weights = self.recipe.loss
+        if weights.label > 0 and self.recipe.model.classes:
+            parts["label"] = weights.label * self.class_loss(output, batch, pairs)
+        if weights.contrastive > 0:
+            parts["contrastive"] = weights.contrastive * self.contrastive_loss(output, batch)
+        total = self.check_finite(torch.stack(list(parts.values())).sum())
+        shown = {f"train/{name}": value.detach() for name, value in parts.items()} | {"train/loss": total.detach()}
+        self.log_dict(shown, on_step=False, on_epoch=True, batch_size=len(batch.image))
+        return total
+
+    def detection_loss(self, output: DetrOutput, batch: BoxCrops) -> tuple[dict[str, Tensor], list[Pairs]]:
+        """Return the weighted terms by name, summed over the decoder's layers, and the pairs of its last layer."""
+        weights = self.recipe.loss
+        last, pairs = self._layer(Found(output.logits, output.boxes), batch)
+        parts = {"ce": weights.ce * last.ce, "bbox": weights.bbox * last.bbox, "giou": weights.giou * last.giou}
+        others = [self._layer(found, batch)[0].weighted(weights) for found in output.aux]
+        if others:
+            parts["aux"] = torch.stack(others).sum()
+        if output.proposals is not None:
+            repeats = self.recipe.matcher.proposal_repeats
+            first = self._layer(output.proposals, batch, repeats)[0].weighted(weights)
+            parts["proposals"] = weights.proposals * first
+        return parts, pairs
+
+    def _layer(self, found: Found, batch: BoxCrops, repeats: int = 1) -> tuple[SetParts, list[Pairs]]:
+        pairs = match(found.logits, found.boxes, batch.boxes, self.recipe.matcher, repeats)
+        known = known_at(batch.known, found.boxes)
+        return set_losses(found.logits, found.boxes, batch.boxes, pairs, known), pairs
+
+    def class_loss(self, output: DetrOutput, batch: BoxCrops, pairs: Sequence[Pairs]) -> Tensor:
+        """Return the loss of the classes that the representation decoder gives, not weighted."""
+        if self.recipe.mode == "sequential":
+            logits = self.net.represent(output, output.boxes.detach()).logits
+            found = torch.cat([rows[pair.query] for rows, pair in zip(logits, pairs, strict=True)])
+            true = torch.cat([label[pair.target] for label, pair in zip(batch.label, pairs, strict=True)])
+            return label_loss(found, true, SEQUENTIAL_FACTOR)
+        slots = self.box_slots(batch.boxes)
+        logits = self.net.represent(output, slots.boxes, slots.mask).logits
+        label = torch.cat(batch.label)
+        loss = label_loss(own_rows(logits, slots), label, PARALLEL_FACTOR)
+        if self.recipe.boxes != "denoising":
+            return loss
+        near, far = own_rows(logits, slots, 1), own_rows(logits, slots, 2)
+        return loss + 0.5 * label_loss(near, label, PARALLEL_FACTOR) + 0.5 * empty_loss(far, PARALLEL_FACTOR)
+
+    def box_slots(self, own: Sequence[Tensor]) -> Slots:
+        """Return what the representation decoder sees in parallel mode."""
+        n_global = self.net.config.global_boxes
+        if self.recipe.boxes == "denoising":
+            return denoising_slots(own, n_global)
+        if self.recipe.boxes == "noised":
+            own = [noise_boxes(boxes, *NEAR, share=0.6) for boxes in own]
+        return parallel_slots(own, n_global)
+
+    def contrastive_loss(self, output: DetrOutput, batch: BoxCrops) -> Tensor:
+        """Return the InfoNCE loss of noised boxes against the nuclei of their image, not weighted."""
+        weights = self.recipe.loss
+        slots = noised_slots(batch.boxes, *weights.noise)
+        return info_nce(self.net.contrast(output, slots).logits, slots.counts, weights.temperature)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move crops; a validation image stays, since it is cut into tiles first."""
+        if isinstance(batch, MarkedImage):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def validation_step(self, item: MarkedImage, batch_idx: int) -> None:
+        """Score one whole image."""
+        self._scores.add(item, self._infer)
+
+    def _infer(self, image: Tensor) -> dict[str, Tensor]:
+        outputs: dict[str, Tensor] = self.model(self.normalise(image.to(self.device)))
+        return outputs
+
+    def on_validation_epoch_end(self) -> None:
+        """Log detection F1 of each data set, their mean, and the classes' mean F1 where nuclei are typed."""
+        for name, value in self._scores.take().items():
+            self.log(f"val/{name}", value)
+
+
+def rate_share(name: str, recipe: CellDETRRecipe) -> float:
+    """Return the share of the learning rate of a parameter by its name."""
+    if name.startswith("detr.backbone."):
+        return recipe.optim.encoder_lr_scale
+    samples = "sampling_offsets" in name or "reference_points" in name
+    return recipe.optim.point_lr_scale if samples else 1.0
+
+
+def known_at(known: Tensor, boxes: Tensor) -> Tensor:
+    """Return bool (B, Q): whether the centre of boxes (B, Q, 4) lies where `known` (B, H, W) is annotated."""
+    height, width = known.shape[1:]
+    size = boxes.new_tensor([width, height])
+    xy = (boxes[..., :2].detach() * size).long()
+    index = xy[..., 1].clamp(0, height - 1) * width + xy[..., 0].clamp(0, width - 1)
+    return known.flatten(1).gather(1, index)
+
+
+def own_rows(values: Tensor, slots: Slots, group: int = 0) -> Tensor:
+    """Return the rows (M, C) of `values` (B, N, C) that stand for the images' own boxes, or for a group of copies."""
+    return torch.cat([rows[group * n : (group + 1) * n] for rows, n in zip(values, slots.counts, strict=True)])
