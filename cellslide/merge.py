@@ -58,8 +58,8 @@ def to_cells(instances: Instances, tile: Tile, plane: Plane, info: SlideInfo, ba
 
     Kept: centroid on the slide and in the own box or within `band_um` of it; or farther out, when the nucleus is so
     large that the owner's read box cuts it. Nuclei cut by the read box are dropped unless that edge is the plane's.
-    Centroids are rounded to 1/1024 px, so that every tile gives a nucleus the same number; a point or box that a network
-    puts a little beyond the slide's edge is moved onto it.
+    Centroids are rounded to 1/1024 px, so that every tile gives a nucleus the same number; a point or box that a
+    network puts a little beyond the slide's edge is moved onto it.
     """
     own = _level0_box(tile.own_xyxy, plane)
     centroid = _round(plane.to_level0(_round(tile.to_plane(instances.centroid_xy))))

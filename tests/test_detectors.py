@@ -163,17 +163,22 @@ def test_the_picture_shows_boxes_and_points_where_they_are(
     _, table = run(slide, tmp_path, kind)
     with open_slide(slide.path) as opened:
         path = render_overlay(opened, table.path, tmp_path / "o.png", (90, 90, 290, 290))
-    drawn = np.abs(np.asarray(Image.open(path)).astype(int) - slide.image[90:290, 90:290]).max(axis=2) > 60
+    picture, bare = np.asarray(Image.open(path)).astype(int), slide.image[90:290, 90:290].astype(int)
+    drawn = np.abs(picture - bare).max(axis=2) > 60
     (chunk,) = table.iter_chunks()
     centre = chunk.cells.centroid_xy - 90
-    inside = ((centre > 12) & (centre < 188)).all(axis=1)
-    assert inside.sum() > 20
-    around = np.array([[dx, 0] for dx in (-7, 7)] if kind == "box" else [[dx, 0] for dx in (-3, 3)])
-    for place in centre[inside]:
-        x, y = np.floor(place).astype(int)
-        assert not drawn[y, x], "the middle stays free"
-        for dx, dy in around:
-            assert drawn[y + dy - 1 : y + dy + 2, x + dx - 1 : x + dx + 2].any()
+    inside = np.flatnonzero(((centre > 12) & (centre < 188)).all(axis=1))
+    assert len(inside) > 20
+    for i in inside:
+        x, y = np.floor(centre[i]).astype(int)
+        color = table.colors[chunk.class_index[i]]
+        if kind == "box":
+            assert not drawn[y, x]
+            assert all(drawn[y - 1 : y + 2, x + dx - 1 : x + dx + 2].any() for dx in (-7, 7))
+        else:
+            np.testing.assert_array_equal(picture[y, x], color)
+            assert picture[y, x - 4 : x + 5].min(axis=1).max() > 150  # the white rim
+            assert not drawn[y, [x - 6, x + 6]].any()
 
 
 @KINDS
