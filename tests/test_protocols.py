@@ -106,7 +106,7 @@ def pairs_on_maps(true: np.ndarray, pred: np.ndarray, radius: float) -> Tally:
         place = next(
             (tuple(tree.data[i].astype(int)) for i in near if i < tree.n and left[tuple(tree.data[i].astype(int))]),
             None,
-        )  # noqa: E501
+        )
         tp, fn = tp + (place is not None), fn + (place is None)
         if place is not None:
             left[place] = False

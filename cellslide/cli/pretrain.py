@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cellslide.cli.train import FILE, FOLDER, PATH, _need_lightning
+from cellslide.cli.train import FILE, FOLDER, PATH, need_lightning
 
 _SHARED: tuple[Callable[..., Any], ...] = (
     click.argument("sources", nargs=-1, required=True, metavar="SLIDES_OR_TILES..."),
@@ -71,7 +71,7 @@ def muse(**given: Any) -> None:
     Writes model.safetensors, model.yaml and card.json (the teacher's backbone), teacher.pth (the whole teacher, as
     published), last.ckpt and logs/. The same command again goes on from last.ckpt with the same numbers.
     """
-    _need_lightning()
+    need_lightning()
     from cellslide.pretrain.muse import pretrain_muse
     from cellslide.pretrain.recipe import load_muse_recipe
 
@@ -87,7 +87,7 @@ def celldetr(**given: Any) -> None:
     Writes model.safetensors, model.yaml and card.json for `train celldetr --init`, last.ckpt and logs/. The same
     command again goes on from last.ckpt with the same numbers.
     """
-    _need_lightning()
+    need_lightning()
     from cellslide.pretrain.celldetr import pretrain_celldetr
     from cellslide.pretrain.recipe import load_celldetr_recipe
 

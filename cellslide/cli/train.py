@@ -74,7 +74,7 @@ def cellvta(recipe: Path | None, init: Path | None, **rest: Any) -> None:
     Writes model.safetensors, model.yaml and card.json (best by validation bPQ), last/ (newest), last.ckpt and logs/.
     The same command again goes on from last.ckpt with the same numbers.
     """
-    _need_lightning()
+    need_lightning()
     from cellslide.train.recipe import load_recipe
     from cellslide.train.run import train
 
@@ -91,7 +91,7 @@ def nuclass_local(recipe: Path | None, init: Path | None, **rest: Any) -> None:
     Writes model.safetensors, model.yaml and card.json (best by the recipe's monitor), last/ (newest), last.ckpt and
     logs/. The same command again goes on from last.ckpt with the same numbers.
     """
-    _need_lightning()
+    need_lightning()
     from cellslide.train.nuclass_recipe import load_nuclass_recipe
     from cellslide.train.nuclass_run import train_local
 
@@ -111,7 +111,7 @@ def nuclass_global(
 
     What the recipe does not say is as in the local run. Writes what nuclass-local writes, with both paths.
     """
-    _need_lightning()
+    need_lightning()
     from cellslide.train.nuclass_recipe import load_nuclass_recipe
     from cellslide.train.nuclass_run import recipe_before, train_global
 
@@ -130,7 +130,7 @@ def nuclass_gate(recipe: Path | None, local: Path, global_: Path, **rest: Any) -
     Both paths stay as they are: their features are computed once and kept below the run's folder. What the recipe does
     not say is as in the global run. `cellslide calibrate` comes next.
     """
-    _need_lightning()
+    need_lightning()
     from cellslide.train.nuclass_recipe import load_nuclass_recipe
     from cellslide.train.nuclass_run import recipe_before, train_gate
 
@@ -155,7 +155,7 @@ def muse_points(recipe: Path | None, init: Path | None, encoder_weights: Path | 
     Writes model.safetensors, model.yaml and card.json (best by mean F1), last/ (newest), last.ckpt and logs/.
     The same command again goes on from last.ckpt with the same numbers.
     """
-    _need_lightning()
+    need_lightning()
     from cellslide.train.points_recipe import load_points_recipe
     from cellslide.train.points_run import train_points
 
@@ -176,7 +176,7 @@ def celldetr(recipe: Path | None, init: Path | None, encoder_weights: Path | Non
     and card.json (best by the recipe's monitor), last/ (newest), last.ckpt and logs/. The same command again goes on
     from last.ckpt with the same numbers.
     """
-    _need_lightning()
+    need_lightning()
     from cellslide.train.celldetr_recipe import load_celldetr_recipe
     from cellslide.train.celldetr_run import train_celldetr
 
@@ -194,6 +194,7 @@ def _run_options(init: Path | None, given: dict[str, Any]) -> tuple[tuple[Path, 
     return datasets, RunOptions(output, device, workers, init, overwrite, max_steps, log_every), given
 
 
-def _need_lightning() -> None:
+def need_lightning() -> None:
+    """Raise MissingDependencyError where the training extra is not installed."""
     if find_spec("lightning") is None:
         raise MissingDependencyError("training needs lightning: pip install 'cellslide[train]'")
