@@ -7,7 +7,8 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -22,8 +23,8 @@ from cellslide.classify.slide import Organ, typed_by
 from cellslide.classify.targets import Target, check_slide, open_target, require_cells
 from cellslide.config import OutputConfig
 from cellslide.embed import Embedder, embed_slide
-from cellslide.errors import CellslideError, Interrupted
-from cellslide.pipeline import IDLE, Layout, Watch, in_words, lay_out, open_source, read_tile, run_slide
+from cellslide.errors import BusyError, CellslideError, Interrupted
+from cellslide.pipeline import IDLE, Layout, Watch, held, in_words, lay_out, open_source, read_tile, run_slide
 from cellslide.record import head_sha256, now_utc, read_record, write_record
 from cellslide.segmenter import Segmenter, resolved
 from cellslide.slide import Slide
@@ -32,6 +33,9 @@ from cellslide.types import ClassifierSpec, RunRecord, WeightsRef
 
 # Broken weights or a missing device would fail every slide in the same way.
 ENVIRONMENT = 3
+
+# There is no SIGUSR1 on Windows.
+STOPPING = (signal.SIGINT, signal.SIGTERM, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +67,7 @@ def segment_slides(
     for source in sources:
         watch.check()
         work = partial(run_slide, source, segmenter, out_dir, watch)
-        yield _tried(source, work, partial(_record_failure, source, segmenter, out_dir / source.slide_id))
+        yield _tried(source, work, partial(write_failure, source, segmenter, out_dir / source.slide_id))
 
 
 def _tried(
@@ -80,13 +84,14 @@ def _tried(
             raise
         log.debug("%s failed", source.path, exc_info=error)
         words, code = in_words(error), getattr(error, "exit_code", 1)
-        if record_failure is not None:
+        if record_failure is not None and not isinstance(error, BusyError):
             record_failure(words)
         return SlideOutcome(source.slide_id, "failed", None, time.perf_counter() - start, words, code)
-    return _outcome(source, record, skipped, time.perf_counter() - start)
+    return outcome_of(source, record, skipped, time.perf_counter() - start)
 
 
-def _outcome(source: SlideInput, record: RunRecord, skipped: bool, seconds: float) -> SlideOutcome:
+def outcome_of(source: SlideInput, record: RunRecord, skipped: bool, seconds: float) -> SlideOutcome:
+    """Return how a slide ended by its record; one of which tiles failed counts as failed."""
     if record.status == "done_with_errors":
         first, counts = record.failed_tiles[0], record.counts
         where = f"the first at ({first.x}, {first.y}): {first.error}"
@@ -95,7 +100,7 @@ def _outcome(source: SlideInput, record: RunRecord, skipped: bool, seconds: floa
     return SlideOutcome(source.slide_id, "skipped" if skipped else "done", record.counts.nuclei, seconds)
 
 
-def _record_failure(source: SlideInput, segmenter: Segmenter, folder: Path, words: str) -> None:
+def write_failure(source: SlideInput, segmenter: Segmenter, folder: Path, words: str) -> None:
     """Write a record for a slide that failed before it had one; what an earlier run left is not touched."""
     try:
         earlier = read_record(folder)
@@ -120,7 +125,9 @@ def _record_failure(source: SlideInput, segmenter: Segmenter, folder: Path, word
         finished=now,
         error=words,
     )
-    write_record(folder, record)
+    # Where the folder cannot be written, the line on the screen has to do.
+    with suppress(OSError):
+        write_record(folder, record)
 
 
 def classify_slides(
@@ -144,9 +151,39 @@ def _classify(
     target: Target, classifier: Classifier, rule: Rule, organ_of: Callable[[str | None], Organ], watch: Watch
 ) -> tuple[RunRecord, bool]:
     require_cells(target)
-    with open_target(target, classifier.config.mpp) as slide:
+    with open_target(target, classifier.config.mpp) as slide, held(target.folder, watch) as watch:
         check_slide(target, slide)
         return classify_slide(target.folder, slide, classifier, rule, organ_of(target.source.organ), watch)
+
+
+def run_slides(
+    sources: Iterable[SlideInput],
+    segmenter: Segmenter,
+    classifier: Classifier,
+    rule: Rule,
+    organ_of: Callable[[str | None], Organ],
+    out_dir: Path,
+    watch: Watch = IDLE,
+) -> Iterator[SlideOutcome]:
+    """Segment and type slides in order and yield how each ended; raises as `classify_slides`.
+
+    A slide of which some tiles failed is typed all the same, and counts as failed.
+    """
+    for source in sources:
+        (found,) = segment_slides([source], segmenter, out_dir, watch)
+        if found.cells is None:
+            yield found
+            continue
+        (typed,) = classify_slides([Target(source, out_dir / source.slide_id)], classifier, rule, organ_of, watch)
+        yield joined(found, typed)
+
+
+def joined(found: SlideOutcome, typed: SlideOutcome) -> SlideOutcome:
+    """Return how a slide ended whose nuclei were found and typed: the worse of both."""
+    seconds = found.seconds + typed.seconds
+    if typed.status == "failed" or found.status == "failed":
+        return replace(typed if typed.status == "failed" else found, seconds=seconds)
+    return replace(found if found.status == "done" else typed, seconds=seconds)
 
 
 def embed_slides(targets: Iterable[Target], embedder: Embedder, watch: Watch = IDLE) -> Iterator[SlideOutcome]:
@@ -158,7 +195,7 @@ def embed_slides(targets: Iterable[Target], embedder: Embedder, watch: Watch = I
 
 def _embed(target: Target, embedder: Embedder, watch: Watch) -> tuple[RunRecord, bool]:
     require_cells(target)
-    with open_target(target, embedder.config.mpp) as slide:
+    with open_target(target, embedder.config.mpp) as slide, held(target.folder, watch) as watch:
         check_slide(target, slide)
         return embed_slide(target.folder, slide, embedder, watch)
 
@@ -179,8 +216,9 @@ def _regate(
     target: Target, rule_of: Callable[[ClassifierSpec], Rule], output: OutputConfig, watch: Watch
 ) -> tuple[RunRecord, bool]:
     require_cells(target)
-    rule = rule_of(typed_by(target.folder))
-    return regate_slide(target.folder, rule, output, watch), False
+    with held(target.folder, watch) as watch:
+        rule = rule_of(typed_by(target.folder))
+        return regate_slide(target.folder, rule, output, watch), False
 
 
 def plan(source: SlideInput, segmenter: Segmenter, seconds_per_tile: float | None = None) -> tuple[int, float]:
@@ -217,9 +255,9 @@ def in_shard(slide_id: str, shard: tuple[int, int]) -> bool:
 
 
 class StopOnSignal:
-    """While it is entered, Ctrl-C and SIGTERM ask for a clean stop; called, it gives the exit code asked for, or None.
+    """While it is entered, Ctrl-C, SIGTERM and SIGUSR1 ask for a clean stop; called, it gives the exit code, or None.
 
-    A second Ctrl-C stops at once.
+    SIGUSR1, the warning that Slurm sends before it kills, counts as SIGTERM. A second Ctrl-C stops at once.
     """
 
     def __init__(self) -> None:
@@ -230,7 +268,7 @@ class StopOnSignal:
         return self._code
 
     def __enter__(self) -> StopOnSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPPING:
             self._before[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -241,5 +279,5 @@ class StopOnSignal:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._code is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._code = 128 + number
+        self._code = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
         log.warning("stopping after the tiles at hand; finished tiles are kept")

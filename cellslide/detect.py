@@ -6,8 +6,11 @@ torch, so that a decoding process starts fast and stays small.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -15,6 +18,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing.connection import wait
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -22,8 +26,8 @@ import cv2
 import numpy as np
 
 from cellslide.decode import decode_hover
-from cellslide.errors import CellslideError
-from cellslide.types import HoverDecode, HoverMaps, Instances, Seconds, Tile, UInt8
+from cellslide.errors import TileError
+from cellslide.types import HoverDecode, HoverMaps, Instances, NoOutput, Seconds, Tile, UInt8
 
 if TYPE_CHECKING:
     from cellslide.infer import Engine, TileOutput
@@ -31,6 +35,10 @@ if TYPE_CHECKING:
 ReadTile = Callable[[Tile], UInt8]
 MAX_READERS = 8
 MAX_WORKERS = 16
+# A tile whose decoding process died is done again so often, in a process that does nothing else.
+TRIES_ALONE = 2
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,7 @@ class _Pending:
     future: Future[tuple[Instances, float]] | None = None
     instances: Instances | None = None
     error: str | None = None
+    maps: HoverMaps | None = None
 
 
 class _Inline(Executor):
@@ -100,8 +109,8 @@ class Detector:
     def run(self, read: ReadTile, tiles: Iterable[Tile], seconds: Seconds) -> Generator[TileResult, None, None]:
         """Yield one result per tile, in the order given; `seconds` gains the time of each stage.
 
-        A tile that cannot be read or decoded is yielded with its error. Raises CellslideError when a decoding process
-        dies or the device runs out of memory.
+        A tile that cannot be read or decoded, or does not fit into the device's memory, is yielded with its error. A
+        decoding process that dies is replaced and its tile done again.
         """
         pending: deque[_Pending] = deque()
         limit = 2 * max(self.workers, 1)
@@ -149,44 +158,85 @@ class Detector:
     def _submit(self, read: _Read, output: TileOutput | None) -> _Pending:
         if output is None:
             return _Pending(read.tile, error=read.error)
+        if isinstance(output, NoOutput):
+            return _Pending(read.tile, error=f"infer: {output.error}")
         if isinstance(output, Instances):
             return _Pending(read.tile, instances=output if len(output) else None)
         if not output.foreground.any():
             return _Pending(read.tile)
+        return _Pending(read.tile, self._decode(output), maps=output)
+
+    def _decode(self, maps: HoverMaps) -> Future[tuple[Instances, float]]:
         try:
-            return _Pending(read.tile, self._executor().submit(decode_task, output, self.engine.spec.decode))
-        except BrokenProcessPool as error:
-            raise self._broken() from error
+            return self._executor().submit(decode_task, maps, self.engine.spec.decode)
+        except BrokenProcessPool:
+            self.close()
+            return self._executor().submit(decode_task, maps, self.engine.spec.decode)
 
     def _result(self, item: _Pending, seconds: Seconds) -> TileResult:
         if item.future is None:
             return TileResult(item.tile, item.instances, item.error)
         try:
-            instances, spent = item.future.result()
-        except BrokenProcessPool as error:
-            raise self._broken() from error
+            instances, spent = self._decoded(item.future, item)
+        except TileError as error:
+            return TileResult(item.tile, None, f"decode: {error}")
         except Exception as error:
             # Whatever it is, it is this tile's: it is recorded with the tile, and the run ends non-zero.
             return TileResult(item.tile, None, f"decode: {type(error).__name__}: {error}")
         seconds.decode += spent
         return TileResult(item.tile, instances if len(instances) else None)
 
+    def _decoded(self, future: Future[tuple[Instances, float]], item: _Pending) -> tuple[Instances, float]:
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            # All tiles that were with the dead process's pool come here; which of them killed it, nobody can tell.
+            x, y = item.tile.read_xyxy[:2]
+            log.warning("a decoding process died; the tile at (%d, %d) is done again", x, y)
+        if item.maps is None:
+            raise TileError("its decoding process died")
+        return decode_alone(item.maps, self.engine.spec.decode)
+
     def _executor(self) -> Executor:
         if self._pool is None:
-            spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.workers, spawn, _start_worker) if self.workers else _Inline()
+            self._pool = _processes(self.workers) if self.workers else _Inline()
         return self._pool
 
-    def _broken(self) -> CellslideError:
-        self.close()  # The next slide gets new processes.
-        return CellslideError("a decoding process died, most likely killed for want of memory: use fewer --workers")
+
+def decode_alone(maps: HoverMaps, config: HoverDecode) -> tuple[Instances, float]:
+    """Decode one tile in a process of its own; raises TileError when that dies time and again."""
+    for _ in range(TRIES_ALONE):
+        try:
+            with _processes(1) as alone:
+                return alone.submit(decode_task, maps, config).result()
+        except BrokenProcessPool:
+            continue
+    raise TileError(
+        "its decoding process died again and again, most likely killed for want of memory: use fewer --workers, or a "
+        "smaller --tile-size"
+    )
+
+
+def _processes(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
 
 
 def _start_worker() -> None:
-    # Ctrl-C reaches the whole process group; the main process decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C, and Slurm's warning, reach the whole process group; the main process decides when to stop.
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # One process a core is the parallelism; OpenCV's own threads would only fight over them.
     cv2.setNumThreads(1)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent was killed, which could not tell it so."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def decode_task(maps: HoverMaps, config: HoverDecode) -> tuple[Instances, float]:

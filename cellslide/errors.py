@@ -5,6 +5,17 @@ Every error carries the exit code that the command line ends with; one place, `c
 
 from __future__ import annotations
 
+import errno
+import re
+
+# Control characters, line breaks, marks that turn the direction of what follows, and bytes that are no text.
+HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def one_line(text: str) -> str:
+    """Return a text as one line that a terminal shows as it is: control characters of foreign names are spelled out."""
+    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), " ".join(text.split()))
+
 
 class CellslideError(Exception):
     """Any failure that cellslide explains in one line; `exit_code` is what the command ends with."""
@@ -30,6 +41,10 @@ class TileError(SlideError):
     """One tile that cannot be read or decoded; the run of the slide records it and goes on."""
 
 
+class BusyError(CellslideError):
+    """A folder in which another run works."""
+
+
 class WeightsError(CellslideError):
     """Weights that are missing, gated, changed on disk, or do not fit the architecture."""
 
@@ -43,8 +58,34 @@ class MissingDependencyError(CellslideError):
 
 
 class Interrupted(CellslideError):
-    """A clean stop after Ctrl-C (130) or SIGTERM (143); finished tiles are kept."""
+    """A clean stop after Ctrl-C (130), SIGTERM or SIGUSR1 (143); finished tiles are kept."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("stopped; finished tiles are kept, the same command goes on from there")
         self.exit_code = exit_code
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
+_AWAY = {
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "ENOTCONN", "ENODEV", "ENXIO", "EREMOTEIO", "EHOSTDOWN", "ETIMEDOUT", "ESHUTDOWN")
+    if hasattr(errno, name)
+}
+
+
+def trouble(error: OSError | MemoryError) -> str | None:
+    """Return in words what a full, read-only or vanished disk, or too little memory, means and what mends it.
+
+    None for any other error.
+    """
+    if isinstance(error, MemoryError):
+        return "not enough memory: use fewer --workers or a smaller --batch-size; the same command goes on from here"
+    where, why = f"{error.filename}: " if error.filename else "", error.strerror
+    if error.errno in _FULL:
+        return f"{where}the disk is full ({why}): make room; what is done is kept, the same command goes on from here"
+    if error.errno in _FORBIDDEN:
+        return f"{where}cannot be written or read ({why}): give a folder that can be written by --output"
+    if error.errno in _AWAY or error.errno == errno.ENOENT:
+        return f"{where}gone, or the drive is ({why}): what is done is kept, the same command goes on from here"
+    return None

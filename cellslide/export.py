@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from cellslide.anndata_store import Categorical, Column
 from cellslide.config import OutputFormat
+from cellslide.csvtext import harmless_column
 from cellslide.geojson import PROBABILITIES, Origin, Profile, write_geojson
 from cellslide.labels import write_labels
 from cellslide.spatial import ROW_GROUP, geo_metadata, points_to_wkb, polygons_to_wkb
@@ -50,7 +51,7 @@ def export_table(
 def write_parquet(table: CellTable, out_dir: Path, profile: Profile = "lean") -> Path:
     """Write `cells.parquet`: GeoParquet 1.1 with the outlines (or points), every obs column and the shape features."""
     kind = "Point" if table.kind == "point" else "Polygon"
-    blocks = _arrow_blocks(table, geometry=True, profile=profile)
+    blocks = arrow_blocks(table, geometry=True, profile=profile)
     first = next(blocks)
     schema = first.schema.with_metadata(geo_metadata(kind))
 
@@ -63,8 +64,11 @@ def write_parquet(table: CellTable, out_dir: Path, profile: Profile = "lean") ->
 
 
 def write_csv(table: CellTable, out_dir: Path, profile: Profile = "lean") -> Path:
-    """Write `cells.csv.gz`: every obs column and the shape features; a rerun gives the same bytes."""
-    blocks = _arrow_blocks(table, geometry=False, profile=profile)
+    """Write `cells.csv.gz`: every obs column and the shape features; a rerun gives the same bytes.
+
+    No cell of it is a formula to a spreadsheet (`csvtext`).
+    """
+    blocks = arrow_blocks(table, geometry=False, profile=profile)
     first = next(blocks)
 
     def write(path: Path) -> None:
@@ -90,7 +94,7 @@ def _in_one_step(target: Path, write: Callable[[Path], None]) -> Path:
     return target
 
 
-def _arrow_blocks(table: CellTable, geometry: bool, profile: Profile) -> Iterator[pa.Table]:
+def arrow_blocks(table: CellTable, geometry: bool, profile: Profile) -> Iterator[pa.Table]:
     """Yield the table as arrow blocks; at least one, which may be empty, so that the columns are known."""
     for start in range(0, max(len(table), 1), BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, len(table))
@@ -115,11 +119,15 @@ def _probabilities(table: CellTable, start: int, stop: int) -> dict[str, Any]:
 
 
 def _arrow(column: Column, dictionary: bool) -> Any:
+    """Return a column for parquet, or without dictionaries for CSV, where a text must not be a formula."""
     if not isinstance(column, Categorical):
-        return pa.array(column, pa.string()) if column.dtype == object else pa.array(column)
+        if column.dtype != object:
+            return pa.array(column)
+        texts = pa.array(column, pa.string())
+        return texts if dictionary else harmless_column(texts)
     codes = pa.array(column.codes, mask=column.codes < 0)
     words = pa.DictionaryArray.from_arrays(codes, pa.array(column.names, pa.string()))
-    return words if dictionary else words.cast(pa.string())  # CSV knows no dictionaries
+    return words if dictionary else harmless_column(words.cast(pa.string()))  # CSV knows no dictionaries
 
 
 def _geometry(table: CellTable, start: int, stop: int) -> Any:

@@ -169,7 +169,7 @@ def _ring_cents(xy: Float64, start: Int64, centroid_xy: Float64) -> tuple[Int64,
 
 def _properties(chunk: CellChunk, layout: _Layout) -> list[UInt8]:
     n = len(chunk)
-    kind = choice(['"classification":' + text + "," for text in layout.classes] + [""], _named(chunk))
+    kind = choice(['"classification":' + text + "," for text in layout.classes] + [""], shown_class(chunk))
     opening = constant(',"properties":{"objectType":"detection",', n)
     measured: list[UInt8] = []
     seen = np.zeros(n, np.bool_)
@@ -184,7 +184,7 @@ def _properties(chunk: CellChunk, layout: _Layout) -> list[UInt8]:
     return [opening, kind, constant('"measurements":{', n), *measured, constant("}}}", n)]
 
 
-def _named(chunk: CellChunk) -> NDArray[Any]:
+def shown_class(chunk: CellChunk) -> NDArray[Any]:
     """Return the class of each cell, -1 for a cell that is to be shown without one: not typed, or not sure enough."""
     abstained = chunk.columns.obs.get("abstained")
     if not isinstance(abstained, np.ndarray):

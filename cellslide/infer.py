@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,9 +29,10 @@ from cellslide.device import (
 )
 from cellslide.errors import CellslideError, WeightsError
 from cellslide.points import point_nms
-from cellslide.types import HoverMaps, Instances, ModelSpec, UInt8
+from cellslide.types import HoverMaps, Instances, ModelSpec, NoOutput, UInt8
 
-TileOutput = HoverMaps | Instances
+TileOutput = HoverMaps | Instances | NoOutput
+Step = TypeVar("Step")
 Arrays = Mapping[str, NDArray[Any]]
 
 # A box that ends so near to the tile's edge may go on behind it.
@@ -56,6 +57,37 @@ class Engine(Protocol):
     def peak_device_bytes(self) -> int:
         """Return the most device memory held so far."""
         ...
+
+
+def in_steps(
+    engine: Engine, images: UInt8, attempt: Callable[[UInt8], Step | None], free: Callable[[], None]
+) -> list[Step | None]:
+    """Run images in micro-batches of at most `engine.batch_size`, which is halved where memory runs out.
+
+    attempt  runs a micro-batch; None where memory ran out.
+    free     waits for what is under way and gives memory back.
+    Gives None for a tile that does not fit alone either.
+    """
+    steps: list[Step | None] = []
+    first = 0
+    while first < len(images):
+        size = min(engine.batch_size, len(images) - first)
+        step = attempt(images[first : first + size])
+        if step is None:
+            free()
+            if engine.batch_size > 1:
+                engine.batch_size //= 2
+                log.warning("out of memory on %s: going on with --batch-size %d", engine.device, engine.batch_size)
+                continue
+            step = attempt(images[first : first + 1])
+        steps.append(step)
+        first += size
+    return steps
+
+
+def no_room(tile_px: int, device: str) -> NoOutput:
+    """Return why a tile that does not fit into the memory of a device gave nothing, and what mends it."""
+    return NoOutput(f"one tile of {tile_px} px exceeds the memory of {device}; use a smaller --tile-size")
 
 
 def output_names(spec: ModelSpec) -> tuple[str, ...]:
@@ -185,29 +217,22 @@ class TorchEngine:
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)
         self.batch_size = 1
-        self.launch(np.zeros((1, self.tile_px, self.tile_px, 3), np.uint8))()
+        (tried,) = self.launch(np.zeros((1, self.tile_px, self.tile_px, 3), np.uint8))()
+        if isinstance(tried, NoOutput):
+            raise CellslideError(tried.error)
         per_tile = max(torch.cuda.max_memory_allocated(self._device) - before, 1)
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self._device)
         return max(1, min(limit, int(0.6 * free / per_tile)))
 
     def launch(self, images: UInt8) -> Callable[[], list[TileOutput]]:
-        """Start on uint8 RGB tiles (B, H, W, 3), in micro-batches of at most `batch_size`.
-
-        Raises CellslideError when not even one tile fits into the device's memory.
-        """
-        started: list[_Fetched] = []
-        first = 0
-        while first < len(images):
-            step = self._try(images[first : first + self.batch_size])
-            if step is None:
-                self._halve()
-                continue
-            started.append(step)
-            first += len(step.source)
+        """Start on uint8 RGB tiles (B, H, W, 3), in micro-batches of at most `batch_size`."""
+        started = in_steps(self, images, self._try, self._free)
         return lambda: [tile for step in started for tile in self._collect(step)]
 
-    def _collect(self, step: _Fetched) -> list[TileOutput]:
+    def _collect(self, step: _Fetched | None) -> list[TileOutput]:
+        if step is None:
+            return [no_room(self.tile_px, self.device)]
         arrays = dict(zip(output_names(self.spec), step.numpy(), strict=True))
         return [unpack(arrays, self.spec, row, self.tile_px) for row in range(len(step.source))]
 
@@ -220,15 +245,10 @@ class TorchEngine:
         # Outside the handler: the error holds the tensors of the failed pass.
         return None
 
-    def _halve(self) -> None:
+    def _free(self) -> None:
         if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
-        if self.batch_size == 1:
-            raise CellslideError(
-                f"one tile of {self.tile_px} px exceeds the memory of {self.device}; use a smaller --tile-size"
-            )
-        self.batch_size //= 2
-        log.warning("out of memory on %s: going on with --batch-size %d", self.device, self.batch_size)
 
     @torch.inference_mode()
     def _forward(self, images: UInt8) -> _Fetched:

@@ -25,7 +25,7 @@ from cellslide import __version__
 from cellslide.config import InferConfig
 from cellslide.device import available_cpus, batch_limit, resolve_device
 from cellslide.errors import MissingDependencyError, UsageError
-from cellslide.infer import TileNet, TileOutput, output_names, unpack
+from cellslide.infer import TileNet, TileOutput, in_steps, no_room, output_names, unpack
 from cellslide.types import ModelSpec, UInt8
 from cellslide.weights import cache_dir
 
@@ -122,10 +122,19 @@ class OnnxEngine:
         self.device = f"{device} ({self._session.get_providers()[0]})"
 
     def launch(self, images: UInt8) -> Callable[[], list[TileOutput]]:
-        """Run uint8 RGB tiles (B, H, W, 3); the outputs are there on return."""
-        found = self._session.run(None, {"images": images})
+        """Run uint8 RGB tiles (B, H, W, 3), in micro-batches of at most `batch_size`; all is there on return."""
+        found = in_steps(self, images, self._try, lambda: None)
+        return lambda: [tile for step in found for tile in step or [no_room(self.tile_px, self.device)]]
+
+    def _try(self, images: UInt8) -> list[TileOutput] | None:
+        try:
+            found = self._session.run(None, {"images": images})
+        except Exception as error:  # onnxruntime has no type of its own for it.
+            if "allocate memory" not in str(error) and "out of memory" not in str(error):
+                raise
+            return None
         arrays = dict(zip(output_names(self.spec), found, strict=True))
-        return lambda: [unpack(arrays, self.spec, row, self.tile_px) for row in range(len(images))]
+        return [unpack(arrays, self.spec, row, self.tile_px) for row in range(len(images))]
 
     def peak_device_bytes(self) -> int:
         """Return 0: onnxruntime does not tell."""

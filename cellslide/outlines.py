@@ -16,6 +16,7 @@ from cellslide.types import Bool, Float32, Float64, Int32, Int64
 
 SHAPE_FEATURES = ("area_um2", "perimeter_um", "major_axis_um", "minor_axis_um", "eccentricity", "circularity")
 GRID_PX = 0.01
+MOST_CROSSINGS = 200_000
 
 # Sides of a pixel in clockwise order (y points down): top, right, bottom, left, walked with the region on the right.
 # For each: the pixel ahead, the pixel ahead on the left, (row, col); and the middle of the side as (x, y).
@@ -254,13 +255,25 @@ def _repair(polygon: Any, grid_px: float) -> Float64:
     """Return the open outer ring of the largest part of a broken polygon, (0, 2) where nothing is left on the grid."""
     import shapely
 
-    snapped = polygon
+    snapped = shapely.Polygon() if is_tangled(polygon) else polygon
     for _ in range(2):  # taking one part or dropping holes can leave something for the second round to mend
         mended = shapely.make_valid(snapped, method="structure", keep_collapsed=False)
         snapped = _largest_part(shapely.set_precision(_largest_part(mended), grid_px))
     if snapped.is_empty or not snapped.is_valid:
         return np.zeros((0, 2))
     return np.asarray(shapely.get_coordinates(snapped.exterior)[:-1], np.float64)
+
+
+def is_tangled(geometry: Any) -> bool:
+    """Tell whether lines as long as those of a geometry cross too often, thrown at random, for it to be mended.
+
+    The line around a nucleus is far from it, whatever its length; a scribble of as many vertices fills the memory.
+    """
+    import shapely
+
+    x0, y0, x1, y1 = shapely.bounds(geometry)
+    area = (x1 - x0) * (y1 - y0)
+    return bool(area > 0 and shapely.length(geometry) ** 2 / (np.pi * area) > MOST_CROSSINGS)
 
 
 def _largest_part(geometry: Any) -> Any:

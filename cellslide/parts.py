@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -21,6 +20,7 @@ import numpy as np
 
 from cellslide.errors import SlideError, UsageError
 from cellslide.record import differences, write_json
+from cellslide.staging import remove_folder
 from cellslide.types import Cells, concat
 
 PARTS_FOLDER = ".parts"
@@ -62,8 +62,9 @@ class Parts:
         Raises UsageError, naming the differences, when the finished tiles come from other settings.
         """
         folder = slide_folder / PARTS_FOLDER
-        if overwrite and folder.exists():
-            shutil.rmtree(folder)
+        # Parts that nothing says the settings of would be taken for those of this run.
+        if overwrite or not (folder / FINGERPRINT_FILE).exists():
+            remove_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _check_fingerprint(folder, fingerprint)
         parts = cls(folder)
@@ -91,9 +92,14 @@ class Parts:
             return
         path = self.folder / f"part-{self._next:08d}.npz"
         scratch = self.folder / f".{path.name}.{os.getpid()}.tmp"
-        with scratch.open("wb") as stream:
-            np.savez(stream, **_columns(results))
-        os.replace(scratch, path)
+        try:
+            with scratch.open("wb") as stream:
+                np.savez(stream, **_columns(results))
+            os.replace(scratch, path)
+        except OSError:
+            # On a full disk half a part would only be in the way.
+            scratch.unlink(missing_ok=True)
+            raise
         self._next += 1
         self._enter(path, [(r.tile_index, r.n_raw, _n_cells(r), r.error or "") for r in results])
 
@@ -128,7 +134,7 @@ class Parts:
 
     def remove(self) -> None:
         """Delete the folder; called when the slide is complete."""
-        shutil.rmtree(self.folder)
+        remove_folder(self.folder)
 
 
 def _check_fingerprint(folder: Path, fingerprint: Mapping[str, str]) -> None:

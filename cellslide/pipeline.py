@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,13 @@ from typing import Protocol
 import numpy as np
 
 from cellslide import __version__
-from cellslide.config import OutputConfig, SegmentConfig, TissueConfig
+from cellslide.config import OUTPUT_FORMATS, OutputConfig, SegmentConfig, TissueConfig
 from cellslide.detect import TileResult
-from cellslide.errors import CellslideError, Interrupted, SlideError, TileError, UsageError
+from cellslide.errors import CellslideError, Interrupted, SlideError, TileError, UsageError, one_line, trouble
 from cellslide.export import export_table
+from cellslide.lock import hold
 from cellslide.merge import merge_stream, same_point_um, to_cells
-from cellslide.parts import Parts, TilePart
+from cellslide.parts import PARTS_FOLDER, Parts, TilePart
 from cellslide.record import (
     describe_slide,
     differences,
@@ -31,9 +32,10 @@ from cellslide.record import (
     read_record,
     write_record,
 )
-from cellslide.segmenter import Segmenter, open_segmenter, resolved, tile_px_for
+from cellslide.segmenter import Segmenter, Setup, open_segmenter, resolved, tile_px_for
 from cellslide.slide import Slide, open_slide, slide_from_array
 from cellslide.slides import SlideInput
+from cellslide.staging import remove_folder, restore
 from cellslide.table import CellTableWriter, open_table
 from cellslide.tiles import TileGrid, select_tiles, tile_grid
 from cellslide.tissue import TissueMask, find_tissue, write_tissue
@@ -61,6 +63,8 @@ FILES = {
     "csv": "cells.csv*",
     "labels": "labels.ome.zarr",
 }
+# The flags that shape what stands in a format.
+SHAPING = {"geojson_origin": ("geojson",), "profile": ("geojson", "parquet", "csv")}
 # A part is written after so many tiles or seconds: a killed run loses little, and a slide is not a thousand files.
 PART_TILES = 64
 PART_SECONDS = 20.0
@@ -96,15 +100,17 @@ class Silent:
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """What goes along with a run: who hears of it, and who may ask it to stop (with the exit code to end with)."""
+    """What goes along with a run: who hears of it, who may stop it (with the exit code to end with), its lock."""
 
     progress: Progress = Silent()
     stop: StopCheck = lambda: None
+    lock: Callable[[], None] = lambda: None
 
     def check(self) -> None:
-        """Raise Interrupted when it is time to stop."""
+        """Raise Interrupted when it is time to stop, CellslideError where the folder was lost to another run."""
         if (code := self.stop()) is not None:
             raise Interrupted(code)
+        self.lock()
 
 
 IDLE = Watch()
@@ -129,23 +135,65 @@ def segment_slide(source: SlideInput, segmenter: Segmenter, out_dir: Path, watch
     return run_slide(source, segmenter, out_dir, watch)[0]
 
 
-def run_slide(source: SlideInput, segmenter: Segmenter, out_dir: Path, watch: Watch = IDLE) -> tuple[RunRecord, bool]:
-    """Do what `segment_slide` does; also tell whether the slide was complete before."""
+def run_slide(
+    source: SlideInput, segmenter: Segmenter, out_dir: Path, watch: Watch = IDLE, *, tiles_only: bool = False
+) -> tuple[RunRecord, bool]:
+    """Do what `segment_slide` does; also tell whether the slide was complete before.
+
+    tiles_only  ends when the tiles are done and kept on disk; `write_slide` does the rest, in any process.
+    """
     folder, config, began = out_dir / source.slide_id, segmenter.config, time.perf_counter()
-    with open_source(source, config) as slide:
+    with open_source(source, config) as slide, held(folder, watch) as watch:
         record = begin_record(slide.info, segmenter)
-        if earlier := finished(folder, record, config.output):
+        if earlier := finished(folder, record, config.output, watch):
             return earlier, True
         parts = Parts.open(folder, fingerprint(record), config.output.overwrite)
         with kept(record, folder, segmenter, began):
             layout = lay_out(slide, segmenter)
             write_searched(folder, layout, slide, config)
             detect_tiles(slide, layout, segmenter, parts, record, watch)
+            if tiles_only:
+                return record, False
             write_cells(folder, slide.info, layout, segmenter, parts, record, watch)
-            write_formats(folder, config.output, record, watch)
+            write_formats(folder, with_present(folder, config.output), record, watch)
         if record.status == "done":
             parts.remove()
     return record, False
+
+
+def write_slide(source: SlideInput, setup: Setup, out_dir: Path, watch: Watch = IDLE) -> RunRecord:
+    """Write the cells of a slide whose tiles `run_slide` has done, here or on another machine; needs no network.
+
+    Raises SlideError when the tiles are not there, Interrupted when asked to stop.
+    """
+    folder, config, began = out_dir / source.slide_id, setup.config, time.perf_counter()
+    record = read_record(folder)
+    if record is None:
+        raise SlideError(f"{folder}: no tiles are done here; run the same command again")
+    if record.status == "done":
+        return record  # Written by a process that died before it could tell.
+    record.status, record.error, record.counts.nuclei = "running", None, 0
+    with open_source(source, config) as slide, held(folder, watch) as watch:
+        parts = Parts.open(folder, fingerprint(record))
+        with kept(record, folder, setup, began):
+            layout = lay_out(slide, setup)
+            count_tiles(layout, parts, record)
+            write_cells(folder, slide.info, layout, setup, parts, record, watch)
+            write_formats(folder, with_present(folder, config.output), record, watch)
+        if record.status == "done":
+            parts.remove()
+    return record
+
+
+@contextmanager
+def held(folder: Path, watch: Watch) -> Iterator[Watch]:
+    """Hold a slide's folder, put right what a killed run left in it, and yield the watch that also heeds the lock.
+
+    Raises BusyError when another run works there.
+    """
+    with hold(folder, watch.check) as lock:
+        restore(folder)
+        yield replace(watch, lock=lock.check)
 
 
 def segment_array(model: LoadedModel | Segmenter, image: UInt8, mpp: float, config: SegmentConfig) -> Cells:
@@ -174,7 +222,7 @@ def segment_array(model: LoadedModel | Segmenter, image: UInt8, mpp: float, conf
 def open_source(source: SlideInput, config: SegmentConfig) -> Slide:
     """Open a slide with the pixel size that `--mpp` or the list gives, if any."""
     given = source.mpp if config.mpp is None else config.mpp
-    return open_slide(source.path, given, "list" if config.mpp is None else "flag", source.slide_id)
+    return open_slide(source.path, given, "list" if config.mpp is None else "flag", source.slide_id, source.local)
 
 
 def begin_record(info: SlideInfo, segmenter: Segmenter) -> RunRecord:
@@ -194,7 +242,7 @@ def begin_record(info: SlideInfo, segmenter: Segmenter) -> RunRecord:
     )
 
 
-def finished(folder: Path, record: RunRecord, output: OutputConfig) -> RunRecord | None:
+def finished(folder: Path, record: RunRecord, output: OutputConfig, watch: Watch = IDLE) -> RunRecord | None:
     """Return the record of a slide that is complete, after making formats that are asked for and missing; else None.
 
     Raises UsageError, naming the differences, when the slide was done with other settings.
@@ -204,14 +252,28 @@ def finished(folder: Path, record: RunRecord, output: OutputConfig) -> RunRecord
         return None
     if words := differences(fingerprint(earlier), fingerprint(record)):
         raise UsageError(f"{folder}: done with other settings ({words}); --overwrite starts anew")
-    missing = tuple(name for name in output.formats if not any(folder.glob(FILES[name])))
-    if missing:
-        write_formats(folder, replace(output, formats=missing), earlier, IDLE)
+    write_missing(folder, output, earlier, watch)
+    remove_folder(folder / PARTS_FOLDER)  # A run that was killed at its very end left it.
     return earlier
 
 
+def write_missing(folder: Path, output: OutputConfig, record: RunRecord, watch: Watch) -> None:
+    """Write the formats that are asked for and not there, and anew those that other flags have made."""
+    missing = {name for name in output.formats if not any(folder.glob(FILES[name]))}
+    told = record.config.get("output", {})
+    asked = {flag: getattr(output, flag) for flag in SHAPING}
+    changed = {flag for flag, value in asked.items() if told.get(flag, value) != value}
+    outdated = {name for flag in changed for name in SHAPING[flag] if any(folder.glob(FILES[name]))}
+    wanted = tuple(name for name in OUTPUT_FORMATS if name in missing | outdated)
+    if wanted:
+        write_formats(folder, replace(output, formats=wanted), record, watch)
+    if changed:
+        record.config = {**record.config, "output": {**told, **asked}}
+        write_record(folder, record)
+
+
 @contextmanager
-def kept(record: RunRecord, folder: Path, segmenter: Segmenter, began: float) -> Iterator[None]:
+def kept(record: RunRecord, folder: Path, segmenter: Segmenter | Setup, began: float) -> Iterator[None]:
     """Keep `run.json` true: "running" now, at the end complete, or how it stopped and why."""
     write_record(folder, record)
     try:
@@ -220,22 +282,31 @@ def kept(record: RunRecord, folder: Path, segmenter: Segmenter, began: float) ->
         stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
         record.status = "interrupted" if stopped else "failed"
         record.error = None if stopped else in_words(error)
+        # On a disk that is full or gone this fails too; what went wrong first is what counts.
+        with suppress(OSError):
+            close_record(record, folder, segmenter, began)
         raise
-    finally:
-        record.finished = now_utc()
-        record.seconds.total = time.perf_counter() - began
-        record.peak_rss_bytes = peak_rss_bytes()
-        record.peak_device_bytes = segmenter.engine.peak_device_bytes()
-        write_record(folder, record)
+    close_record(record, folder, segmenter, began)
+
+
+def close_record(record: RunRecord, folder: Path, segmenter: Segmenter | Setup, began: float) -> None:
+    """Fill in what is known at the end, and write `run.json`."""
+    record.finished = now_utc()
+    record.seconds.total += time.perf_counter() - began
+    record.peak_rss_bytes = max(record.peak_rss_bytes, peak_rss_bytes())
+    record.peak_device_bytes = max(record.peak_device_bytes, segmenter.peak_device_bytes())
+    write_record(folder, record)
 
 
 def in_words(error: BaseException) -> str:
     """Return an error as one line; the kind is named unless the message was written for users."""
-    text = " ".join(str(error).split())
+    if isinstance(error, (OSError, MemoryError)) and (words := trouble(error)):
+        return one_line(words)
+    text = one_line(str(error))
     return text if isinstance(error, CellslideError) else f"{type(error).__name__}: {text}"
 
 
-def lay_out(slide: Slide, segmenter: Segmenter) -> Layout:
+def lay_out(slide: Slide, segmenter: Segmenter | Setup) -> Layout:
     """Decide where to search: the plane at the model's pixel size, its tissue and the tiles that meet it."""
     tissue, tiles = segmenter.config.tissue, segmenter.config.tiles
     plane = Plane.of(slide.info, segmenter.spec.mpp)
@@ -324,10 +395,18 @@ def count_tiles(layout: Layout, parts: Parts, record: RunRecord) -> None:
 
 
 def write_cells(
-    folder: Path, info: SlideInfo, layout: Layout, segmenter: Segmenter, parts: Parts, record: RunRecord, watch: Watch
+    folder: Path,
+    info: SlideInfo,
+    layout: Layout,
+    segmenter: Segmenter | Setup,
+    parts: Parts,
+    record: RunRecord,
+    watch: Watch,
 ) -> None:
     """Merge the parts and write `cells.zarr`, in one pass and bounded memory."""
     watch.progress.stage("merge")
+    if gone := {t.index for t in layout.tiles} - parts.done() - parts.failed().keys():
+        raise SlideError(f"{folder}: {len(gone)} finished tiles are not there any more; run the same command again")
     writer = CellTableWriter(folder / TABLE, info, segmenter.spec)
     merged = merge_stream(parts.stream(t.index for t in layout.tiles), layout.grid, same_point_um(segmenter.spec))
     try:
@@ -356,12 +435,20 @@ def timed(cells: Iterator[Cells], seconds: Seconds) -> Iterator[Cells]:
     seconds.merge += time.perf_counter() - start
 
 
+def with_present(folder: Path, output: OutputConfig) -> OutputConfig:
+    """Return the settings with the formats added that lie there already, which a new table makes outdated."""
+    there = (name for name in OUTPUT_FORMATS if name not in output.formats and any(folder.glob(FILES[name])))
+    return replace(output, formats=(*output.formats, *there))
+
+
 def write_formats(folder: Path, output: OutputConfig, record: RunRecord, watch: Watch) -> None:
     """Write the other formats from the table."""
     watch.progress.stage("write")
     start = time.perf_counter()
     with open_table(folder / TABLE) as table:
-        export_table(table, folder, output.formats, output.geojson_origin, output.profile)
+        for name in output.formats:
+            watch.check()
+            export_table(table, folder, [name], output.geojson_origin, output.profile)
     record.seconds.write += time.perf_counter() - start
 
 

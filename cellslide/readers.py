@@ -25,6 +25,12 @@ from cellslide.types import Level, UInt8
 
 WHITE = (255, 255, 255)
 BLOCK_PX = 256
+# More than any slide has, and in a TIFF more than any codec packs into so few bytes.
+MOST_PX = 1 << 38
+SMALL_PX, MOST_PX_PER_BYTE = 1 << 30, 1_000_000
+# A tile or strip is decoded whole; libraries in C end the process where there is no memory for one.
+MOST_TILE_PX, MOST_STRIP_PX = 1 << 26, 1 << 28
+PAGES_CHECKED = 64
 SEGMENT_CACHE_BYTES = 128 << 20
 OPENSLIDE_CACHE_BYTES = (32 << 20, 256 << 20)
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -65,6 +71,18 @@ def open_reader(path: Path) -> SlideReader:
     if not path.exists():
         raise UsageError(f"{path}: no such file")
     file = _first_dicom(path) if path.is_dir() else path
+    if _is_tiff(file):
+        _check_tiles(file)
+    reader = _open_known(path, file)
+    try:
+        _check_size(reader.header, file)
+    except SlideError:
+        reader.close()
+        raise
+    return reader
+
+
+def _open_known(path: Path, file: Path) -> SlideReader:
     if _is_ome(file):
         # OpenSlide takes tiled OME-TIFF for plain TIFF, without its levels and pixel size.
         return TiffReader(path)
@@ -88,8 +106,34 @@ def _first_dicom(folder: Path) -> Path:
 
 
 def _is_tiff(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(4) in _TIFF_MAGIC
+    try:
+        with path.open("rb") as stream:
+            return stream.read(4) in _TIFF_MAGIC
+    except OSError as error:
+        raise SlideError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _check_tiles(path: Path) -> None:
+    """Raise SlideError for a TIFF whose tiles do not fit into memory, before a library in C asks for it."""
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            pages = [page for _, page in zip(range(PAGES_CHECKED), tiff.pages, strict=False)]
+            tiles = [(int(p.tilewidth), int(p.tilelength)) for p in pages if isinstance(p, tifffile.TiffPage)]
+    except Exception:  # What is damaged is told when it is opened; tifffile raises what it likes.
+        return
+    width, height = max(tiles, key=lambda tile: tile[0] * tile[1], default=(0, 0))
+    if width * height > MOST_TILE_PX:
+        raise SlideError(f"{path}: tiles of {width} x {height} px do not fit into memory; convert it to smaller tiles")
+
+
+def _check_size(header: SlideHeader, file: Path) -> None:
+    """Raise SlideError for a size that no slide has, or that the bytes of a TIFF cannot hold."""
+    pixels, size = header.width_px * header.height_px, file.stat().st_size
+    bomb = pixels > SMALL_PX and pixels > size * MOST_PX_PER_BYTE and _is_tiff(file)
+    if bomb or pixels > MOST_PX or pixels <= 0:
+        raise SlideError(
+            f"{header.path}: {header.width_px} x {header.height_px} px in {size:,} bytes is no slide; is it damaged?"
+        )
 
 
 def _is_ome(path: Path) -> bool:
@@ -98,7 +142,7 @@ def _is_ome(path: Path) -> bool:
     try:
         with tifffile.TiffFile(path) as tiff:
             return bool(tiff.is_ome)
-    except (tifffile.TiffFileError, ValueError, OSError):
+    except Exception:  # tifffile raises what it likes on a damaged file.
         return False
 
 
@@ -119,11 +163,11 @@ class OpenSlideReader:
         self._file = file
         try:
             self._handle = openslide.OpenSlide(file)
-        except (openslide.OpenSlideError, OSError) as error:
+            properties = dict(self._handle.properties)
+            self.background = _background(properties)
+            self.header = _openslide_header(path, file, self._handle, properties)
+        except (openslide.OpenSlideError, OSError, ValueError) as error:
             raise SlideError(f"{path}: OpenSlide cannot open it: {error}") from error
-        properties = dict(self._handle.properties)
-        self.background = _background(properties)
-        self.header = _openslide_header(path, file, self._handle, properties)
         # Room for about one row of tiles: neighbours in the row below need the rows where tiles overlap again.
         low, high = OPENSLIDE_CACHE_BYTES
         self._handle.set_cache(openslide.OpenSlideCache(min(max(5 * 256 * 4 * self.header.width_px, low), high)))
@@ -194,7 +238,7 @@ def _tiff_size(file: Path) -> PixelSize | None:
     try:
         with tifffile.TiffFile(file) as tiff:
             return _resolution(tiff)
-    except (tifffile.TiffFileError, ValueError, OSError):
+    except Exception:  # tifffile raises what it likes on a damaged file.
         return None
 
 
@@ -222,7 +266,9 @@ class TiffReader:
             series = max(self._tiff.series, key=lambda s: float(np.prod(s.shape)))
             self._levels = [_planes(path, level) for level in series.levels]
             self.header = _tiff_header(path, self._tiff, [pages[0] for pages in self._levels])
-        except (tifffile.TiffFileError, ValueError, OSError, KeyError, IndexError) as error:
+        except SlideError:
+            raise
+        except Exception as error:  # tifffile raises what it likes on a damaged file.
             raise SlideError(f"{path}: tifffile cannot open it: {error}") from error
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[int, int, int], UInt8] = OrderedDict()
@@ -298,6 +344,8 @@ def _planes(path: Path, level: Any) -> list[Any]:
         raise SlideError(
             f"{path}: axes {level.axes} {level.shape} of {frame.dtype} are not an 8-bit RGB image; convert it to one"
         )
+    if min(*_segment_shape(frame), *frame.shape) < 1 or np.prod(_segment_shape(frame), dtype=float) > MOST_STRIP_PX:
+        raise SlideError(f"{path}: strips of {_segment_shape(frame)} px cannot be read; convert it to a tiled TIFF")
     return pages
 
 

@@ -28,8 +28,9 @@ _NOT_THE_RESULT = (
     "config.weights",
     "config.mpp",
     "config.spec.weights_",
-    # How cells were typed afterwards.
+    # How cells were typed, or read for their vectors, afterwards.
     "config.classify.",
+    "config.embed.",
 )
 
 
@@ -101,8 +102,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON beside its place and rename it, so that a file that is there is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    try:
+        scratch.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def write_record(folder: Path, record: RunRecord) -> Path:
@@ -135,12 +140,16 @@ def fingerprint(record: RunRecord) -> dict[str, str]:
     so is what typed the cells afterwards.
     """
     flat = {k: v for k, v in flatten({"config": record.config}).items() if not k.startswith(_NOT_THE_RESULT)}
+    for name in ("mask", "roi"):
+        flat.pop(f"config.tissue.{name}", None)  # What is in the file decides, not where it lies.
     flat["cellslide_version"] = record.cellslide_version
     flat["engine"], flat["precision"] = record.engine, record.precision
     for key in ("sha256_head", "mpp"):
         flat[f"slide.{key}"] = str(record.slide[key])
     classifier = record.config.get("classify", {}).get("spec", {}).get("weights_id")
-    for i, weights in enumerate(w for w in record.weights if w.id != classifier):
+    later = {classifier, *(read.get("weights.id") for read in record.config.get("embed", {}).values())}
+    later.discard(record.config.get("spec", {}).get("weights_id"))
+    for i, weights in enumerate(w for w in record.weights if w.id not in later):
         _flatten(f"weights.{i}", {"id": weights.id, "sha256": weights.sha256}, flat)
     return flat
 

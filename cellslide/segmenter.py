@@ -21,6 +21,18 @@ from cellslide.weights import LoadedModel
 
 
 @dataclass(frozen=True, slots=True)
+class Setup:
+    """What of a segmenter remains when its network has run: the model's spec and the settings, tiles resolved."""
+
+    spec: ModelSpec
+    config: SegmentConfig
+
+    def peak_device_bytes(self) -> int:
+        """Return 0: nothing runs on a device."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
 class Segmenter:
     """A model on its device with its decoding processes, for one slide after another; a context manager.
 
@@ -40,6 +52,15 @@ class Segmenter:
     def engine(self) -> Engine:
         """What runs the network."""
         return self.detector.engine
+
+    @property
+    def setup(self) -> Setup:
+        """What another process needs to write what this one finds."""
+        return Setup(self.spec, self.config)
+
+    def peak_device_bytes(self) -> int:
+        """Return the most device memory held so far."""
+        return self.engine.peak_device_bytes()
 
     def __enter__(self) -> Segmenter:
         return self
@@ -89,7 +110,7 @@ def resolve_tiles(spec: ModelSpec, config: TileConfig) -> TileConfig:
     return TileConfig(size, overlap)
 
 
-def tile_px_for(plane: Plane, segmenter: Segmenter) -> int:
+def tile_px_for(plane: Plane, segmenter: Segmenter | Setup) -> int:
     """Return the tile size for a plane (px): smaller than asked where one smaller tile covers the whole plane.
 
     An exported network takes tiles of one size only.

@@ -7,6 +7,7 @@ only.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -15,11 +16,14 @@ from typing import Literal
 import numpy as np
 
 from cellslide import pixelsize
+from cellslide.errors import SlideError
 from cellslide.readers import ArrayReader, SlideHeader, SlideReader, open_reader
 from cellslide.resample import AxisTaps, axis_taps, resample
 from cellslide.types import MppSource, Plane, SlideInfo, UInt8
 
 MAX_READ_PX = 16 << 20
+# The largest glass for whole organs is a fifth of it.
+MOST_MM2 = 200_000.0
 # A level this little coarser than the plane still serves: its pixels are drawn 0.1 % larger.
 LEVEL_TOLERANCE = 1.001
 
@@ -124,6 +128,9 @@ def nominal_downsample(size0: tuple[int, int], size: tuple[int, int], stated: fl
 
 def _info(header: SlideHeader, mpp: float | None, source: MppSource, slide_id: str | None) -> SlideInfo:
     mpp_x, mpp_y, chosen = pixelsize.choose(header.path, header.found, mpp, source)
+    width_mm, height_mm = header.width_px * mpp_x / 1e3, header.height_px * mpp_y / 1e3
+    if width_mm * height_mm > MOST_MM2:
+        raise SlideError(f"{header.path}: {width_mm:.0f} x {height_mm:.0f} mm is no slide; check --mpp {mpp_x:g}")
     return SlideInfo(
         slide_id or header.path.stem,
         header.path,
@@ -144,13 +151,16 @@ def open_slide(
     mpp: float | None = None,
     mpp_source: Literal["flag", "list"] = "flag",
     slide_id: str | None = None,
+    local: Path | None = None,
 ) -> Slide:
     """Open a slide: any file of OpenSlide's formats, a folder of DICOM files, OME-TIFF, TIFF, PNG, JPEG or WebP.
 
-    `mpp` (µm/px of level 0) wins over what the file says. Raises PixelSizeError if the pixel size is not known,
-    UsageError if there is no such file, SlideError if it cannot be read.
+    `mpp` (µm/px of level 0) wins over what the file says; `local` is a copy to read from. Raises PixelSizeError if the
+    pixel size is not known, UsageError if there is no such file, SlideError if it cannot be read.
     """
-    reader = open_reader(Path(path))
+    reader = open_reader(local or Path(path))
+    # What is said of the slide, errors too, names the slide and not its copy.
+    reader.header = replace(reader.header, path=Path(path))
     try:
         return Slide(reader, _info(reader.header, mpp, mpp_source, slide_id))
     except BaseException:

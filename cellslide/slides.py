@@ -8,14 +8,16 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
+import logging
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-from cellslide.errors import UsageError
+from cellslide.errors import HIDDEN, UsageError
 from cellslide.pixelsize import LARGEST_UM, SMALLEST_UM
 
 SLIDE_SUFFIXES = frozenset(
@@ -24,18 +26,28 @@ SLIDE_SUFFIXES = frozenset(
 )  # fmt: skip
 PATH_HEADERS = ("path", "slide", "wsi")
 MPP_HEADERS = ("mpp", "wsi_mpp")
+# Room for a hash, and for the endings of files that are being written.
+MOST_NAME_BYTES = 200
+# What stands beside the folders of the slides.
+TAKEN_NAMES = frozenset(("summary.csv", "cohort.html"))
 _HEAD_BYTES = 1 << 16
 _SERIES_UID = b"\x20\x00\x0e\x00UI"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class SlideInput:
-    """One slide to work on: its file (or DICOM folder), what the list says of it, and its id, unique in the run."""
+    """One slide to work on: its file (or DICOM folder), what the list says of it, and its id, unique in the run.
+
+    local  a copy of it that is quicker to read; the slide is still the one at `path`.
+    """
 
     path: Path
     mpp: float | None = None
     organ: str | None = None
     slide_id: str = ""
+    local: Path | None = None
 
 
 def expand_slides(args: Sequence[str | Path]) -> list[SlideInput]:
@@ -147,16 +159,22 @@ def _mpp(path: Path, line: int, text: str) -> float | None:
 
 
 def _listed(list_file: Path, entry: str) -> list[SlideInput]:
-    """Return the slides of one entry; relative paths start at the list file."""
+    """Return the slides of one entry, also one that is not there: it fails in its turn, and stops no other.
+
+    Relative paths start at the list file.
+    """
     path = list_file.parent / entry
     if not path.exists():
-        raise UsageError(f"{list_file}: it lists {entry}, which is not there ({path})")
+        log.warning("%s: it lists %s, which is not there (%s)", list_file, entry, path)
     return [SlideInput(p) for p in _in_folder(path)] if path.is_dir() else [SlideInput(path)]
 
 
 def _not_empty(path: Path, found: list[SlideInput]) -> list[SlideInput]:
     if not found:
         raise UsageError(f"{path}: the list names no slide")
+    if not any(item.path.exists() for item in found):
+        first = found[0].path
+        raise UsageError(f"{path}: it lists {first.name}, which is not there ({first}), nor is any other")
     return found
 
 
@@ -180,7 +198,7 @@ def _merge_dicom(found: list[SlideInput]) -> list[SlideInput]:
     merged: list[SlideInput] = []
     seen: set[tuple[str, bytes]] = set()
     folders = {_absolute(item.path) for item in found if item.path.is_dir()}
-    for folder, items in groupby(found, key=lambda i: i.path.parent if i.path.suffix.lower() == ".dcm" else None):
+    for folder, items in groupby(found, key=_dicom_folder):
         group = list(items)
         if folder is None:
             merged += group
@@ -194,17 +212,46 @@ def _merge_dicom(found: list[SlideInput]) -> list[SlideInput]:
     return merged
 
 
+def _dicom_folder(item: SlideInput) -> Path | None:
+    return item.path.parent if item.path.suffix.lower() == ".dcm" and item.path.exists() else None
+
+
 def _with_ids(found: list[SlideInput]) -> list[SlideInput]:
-    """Give each slide its stem as id; a hash of the path is appended to all that share a stem, upper or lower case."""
+    """Give each slide its stem as id, which is a folder's name.
+
+    A hash of the path is appended to all that share a stem, upper or lower case, and where the stem had to be changed.
+    """
     stems = [_stem(item.path) for item in found]
-    shared = Counter(stem.lower() for stem in stems)
+    names = [folder_name(stem) for stem in stems]
+    shared = Counter(_folded(name) for name in names)
     ids = [
-        stem if shared[stem.lower()] == 1 else f"{stem}-{hashlib.sha256(_absolute(item.path).encode()).hexdigest()[:8]}"
-        for item, stem in zip(found, stems, strict=True)
+        name if name == stem and shared[_folded(name)] == 1 else f"{name}-{_path_hash(item.path)}"
+        for item, stem, name in zip(found, stems, names, strict=True)
     ]
     return [replace(item, slide_id=slide_id) for item, slide_id in zip(found, ids, strict=True)]
 
 
 def _stem(path: Path) -> str:
     absolute = Path(_absolute(path))
-    return (absolute.name if absolute.is_dir() else absolute.stem) or "slide"
+    return absolute.name if absolute.is_dir() else absolute.stem
+
+
+def _path_hash(path: Path) -> str:
+    return hashlib.sha256(os.fsencode(_absolute(path))).hexdigest()[:8]
+
+
+def _folded(name: str) -> str:
+    """Return what file systems that ignore case, or compose letters, take a name for."""
+    return unicodedata.normalize("NFC", name).lower()
+
+
+def folder_name(stem: str) -> str:
+    """Return a stem as the name of one folder inside another: itself, unless it holds what leads or looks elsewhere.
+
+    "...svs" has the stem "..", which is the parent; control characters and separators become "_".
+    """
+    if _folded(stem) in TAKEN_NAMES:
+        return f"{stem}_"
+    name = HIDDEN.sub("_", stem).replace("/", "_").replace("\\", "_")
+    name = "_" * (len(name) - len(name.lstrip("."))) + name.lstrip(".")
+    return name.encode()[:MOST_NAME_BYTES].decode(errors="ignore") or "slide"

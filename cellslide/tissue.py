@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import uuid
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ from shapely.geometry.base import BaseGeometry
 
 from cellslide.config import TissueConfig
 from cellslide.errors import UsageError
+from cellslide.outlines import is_tangled
 from cellslide.slide import Slide
 from cellslide.tissue_detect import detect_tissue
 from cellslide.types import Bool, Float64, Int64, SlideInfo
@@ -38,6 +40,7 @@ GRID_PX = 0.01
 # Outlines follow the cells' edges; steps of one cell are smoothed away.
 SMOOTH_CELLS, SMALL_CELLS = 0.8, 25.0
 MASK_ASPECT = 0.05
+MOST_ROI_BYTES = 256 << 20
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "cellslide/tissue")
 _log = logging.getLogger(__name__)
@@ -185,10 +188,11 @@ def load_roi(path: Path, info: SlideInfo, origin: Origin = "bounds") -> BaseGeom
     UsageError where there is no polygon.
     """
     try:
-        raw = path.read_bytes()
-        content = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
-        parts = [shapely.make_valid(shape(g)) for g in _geometries(content)]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, shapely.errors.ShapelyError) as error:
+        parts = [_mended(shape(g)) for g in _geometries(json.loads(_unpacked(path)))]
+    except (
+        OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, EOFError, RecursionError, zlib.error,
+        shapely.errors.ShapelyError,
+    ) as error:  # fmt: skip
         raise UsageError(f"--roi {path}: not GeoJSON: {error}") from error
     polygons = [p for part in parts for p in _polygons(part)]
     if not polygons:
@@ -197,6 +201,22 @@ def load_roi(path: Path, info: SlideInfo, origin: Origin = "bounds") -> BaseGeom
     roi = shapely.affinity.translate(shapely.union_all(polygons), dx, dy)
     shapely.prepare(roi)
     return roi
+
+
+def _unpacked(path: Path) -> bytes:
+    with path.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if packed else path.open("rb") as stream:
+        text = stream.read(MOST_ROI_BYTES + 1)
+    if len(text) > MOST_ROI_BYTES:
+        raise ValueError(f"more than {MOST_ROI_BYTES >> 20} MB; regions are a few outlines")
+    return text
+
+
+def _mended(geometry: BaseGeometry) -> BaseGeometry:
+    if is_tangled(geometry) and not geometry.is_valid:
+        raise ValueError("an outline crosses itself too often to be mended; draw it anew")
+    return shapely.make_valid(geometry)
 
 
 def _geometries(content: Any) -> Iterator[dict[str, Any]]:

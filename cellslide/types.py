@@ -204,6 +204,13 @@ def _check_lengths(record: object, n: int, columns: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class NoOutput:
+    """Why the network gave nothing for a tile."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class Instances:
     """Nuclei of one tile, in tile pixels.
 

@@ -2,19 +2,22 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
+import psutil
 import pytest
 
 from cellslide.config import InferConfig
-from cellslide.detect import Detector, TileResult, decode_task, default_workers, read_ahead
-from cellslide.errors import CellslideError
+from cellslide.detect import Detector, TileResult, decode_alone, decode_task, default_workers, read_ahead
 from cellslide.infer import TileOutput, TorchEngine
-from cellslide.types import HoverMaps, Instances, ModelSpec, Seconds, Tile, UInt8
+from cellslide.types import HoverDecode, HoverMaps, Instances, ModelSpec, Seconds, Tile, UInt8
+from tests.conftest import CHECKOUT
 from tests.fakes import FakeBox, FakeMask, fake_spec
 
 SIZE = 64
@@ -134,14 +137,60 @@ def test_a_tile_that_cannot_be_decoded_fails_alone() -> None:
         assert results[2].instances is not None and len(results[2].instances) == 2
 
 
-def test_a_killed_worker_is_a_plain_error_and_the_next_run_works() -> None:
+def test_a_killed_worker_is_replaced_and_its_tiles_are_done_again(caplog: pytest.LogCaptureFixture) -> None:
+    expected = found(detector().run(paint, map(tile, range(6)), Seconds()))
     with detector(batch=1, workers=1) as chain:
-        assert len(list(chain.run(paint, map(tile, range(2)), Seconds()))) == 2
-        (pid,) = chain._pool._processes
-        os.kill(pid, signal.SIGKILL)
-        with pytest.raises(CellslideError, match="decoding process died.*--workers"):
-            list(chain.run(paint, map(tile, range(6)), Seconds()))
-        assert len(found(chain.run(paint, map(tile, range(3)), Seconds()))) == 3
+        listed = []
+        for result in chain.run(paint, map(tile, range(6)), Seconds()):
+            listed.append(result)
+            if result.tile.index == 4:
+                (pid,) = chain._pool._processes
+                os.kill(pid, signal.SIGKILL)
+        assert found(iter(listed)) == expected and [r.error for r in listed] == [None] * 6
+        assert "a decoding process died; the tile at" in caplog.text
+        assert len(found(chain.run(paint, [tile(1)], Seconds()))) == 1
+        (other,) = chain._pool._processes
+        assert other != pid
+
+
+def test_a_tile_that_kills_its_process_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def dies(maps: HoverMaps, config: HoverDecode) -> tuple[Instances, float]:
+        asked.append("alone")
+        return decode_alone(maps, config)
+
+    monkeypatch.setattr("cellslide.detect.decode_alone", dies)
+    bad = Deadly(*(getattr(maps_of(tile(2)), f.name) for f in fields(HoverMaps)))
+    with Detector(Scripted([maps_of(tile(1)), bad, maps_of(tile(2))]), 1) as chain:
+        results = list(chain.run(paint, map(tile, range(3)), Seconds()))
+    assert [r.error is None for r in results] == [True, False, True] and "alone" in asked
+    assert results[1].error is not None and "again and again" in results[1].error and "--workers" in results[1].error
+    assert results[2].instances is not None and len(results[2].instances) == 2
+
+
+class Deadly(HoverMaps):
+    """Maps that end the process that unpacks them."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os._exit, (9,)
+
+
+def test_decoding_processes_end_with_a_parent_that_was_killed() -> None:
+    code = (
+        "import os, signal, numpy as np\n"
+        "from cellslide.detect import _processes\n"
+        "if __name__ == '__main__':\n"
+        "    pool = _processes(1)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+    assert answer.returncode == -signal.SIGKILL
+    child, deadline = int(answer.stdout), time.monotonic() + 20
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the decoding process outlives its parent"
+        time.sleep(0.05)
 
 
 def test_decoding_processes_do_not_import_torch() -> None:

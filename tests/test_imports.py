@@ -18,16 +18,17 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a module may import from its own layer and from those before it.
 LAYERS = (
     ("errors", "types"),
-    ("config", "record", "jsontext", "device", "pixelsize", "resample", "staging", "uuids", "torchvision_ops"),
+    ("config", "record", "csvtext", "jsontext", "device", "pixelsize", "resample"),
+    ("lock", "staging", "uuids", "torchvision_ops"),
     ("readers", "tiles", "outlines", "models", "anndata_store", "demo"),
     ("slide", "decode", "points", "weights", "parts", "spatial"),
     ("gate", "taxonomy"),
     ("slides", "tissue", "tissue_detect", "merge", "table", "infer", "evaluate", "crops"),
     ("geojson", "labels", "detect", "onnx", "overlay", "nuclei_files"),
     ("export", "segmenter"),
-    ("pipeline",),
-    ("classify",),
-    ("batch", "bench", "train", "pretrain", "calibrate", "explain", "embed", "probe"),
+    ("pipeline", "verify", "verify_geojson"),
+    ("classify", "localcopy"),
+    ("batch", "bench", "train", "pretrain", "calibrate", "explain", "embed", "probe", "cohort", "devices", "devicework"),
     ("cluster",),
     ("cli",),
 )

@@ -56,7 +56,9 @@ def entry_of(**values: Any) -> WeightsEntry:
 
 def test_shipped_manifest_is_complete() -> None:
     manifest = Manifest.load()
-    assert manifest.defaults == {"segment": "cellslide-nuclei-small", "classify": "cells-breast-small"}
+    assert manifest.defaults == {
+        "segment": "cellslide-nuclei-small", "detect": "cellslide-points-small", "classify": "cells-breast-small",
+    }  # fmt: skip
     named = {
         "cellvta-uni-pannuke-split1", "cellvta-uni-conic", "cellvit-256-x40", "cellvit-256-x20", "cellvit-sam-h-x40",
         "cellvit-sam-h-x20", "cellvit-uni-x40", "cellvit-virchow-x40", "hipt-vit256", "sam-vit-h", "uni", "uni2-h",
@@ -384,8 +386,8 @@ def test_classes_must_match_the_network(tmp_path: Path) -> None:
 def test_wrong_requests_are_usage_errors(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="uni: made to backbone"):
         load_model("uni")
-    with pytest.raises(UsageError, match="no weights for detect ship"):
-        load_model(task="detect")
+    with pytest.raises(UsageError, match="no weights for backbone ship"):
+        load_model(task="backbone")
     with pytest.raises(WeightsError, match="no such file"):
         load_model(weights=tmp_path / "absent.pth")
 

@@ -21,8 +21,8 @@ from cellslide.classify.columns import Rule, Tally, decided
 from cellslide.classify.engine import Classifier
 from cellslide.classify.store import PartialProbs
 from cellslide.config import ClassifyConfig, OutputConfig, TissueConfig
-from cellslide.errors import UsageError
-from cellslide.pipeline import FILES, IDLE, TABLE, Watch, write_formats
+from cellslide.errors import SlideError, UsageError
+from cellslide.pipeline import FILES, IDLE, TABLE, Watch, write_formats, write_missing
 from cellslide.record import (
     differences,
     flatten,
@@ -64,6 +64,16 @@ class Organ:
     index: int
 
 
+@dataclass(frozen=True, slots=True)
+class Typing:
+    """What the network did on a slide's cells: its spec, its settings as `run.json` holds them, time and memory."""
+
+    spec: ClassifierSpec
+    settings: dict[str, Any]
+    seconds: float
+    peak_device_bytes: int
+
+
 def classify_slide(
     folder: Path, slide: Slide, classifier: Classifier, rule: Rule, organ: Organ, watch: Watch = IDLE
 ) -> tuple[RunRecord, bool]:
@@ -72,26 +82,69 @@ def classify_slide(
     Where the network's part is done, only the rule is applied anew. Raises UsageError when the folder holds work done
     with other settings, Interrupted when asked to stop (what is done is kept).
     """
+    typed = type_slide(folder, slide, classifier, rule, organ, watch)
+    if isinstance(typed, Typing):
+        return write_typed(folder, typed, rule, classifier.config.output, watch), False
+    return typed
+
+
+def type_slide(
+    folder: Path, slide: Slide, classifier: Classifier, rule: Rule, organ: Organ, watch: Watch = IDLE
+) -> Typing | tuple[RunRecord, bool]:
+    """Do the network's part of `classify_slide` and keep what it says on disk; `write_typed` does the rest.
+
+    Where that part is done, return what `classify_slide` does.
+    """
     rule.check()
-    began = time.perf_counter()
     with open_table(folder / TABLE) as table:
-        record = read_record(folder) or table.run
+        record, settled = known_record(folder, table)
         network = network_settings(table, classifier, organ)
         if not classifier.config.output.overwrite and (earlier := record.config.get("classify")):
             if words := differences(earlier["network"], network):
                 raise UsageError(f"{folder}: typed with other settings ({words}); --overwrite types it anew")
-            return _decide_again(folder, record, rule, classifier.config.output, watch)
+            return _decide_again(folder, record, rule, classifier.config.output, watch, settled)
         xy = read_places(table)
-        rows = choose_cells(xy, slide, classifier.config)
-        overwrite, k = classifier.config.output.overwrite, len(classifier.spec.classes)
-        store = PartialProbs.open(folder, network, len(table), k, overwrite)
-        run_network(slide, xy, rows, store, classifier, organ, watch)
-        record.seconds.classify = time.perf_counter() - began
+    began, config, spec = time.perf_counter(), classifier.config, classifier.spec
+    rows = choose_cells(xy, slide, config)
+    store = PartialProbs.open(folder, network, len(xy), len(spec.classes), config.output.overwrite)
+    run_network(slide, xy, rows, store, classifier, organ, watch)
+    settings = {**describe(classifier, organ), "network": network}
+    return Typing(spec, settings, time.perf_counter() - began, classifier.peak_device_bytes())
+
+
+def write_typed(folder: Path, typing: Typing, rule: Rule, output: OutputConfig, watch: Watch = IDLE) -> RunRecord:
+    """Write the columns of cells that `type_slide` has typed, here or on another machine, and the other formats.
+
+    Raises SlideError when what the network said is not there.
+    """
+    began, network = time.perf_counter(), typing.settings["network"]
+    with open_table(folder / TABLE) as table:
+        record, settled = known_record(folder, table)
+        if not PartialProbs.is_there(folder):
+            if settled and record.config.get("classify", {}).get("network") == network:
+                return record  # Written by a process that died before it could tell.
+            raise SlideError(f"{folder}: no typed cells are kept here; run the same command again")
+        store = PartialProbs.open(folder, network, len(table), len(typing.spec.classes))
+        record.seconds.classify = typing.seconds
         watch.progress.stage("write")
-        settings = {**describe(classifier, organ), "network": network}
-        write_columns(table, record, rule, _from_store(store, len(table)), settings, classifier.spec.classes)
+        write_columns(table, record, rule, _from_store(store, len(table)), typing.settings, typing.spec.classes)
+    finish(folder, record, output, began - typing.seconds, watch, typing.peak_device_bytes)
+    # Last: until the record tells of it, a killed run needs what the network said.
     store.remove()
-    finish(folder, record, classifier.config.output, began, watch, classifier.peak_device_bytes())
+    return record
+
+
+def known_record(folder: Path, table: CellTable) -> tuple[RunRecord, bool]:
+    """Return the record of a folder, and whether all files there are of this table.
+
+    How cells are typed is taken from the table: a run that was killed after the table was replaced has not come to
+    write the other files, nor the record.
+    """
+    record = read_record(folder) or table.run
+    typed = table.run.config.get("classify")
+    if typed is None or typed == record.config.get("classify"):
+        return record, True
+    record.config, record.weights = {**record.config, "classify": typed}, table.run.weights
     return record, False
 
 
@@ -100,7 +153,7 @@ def regate_slide(folder: Path, rule: Rule, output: OutputConfig, watch: Watch = 
     rule.check()
     began = time.perf_counter()
     with open_table(folder / TABLE) as table:
-        record = read_record(folder) or table.run
+        record, _ = known_record(folder, table)
         settings = typed_settings(folder, record)
         watch.progress.stage("write")
         write_columns(table, record, rule, _from_table(table), settings, spec_of_record(folder, record).classes)
@@ -109,12 +162,11 @@ def regate_slide(folder: Path, rule: Rule, output: OutputConfig, watch: Watch = 
 
 
 def _decide_again(
-    folder: Path, record: RunRecord, rule: Rule, output: OutputConfig, watch: Watch
+    folder: Path, record: RunRecord, rule: Rule, output: OutputConfig, watch: Watch, settled: bool
 ) -> tuple[RunRecord, bool]:
-    if record.config["classify"]["rule"] == described(rule):
-        missing = tuple(name for name in output.formats if not any(folder.glob(FILES[name])))
-        if missing:
-            write_formats(folder, replace(output, formats=missing), record, watch)
+    PartialProbs.discard(folder)  # A run that was killed at its very end left it.
+    if settled and record.config["classify"]["rule"] == described(rule):
+        write_missing(folder, output, record, watch)
         return record, True
     return regate_slide(folder, rule, output, watch), False
 
@@ -260,6 +312,8 @@ def finish(folder: Path, record: RunRecord, output: OutputConfig, began: float, 
     there = (name for name in FILES if name != "labels" and any(folder.glob(FILES[name])))
     formats: Any = tuple(dict.fromkeys([*output.formats, *there]))
     write_formats(folder, replace(output, formats=formats), record, watch)
+    shaped = {"geojson_origin": output.geojson_origin, "profile": output.profile}
+    record.config = {**record.config, "output": {**record.config.get("output", {}), **shaped}}
     record.seconds.total += time.perf_counter() - began
     record.finished = now_utc()
     record.peak_rss_bytes = max(record.peak_rss_bytes, peak_rss_bytes())
@@ -278,7 +332,7 @@ def typed_settings(folder: Path, record: RunRecord) -> dict[str, Any]:
 def typed_by(folder: Path) -> ClassifierSpec:
     """Return the spec of the classifier that typed the cells of a folder; raises UsageError where they are not."""
     with open_table(folder / TABLE) as table:
-        return spec_of_record(folder, read_record(folder) or table.run)
+        return spec_of_record(folder, known_record(folder, table)[0])
 
 
 def spec_of_record(folder: Path, record: RunRecord) -> ClassifierSpec:

@@ -8,7 +8,6 @@ is marked done after it was written.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from numpy.lib.format import open_memmap
 
 from cellslide.errors import SlideError, UsageError
 from cellslide.record import differences, write_json
+from cellslide.staging import new_array, remove_folder
 from cellslide.types import Bool, Int64, PathProbs
 
 FOLDER = ".classify"
@@ -40,17 +40,35 @@ class PartialProbs:
         Raises UsageError, naming the differences, when what is there was made with other settings.
         """
         folder = slide_folder / FOLDER
-        if overwrite and folder.exists():
-            shutil.rmtree(folder)
+        if overwrite:
+            remove_folder(folder)
         if (folder / FINGERPRINT_FILE).is_file():
             _check(folder / FINGERPRINT_FILE, fingerprint)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             # An empty array cannot be mapped.
-            open_memmap(folder / "probs.npy", "w+", np.dtype(np.float32), (max(n, 1), 2 * k + 1)).flush()
-            open_memmap(folder / "done.npy", "w+", np.dtype(np.uint8), (max(n, 1),)).flush()
+            new_array(folder / "probs.npy", np.float32, (max(n, 1), 2 * k + 1))
+            new_array(folder / "done.npy", np.uint8, (max(n, 1),))
             write_json(folder / FINGERPRINT_FILE, fingerprint)
         return cls(folder, open_memmap(folder / "probs.npy", "r+"), open_memmap(folder / "done.npy", "r+"))
+
+    @staticmethod
+    def is_there(slide_folder: Path) -> bool:
+        """Tell whether a slide's folder holds a store that was begun."""
+        return (slide_folder / FOLDER / FINGERPRINT_FILE).is_file()
+
+    @staticmethod
+    def count_done(slide_folder: Path) -> int:
+        """Return how many rows are done in the store of a slide's folder; 0 where there is none."""
+        try:
+            return int(np.count_nonzero(np.load(slide_folder / FOLDER / "done.npy", mmap_mode="r")))
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    @staticmethod
+    def discard(slide_folder: Path) -> None:
+        """Delete the store of a slide's folder, if there is one."""
+        remove_folder(slide_folder / FOLDER)
 
     def missing(self, rows: Int64) -> Int64:
         """Return those of `rows` that are not done."""
@@ -72,7 +90,7 @@ class PartialProbs:
     def remove(self) -> None:
         """Delete the store; called when the slide is complete."""
         del self._probs, self._done
-        shutil.rmtree(self.folder)
+        remove_folder(self.folder)
 
 
 def _check(path: Path, fingerprint: Mapping[str, str]) -> None:

@@ -10,6 +10,7 @@ from cellslide.errors import SlideError, UsageError
 from cellslide.pipeline import TABLE
 from cellslide.slide import Slide, open_slide
 from cellslide.slides import SlideInput, expand_slides
+from cellslide.staging import put_back
 from cellslide.table import open_table
 from cellslide.types import SlideInfo
 
@@ -41,6 +42,8 @@ def expand_targets(args: Sequence[str], out_dir: Path) -> list[Target]:
             found.setdefault(table.parent.resolve(), _from_table(table))
         if not tables:
             slides.append(arg)
+    if slides:
+        put_back(out_dir, TABLE)
     for source in expand_slides(slides) if slides else ():
         folder = out_dir / source.slide_id
         found.setdefault(folder.resolve(), Target(source, folder))
@@ -53,6 +56,7 @@ def tables_below(folder: Path) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         return []
+    put_back(folder, TABLE)
     return sorted(p for p in (*folder.glob(TABLE), *folder.glob(f"*/{TABLE}")) if p.is_dir())
 
 
@@ -75,7 +79,9 @@ def open_target(target: Target, mpp: float | None) -> Slide:
         )
     told = None if known is None or known.mpp_source not in ("flag", "list") else known.mpp_x
     given = source.mpp if source.mpp is not None else told
-    return open_slide(source.path, given if mpp is None else mpp, "list" if mpp is None else "flag", source.slide_id)
+    if mpp is None:
+        return open_slide(source.path, given, "list", source.slide_id, source.local)
+    return open_slide(source.path, mpp, "flag", source.slide_id, source.local)
 
 
 def require_cells(target: Target) -> None:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from cellslide.cli.cluster import cluster_options, ended, on_cluster, place_of
+from cellslide.cli.many import (
+    Telling,
+    copies_in,
+    finish,
+    ledger_for,
+    on_devices,
+    one_by_one,
+    stage_option,
+    telling,
+)
 from cellslide.cli.options import (
     FILE,
     batch_size_option,
     chain,
-    device_option,
+    devices_option,
     format_option,
     geojson_options,
     model_options,
@@ -33,6 +44,9 @@ if TYPE_CHECKING:
     from cellslide.classify.slide import Organ
     from cellslide.classify.targets import Target
     from cellslide.config import ClassifyConfig
+    from cellslide.devicework import ClassifyWork
+    from cellslide.localcopy import LocalCopies
+    from cellslide.pipeline import Watch
     from cellslide.types import Calibration, ClassifierSpec
 
 log = logging.getLogger(__name__)
@@ -88,7 +102,7 @@ cells_options = chain(
 )  # fmt: skip
 
 torch_options = chain(
-    device_option,
+    devices_option,
     batch_size_option("Local crops per forward pass; contexts by their share of pixels."),
     precision_option,
     click.option("--compile", "compile_", is_flag=True, help="Compile the network first."),
@@ -109,6 +123,8 @@ torch_options = chain(
 @torch_options
 @format_option()
 @geojson_options
+@cluster_options
+@stage_option
 @click.option("--regate", is_flag=True, help="Apply another rule to typed cells; runs no network.")
 @click.option("--overwrite", is_flag=True, help="Type anew what was typed with other settings.")
 @click.option("--dry-run", is_flag=True, help="List cells and an estimate of the time, and stop.")
@@ -116,6 +132,9 @@ torch_options = chain(
 def command(
     slides: tuple[str, ...],
     output: Path,
+    scheduler: str | None,
+    jobs: int | None,
+    stage_dir: Path | None,
     regate: bool,
     dry_run: bool,
     no_progress: bool,
@@ -135,11 +154,20 @@ def command(
       cellslide classify slide.svs -o out --cells qupath.geojson --organ breast
     """
     from cellslide.classify.targets import expand_targets
+    from cellslide.devices import parse_devices
 
     config = to_config(**settings)
     targets = expand_targets(slides, output)
+    tell = telling(log_json, no_progress, ledger_for(targets, output, slides))
     if regate:
-        return finish(regate_all(targets, config, settings), log_json)
+        return finish(regate_all(targets, config, settings, tell), tell)
+    devices = parse_devices(config.infer.device)
+    config = replace(config, infer=replace(config.infer, device=devices[0]))
+    place = place_of(scheduler, jobs, devices)
+    if place is not None and not dry_run:
+        work = remote_work(config, settings, stage_dir)
+        targets = targets if config.cells is None else [bring_cells(targets, config)]
+        return ended(finish(on_cluster(place, None, work, targets, tell), tell))
     classifier = load(config)
     rule = to_rule(classifier.spec, settings)
     rule.check()
@@ -148,8 +176,10 @@ def command(
         targets = [bring_cells(targets, config)]
     if dry_run:
         return show_plan(targets, classifier)
-    shown = not no_progress and logging.getLogger("cellslide").isEnabledFor(logging.INFO)
-    return finish(run(targets, classifier, rule, organ_of, log_json, shown), log_json)
+    copies = copies_in(stage_dir)
+    if len(devices) > 1:
+        return finish(on_devices(work_of(config, rule, copies), targets, devices, tell), tell)
+    return finish(run(targets, classifier, rule, organ_of, copies, tell), tell)
 
 
 def to_config(formats: tuple[Any, ...], compile_: bool, **flags: Any) -> ClassifyConfig:
@@ -205,6 +235,25 @@ def organ_finder(spec: ClassifierSpec, given: str | None) -> Callable[[str | Non
     return lambda _: organ
 
 
+def work_of(config: ClassifyConfig, rule: Rule, copies: LocalCopies | None) -> ClassifyWork:
+    """Return what the process of a device does to type slides."""
+    from cellslide.devicework import ClassifyWork
+
+    return ClassifyWork(config, rule, partial(organ_finder, given=config.organ), copies)
+
+
+def remote_work(config: ClassifyConfig, decision: dict[str, Any], stage_dir: Path | None) -> ClassifyWork:
+    """Return what workers do to type slides; the rule and the organ are checked here, where no device is needed."""
+    from cellslide.weights.classifier import load_classifier
+
+    spec = load_classifier(config.model, config.weights).spec
+    rule = to_rule(spec, decision)
+    rule.check()
+    if config.organ is not None:
+        organ_finder(spec, config.organ)
+    return replace(work_of(config, rule, copies_in(stage_dir)), load=load_classifier)
+
+
 def bring_cells(targets: list[Target], config: ClassifyConfig) -> Target:
     """Make the cell table of the one slide from `--cells`; returns the slide. Raises UsageError for more slides."""
     from cellslide.classify.foreign import import_cells
@@ -220,42 +269,31 @@ def run(
     classifier: Classifier,
     rule: Rule,
     organ_of: Callable[[str | None], Organ],
-    log_json: bool,
-    shown: bool,
+    copies: LocalCopies | None,
+    tell: Telling,
 ) -> list[SlideOutcome]:
-    """Type the slides with a progress bar; one JSON line per slide at its end if asked."""
-    from cellslide.batch import StopOnSignal, classify_slides
-    from cellslide.cli.progress import progress_bar
-    from cellslide.pipeline import Watch
+    """Type the slides, one after another."""
+    from cellslide.batch import classify_slides
+    from cellslide.localcopy import done_before
 
-    with StopOnSignal() as stop, progress_bar(len(targets), shown) as progress:
-        return list(told(classify_slides(targets, classifier, rule, organ_of, Watch(progress, stop)), log_json))
+    def work(stream: Iterator[Target], watch: Watch) -> Iterator[SlideOutcome]:
+        return classify_slides(stream, classifier, rule, organ_of, watch)
 
-
-def told(outcomes: Iterator[SlideOutcome], log_json: bool) -> Iterator[SlideOutcome]:
-    """Pass the outcomes on, and print each as a JSON line if asked."""
-    for outcome in outcomes:
-        if log_json:
-            click.echo(json.dumps({**outcome.to_json(), "seconds": round(outcome.seconds, 2)}))
-        yield outcome
+    return one_by_one(targets, work, tell, copies, done_before("classify", classifier.config.output.overwrite))
 
 
-def finish(outcomes: list[SlideOutcome], log_json: bool) -> int:
-    """Show the summary and the errors; return the exit code."""
-    from cellslide.cli.segment import finish as finish_slides
-
-    return finish_slides(outcomes, log_json)
-
-
-def regate_all(targets: list[Target], config: ClassifyConfig, flags: dict[str, Any]) -> list[SlideOutcome]:
+def regate_all(
+    targets: list[Target], config: ClassifyConfig, flags: dict[str, Any], tell: Telling
+) -> list[SlideOutcome]:
     """Apply the rule of the flags to typed folders; returns how each ended."""
-    from cellslide.batch import StopOnSignal, regate_slides
-    from cellslide.pipeline import Watch
+    from cellslide.batch import regate_slides
 
-    calibration = other_calibration(config)
-    with StopOnSignal() as stop:
-        rule_of = partial(to_rule, flags=flags, calibration=calibration)
-        return list(regate_slides(targets, rule_of, config.output, Watch(stop=stop)))
+    rule_of = partial(to_rule, flags=flags, calibration=other_calibration(config))
+
+    def work(stream: Iterator[Target], watch: Watch) -> Iterator[SlideOutcome]:
+        return regate_slides(stream, rule_of, config.output, watch)
+
+    return one_by_one(targets, work, tell, None, lambda _: True)
 
 
 def other_calibration(config: ClassifyConfig) -> Calibration | None:

@@ -11,8 +11,9 @@ from cellslide.cli.options import FOLDER, device_option, run_options
 
 if TYPE_CHECKING:
     from cellslide.batch import SlideOutcome
-    from cellslide.segmenter import Segmenter
-    from cellslide.slides import SlideInput
+    from cellslide.classify.targets import Target
+    from cellslide.cli.many import Telling
+    from cellslide.config import SegmentConfig
 
 DETAIL_PX = 800
 
@@ -59,35 +60,31 @@ def get_slide(output: Path, download: bool) -> Path:
 
 def process(path: Path, output: Path, device: str, no_progress: bool, log_json: bool) -> int:
     """Segment the slide with the model that ships, and type its nuclei if a classifier ships; return the exit code."""
-    from cellslide.cli import segment as cli_segment
+    from cellslide.cli.many import finish, ledger_for, telling, to_targets
+    from cellslide.cli.segment import run
     from cellslide.config import InferConfig, OutputConfig, SegmentConfig
-    from cellslide.segmenter import open_segmenter
     from cellslide.slides import expand_slides
-    from cellslide.weights import Manifest, load_model
+    from cellslide.weights import Manifest
 
     config = SegmentConfig(infer=InferConfig(device=device), output=OutputConfig(overwrite=True))
-    sources = expand_slides([path])
-    with open_segmenter(load_model(), config) as segmenter:
-        if "classify" not in Manifest.load().defaults:
-            return cli_segment.finish(cli_segment.run(sources, segmenter, output, log_json, not no_progress), log_json)
-        return cli_segment.finish(run_both(sources, segmenter, output, log_json, not no_progress), log_json)
+    targets = to_targets(expand_slides([path]), output)
+    tell = telling(log_json, no_progress, ledger_for(targets, output))
+    typed = "classify" in Manifest.load().defaults
+    return finish(run_both(targets, config, tell) if typed else run(targets, config, [device], None, tell), tell)
 
 
-def run_both(
-    sources: list[SlideInput], segmenter: Segmenter, output: Path, log_json: bool, shown: bool
-) -> list[SlideOutcome]:
+def run_both(targets: list[Target], config: SegmentConfig, tell: Telling) -> list[SlideOutcome]:
     """Segment the slide and type its nuclei with the classifier that ships, for its first organ."""
     from cellslide.classify.columns import Rule
     from cellslide.cli import classify, run
     from cellslide.config import ClassifyConfig
     from cellslide.gate import DecisionConfig
 
-    config = segmenter.config
     classifier = classify.load(ClassifyConfig(infer=config.infer, output=config.output))
     spec = classifier.spec
     rule = Rule(DecisionConfig(), spec.calibration, tuple(c.name for c in spec.classes))
     organ_of = classify.organ_finder(spec, spec.organs[0] if spec.organs else None)
-    return run.run(sources, segmenter, classifier, rule, organ_of, output, log_json, shown)
+    return run.run(targets, config, classifier, rule, organ_of, None, tell)
 
 
 def point_out(path: Path, folder: Path, to_stderr: bool) -> None:

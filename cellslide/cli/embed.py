@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from cellslide.classify.targets import Target
     from cellslide.config import EmbedConfig
     from cellslide.embed import Embedder
+    from cellslide.pipeline import Watch
 
-from cellslide.cli.classify import bring_cells, cells_options, finish, told
+from cellslide.cli.classify import bring_cells, cells_options
+from cellslide.cli.many import Telling, finish, ledger_for, one_by_one, telling
 
 reading_options = chain(
     click.option(
@@ -77,8 +79,8 @@ def command(
     embedder = load(config)
     if settings["cells"] is not None:
         targets = [_with_cells(targets, settings)]
-    shown = not no_progress and logging.getLogger("cellslide").isEnabledFor(logging.INFO)
-    return finish(_run(targets, embedder, log_json, shown), log_json)
+    tell = telling(log_json, no_progress, ledger_for(targets, output, slides))
+    return finish(_run(targets, embedder, tell), tell)
 
 
 def to_config(flags: dict[str, Any]) -> EmbedConfig:
@@ -107,10 +109,10 @@ def _with_cells(targets: list[Target], flags: dict[str, Any]) -> Target:
     return bring_cells(targets, ClassifyConfig(**{name: flags[name] for name in names}, output=output))
 
 
-def _run(targets: list[Target], embedder: Embedder, log_json: bool, shown: bool) -> list[SlideOutcome]:
-    from cellslide.batch import StopOnSignal, embed_slides
-    from cellslide.cli.progress import progress_bar
-    from cellslide.pipeline import Watch
+def _run(targets: list[Target], embedder: Embedder, tell: Telling) -> list[SlideOutcome]:
+    from cellslide.batch import embed_slides
 
-    with StopOnSignal() as stop, progress_bar(len(targets), shown) as progress:
-        return list(told(embed_slides(targets, embedder, Watch(progress, stop)), log_json))
+    def work(stream: Iterator[Target], watch: Watch) -> Iterator[SlideOutcome]:
+        return embed_slides(stream, embedder, watch)
+
+    return one_by_one(targets, work, tell, None, lambda _: True)

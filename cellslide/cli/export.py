@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cellslide.cli.options import FOLDER, config_option, format_option, geojson_options, verbosity_options
-from cellslide.errors import CellslideError, UsageError
+from cellslide.errors import CellslideError, UsageError, trouble
 
 if TYPE_CHECKING:
     from cellslide.config import OutputConfig
@@ -44,8 +44,11 @@ def find_tables(folders: tuple[Path, ...]) -> list[Path]:
 
     Raises UsageError naming the first folder that has none.
     """
+    from cellslide.staging import put_back
+
     found: dict[Path, None] = {}
     for folder in folders:
+        put_back(folder, TABLE_NAME)
         if folder.name == TABLE_NAME and folder.is_dir():
             here = [folder]
         else:
@@ -60,15 +63,20 @@ def find_tables(folders: tuple[Path, ...]) -> list[Path]:
 
 def _export_one(path: Path, config: OutputConfig) -> bool:
     from cellslide.export import export_table
+    from cellslide.lock import hold
+    from cellslide.staging import restore
     from cellslide.table import open_table
 
     try:
-        with open_table(path) as table:
-            written = export_table(table, path.parent, config.formats, config.geojson_origin, config.profile)
+        with hold(path.parent):
+            restore(path.parent)
+            with open_table(path) as table:
+                written = export_table(table, path.parent, config.formats, config.geojson_origin, config.profile)
     except UsageError:
         raise
-    except CellslideError as error:
-        click.echo(f"cellslide export: {error}", err=True)
+    except (CellslideError, OSError) as error:
+        words = str(error) if isinstance(error, CellslideError) else f"{path.parent}: {trouble(error) or error}"
+        click.echo(f"cellslide export: {words}", err=True)
         return False
     for target in written.values():
         click.echo(str(target))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
@@ -12,7 +14,7 @@ from typing import Any
 import click
 
 from cellslide import __version__
-from cellslide.errors import CellslideError
+from cellslide.errors import CellslideError, one_line, trouble
 
 # name -> (where it lives, short help). The help stands here so that `--help` imports no command.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -25,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "run": ("cellslide.cli.run:command", "Segment and classify in one go."),
     "export": ("cellslide.cli.export:command", "Write other formats from a finished cells.zarr."),
+    "verify": ("cellslide.cli.verify:command", "Check that the files of finished slides agree."),
     "explain": ("cellslide.cli.explain:command", "Show where the classifier looked, on chosen cells."),
     "evaluate": ("cellslide.cli.evaluate:command", "Score a model or its predictions on a labelled data set."),
     "train": ("cellslide.cli.train:command", "Train a segmentation model on labelled data sets."),
@@ -66,6 +69,7 @@ class LazyGroup(click.Group):
         """Run; in standalone mode leave with the exit code that the outcome asks for."""
         if not standalone_mode:
             return super().main(args, prog_name, standalone_mode=False, **extra)
+        _heed_warning()
         sys.exit(self._run(args, prog_name, **extra))
 
     def _run(self, args: Sequence[str] | None, prog_name: str | None, **extra: Any) -> int:
@@ -82,16 +86,25 @@ class LazyGroup(click.Group):
             # `cellslide ... | head`: the reader left; nothing more can be written, also not at shutdown.
             sys.stdout = None  # type: ignore[assignment]
             return 1
+        except (OSError, MemoryError) as error:
+            return _say(trouble(error) or f"unexpected {type(error).__name__}: {error} (-v shows where)", 1)
         except Exception as error:
             return _say(f"unexpected {type(error).__name__}: {error} (-v shows where)", 1)
         return result if isinstance(result, int) else 0
+
+
+def _heed_warning() -> None:
+    """End as after SIGTERM when Slurm warns by SIGUSR1 before the work has begun; once it has, it stops cleanly."""
+    number = getattr(signal, "SIGUSR1", None)
+    if number is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(number, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _say(message: str, code: int) -> int:
     """Print one line on stderr, the traceback too under `-v`, and return the exit code."""
     if logging.getLogger("cellslide").isEnabledFor(logging.DEBUG):
         traceback.print_exc()
-    click.echo("cellslide: " + " ".join(message.split()), err=True)
+    click.echo("cellslide: " + one_line(message), err=True)
     return code
 
 

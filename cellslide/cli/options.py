@@ -87,6 +87,11 @@ device_option = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|mps|cuda|cuda:N", help="Where the network runs."
 )
 
+devices_option = click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|mps|cuda|cuda:N,M,...",
+    help="Where the network runs; of several devices, such as cuda:0,1,2, each takes the next slide.",
+)  # fmt: skip
+
 
 def batch_size_option(what: str) -> Callable[[F], F]:
     """Return the option `--batch-size auto|N`; `what` says what is counted."""
@@ -104,7 +109,7 @@ precision_option = click.option(
 seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed, kept in run.json.")
 
 infer_options = chain(
-    device_option,
+    devices_option,
     batch_size_option("Tiles per forward pass."),
     precision_option,
     click.option(

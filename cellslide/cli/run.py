@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cellslide.cli.classify import decision_options, finish, load, network_options, organ_finder, organ_option, to_rule
+from cellslide.cli.classify import (
+    decision_options,
+    load,
+    network_options,
+    organ_finder,
+    organ_option,
+    remote_work,
+    to_rule,
+    work_of,
+)
 from cellslide.cli.classify import to_config as to_classify_config
+from cellslide.cli.cluster import cluster_options, ended, on_cluster, place_of
+from cellslide.cli.many import (
+    Telling,
+    copies_in,
+    finish,
+    ledger_for,
+    on_devices,
+    one_by_one,
+    stage_option,
+    telling,
+    to_targets,
+)
 from cellslide.cli.options import (
     FILE,
     chain,
@@ -33,9 +53,10 @@ if TYPE_CHECKING:
     from cellslide.classify import Classifier
     from cellslide.classify.columns import Rule
     from cellslide.classify.slide import Organ
+    from cellslide.classify.targets import Target
+    from cellslide.config import ClassifyConfig, SegmentConfig
+    from cellslide.localcopy import LocalCopies
     from cellslide.pipeline import Watch
-    from cellslide.segmenter import Segmenter
-    from cellslide.slides import SlideInput
 
 classifier_options = chain(
     click.option("--classifier", metavar="ID", help="Classifier from `cellslide weights list`.  [default: what ships]"),
@@ -58,6 +79,8 @@ classifier_options = chain(
 @infer_options
 @tile_options
 @shard_option
+@cluster_options
+@stage_option
 @click.option("--overwrite", is_flag=True, help="Start anew; without it, finished slides are skipped, others resumed.")
 @run_options
 def command(
@@ -66,6 +89,9 @@ def command(
     classifier: str | None,
     classifier_weights: Path | None,
     shard: tuple[int, int] | None,
+    scheduler: str | None,
+    jobs: int | None,
+    stage_dir: Path | None,
     no_progress: bool,
     log_json: bool,
     **settings: Any,
@@ -92,59 +118,62 @@ def command(
     if not sources:
         click.echo("no slide falls into this shard", err=True)
         return 0
-    from cellslide.segmenter import open_segmenter
-    from cellslide.weights import load_model
+    from cellslide.devices import parse_devices
 
+    devices = parse_devices(config.infer.device)
+    config, classify_config = at_first(config, devices), at_first(classify_config, devices)
+    place = place_of(scheduler, jobs, devices)
+    if place is not None:
+        from cellslide.devicework import SegmentWork
+        from cellslide.weights import load_model
+
+        found, typed = (
+            SegmentWork(config, copies_in(stage_dir), load_model),
+            remote_work(classify_config, decision, stage_dir),
+        )
+        targets = to_targets(sources, output)
+        tell = telling(log_json, no_progress, ledger_for(targets, output))
+        return ended(finish(on_cluster(place, found, typed, targets, tell), tell))
     typing = load(classify_config)
     rule, organ_of = to_rule(typing.spec, decision), organ_finder(typing.spec, network["organ"])
     rule.check()
-    with open_segmenter(load_model(config.model, config.weights), config) as segmenter:
-        shown = not no_progress and logging.getLogger("cellslide").isEnabledFor(logging.INFO)
-        outcomes = run(sources, segmenter, typing, rule, organ_of, output, log_json, shown)
-    return finish(outcomes, log_json)
+    targets, copies = to_targets(sources, output), copies_in(stage_dir)
+    tell = telling(log_json, no_progress, ledger_for(targets, output))
+    if len(devices) > 1:
+        from cellslide.devicework import RunWork, SegmentWork
+
+        work = RunWork(SegmentWork(config, copies), work_of(classify_config, rule, copies))
+        return finish(on_devices(work, targets, devices, tell, stages=2), tell)
+    return finish(run(targets, config, typing, rule, organ_of, copies, tell), tell)
+
+
+Config = TypeVar("Config", "SegmentConfig", "ClassifyConfig")
+
+
+def at_first(config: Config, devices: Sequence[str]) -> Config:
+    """Return settings with the first device."""
+    return replace(config, infer=replace(config.infer, device=devices[0]))
 
 
 def run(
-    sources: list[SlideInput],
-    segmenter: Segmenter,
+    targets: list[Target],
+    config: SegmentConfig,
     classifier: Classifier,
     rule: Rule,
     organ_of: Callable[[str | None], Organ],
-    output: Path,
-    log_json: bool,
-    shown: bool,
+    copies: LocalCopies | None,
+    tell: Telling,
 ) -> list[SlideOutcome]:
-    """Segment and type the slides with a progress bar; one JSON line per slide at its end if asked."""
-    from cellslide.batch import StopOnSignal
-    from cellslide.cli.classify import told
-    from cellslide.cli.progress import progress_bar
-    from cellslide.pipeline import Watch
+    """Segment and type the slides, one after another."""
+    from cellslide.batch import run_slides
+    from cellslide.localcopy import done_before
+    from cellslide.segmenter import open_segmenter
+    from cellslide.weights import load_model
 
-    with StopOnSignal() as stop, progress_bar(len(sources), shown) as progress:
-        watch = Watch(progress, stop)
-        outcomes = (both(source, segmenter, classifier, rule, organ_of, output, watch) for source in sources)
-        return list(told(outcomes, log_json))
+    with open_segmenter(load_model(config.model, config.weights), config) as segmenter:
 
+        def work(stream: Iterator[Target], watch: Watch) -> Iterator[SlideOutcome]:
+            sources, out_dir = (t.source for t in stream), targets[0].folder.parent
+            return run_slides(sources, segmenter, classifier, rule, organ_of, out_dir, watch)
 
-def both(
-    source: SlideInput,
-    segmenter: Segmenter,
-    classifier: Classifier,
-    rule: Rule,
-    organ_of: Callable[[str | None], Organ],
-    output: Path,
-    watch: Watch,
-) -> SlideOutcome:
-    """Segment and type one slide; a slide of which some tiles failed is typed all the same, and counts as failed."""
-    from cellslide.batch import classify_slides, segment_slides
-    from cellslide.classify.targets import Target
-
-    (found,) = segment_slides([source], segmenter, output, watch)
-    if found.cells is None:
-        return found
-    (typed,) = classify_slides([Target(source, output / source.slide_id)], classifier, rule, organ_of, watch)
-    seconds = found.seconds + typed.seconds
-    if typed.status == "failed" or found.status == "failed":
-        worse = typed if typed.status == "failed" else found
-        return replace(worse, seconds=seconds)
-    return replace(found if found.status == "done" else typed, seconds=seconds)
+        return one_by_one(targets, work, tell, copies, done_before("classify", config.output.overwrite), stages=2)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from cellslide.cli.cluster import cluster_options, ended, on_cluster, place_of
+from cellslide.cli.many import (
+    Telling,
+    copies_in,
+    finish,
+    ledger_for,
+    on_devices,
+    one_by_one,
+    stage_option,
+    telling,
+    to_targets,
+)
 from cellslide.cli.options import (
     format_option,
     geojson_options,
@@ -24,8 +35,10 @@ from cellslide.cli.options import (
 
 if TYPE_CHECKING:
     from cellslide.batch import SlideOutcome
+    from cellslide.classify.targets import Target
     from cellslide.config import SegmentConfig
-    from cellslide.segmenter import Segmenter
+    from cellslide.localcopy import LocalCopies
+    from cellslide.pipeline import Watch
     from cellslide.slides import SlideInput
 
 
@@ -52,6 +65,8 @@ shard_option = click.option("--shard", metavar="I/N", callback=_shard, help="Onl
 @infer_options
 @tile_options
 @shard_option
+@cluster_options
+@stage_option
 @click.option(
     "--overwrite", is_flag=True, help="Start anew; without it, finished slides are skipped and others resumed."
 )
@@ -61,6 +76,9 @@ def command(
     slides: tuple[str, ...],
     output: Path,
     shard: tuple[int, int] | None,
+    scheduler: str | None,
+    jobs: int | None,
+    stage_dir: Path | None,
     dry_run: bool,
     no_progress: bool,
     log_json: bool,
@@ -79,20 +97,30 @@ def command(
       cellslide segment slide.svs -o points --model detect
       cellslide segment scan.tif -o out --mpp 0.25 --roi tumour.geojson
       cellslide segment slides.csv -o out --shard 2/8 --log-json
+      cellslide segment slides.csv -o out --device cuda:0,1,2,3 --stage-dir /scratch
+      cellslide segment slides.csv -o out --scheduler scheduler.json
     """
     config = to_config(**settings)
     sources = chosen_slides(slides, shard)
     if not sources:
         click.echo("no slide falls into this shard", err=True)
         return 0
-    from cellslide.segmenter import open_segmenter
-    from cellslide.weights import load_model
+    from cellslide.devices import parse_devices
 
-    with open_segmenter(load_model(config.model, config.weights), config) as segmenter:
-        if dry_run:
-            return show_plan(sources, segmenter)
-        outcomes = run(sources, segmenter, output, log_json, _wants_progress(no_progress))
-    return finish(outcomes, log_json)
+    devices = parse_devices(config.infer.device)
+    config = replace(config, infer=replace(config.infer, device=devices[0]))
+    if dry_run:
+        return show_plan(sources, config)
+    place = place_of(scheduler, jobs, devices)
+    targets = to_targets(sources, output)
+    tell = telling(log_json, no_progress, ledger_for(targets, output))
+    if place is not None:
+        from cellslide.devicework import SegmentWork
+        from cellslide.weights import load_model
+
+        work = SegmentWork(config, copies_in(stage_dir), load_model)
+        return ended(finish(on_cluster(place, work, None, targets, tell), tell))
+    return finish(run(targets, config, devices, copies_in(stage_dir), tell), tell)
 
 
 def to_config(
@@ -122,53 +150,39 @@ def chosen_slides(args: Sequence[str], shard: tuple[int, int] | None) -> list[Sl
     return [s for s in expand_slides(args) if shard is None or in_shard(s.slide_id, shard)]
 
 
-def _wants_progress(no_progress: bool) -> bool:
-    return not no_progress and logging.getLogger("cellslide").isEnabledFor(logging.INFO)
-
-
 def run(
-    sources: list[SlideInput], segmenter: Segmenter, output: Path, log_json: bool, shown: bool
+    targets: list[Target], config: SegmentConfig, devices: Sequence[str], copies: LocalCopies | None, tell: Telling
 ) -> list[SlideOutcome]:
-    """Segment the slides with a progress bar; one JSON line per slide at its end if asked."""
-    from cellslide.batch import StopOnSignal, segment_slides
-    from cellslide.cli.progress import progress_bar
-    from cellslide.pipeline import Watch
+    """Segment the slides, on one device or several."""
+    if len(devices) > 1:
+        from cellslide.devicework import SegmentWork
 
-    outcomes = []
-    with StopOnSignal() as stop, progress_bar(len(sources), shown) as progress:
-        for outcome in segment_slides(sources, segmenter, output, Watch(progress, stop)):
-            outcomes.append(outcome)
-            if log_json:
-                click.echo(json.dumps({**outcome.to_json(), "seconds": round(outcome.seconds, 2)}))
-            elif outcome.cells == 0 and outcome.status == "done":
-                logging.getLogger(__name__).warning(
-                    "%s: no nuclei; see tissue.geojson for what was searched", outcome.slide
-                )
-    return outcomes
+        return on_devices(SegmentWork(config, copies), targets, devices, tell)
+    from cellslide.batch import segment_slides
+    from cellslide.localcopy import done_before
+    from cellslide.segmenter import open_segmenter
+    from cellslide.weights import load_model
 
+    with open_segmenter(load_model(config.model, config.weights), config) as segmenter:
 
-def finish(outcomes: list[SlideOutcome], log_json: bool) -> int:
-    """Show the summary and the errors; return the exit code."""
-    from cellslide.batch import exit_code
-    from cellslide.cli.progress import summary
+        def work(stream: Iterator[Target], watch: Watch) -> Iterator[SlideOutcome]:
+            return segment_slides((t.source for t in stream), segmenter, targets[0].folder.parent, watch)
 
-    if logging.getLogger("cellslide").isEnabledFor(logging.INFO):
-        summary(outcomes, to_stderr=log_json)
-    for outcome in outcomes:
-        if outcome.error is not None:
-            click.echo(f"cellslide: {outcome.slide}: {outcome.error}", err=True)
-    return exit_code(outcomes)
+        return one_by_one(targets, work, tell, copies, done_before("segment", config.output.overwrite))
 
 
-def show_plan(sources: list[SlideInput], segmenter: Segmenter) -> int:
+def show_plan(sources: list[SlideInput], config: SegmentConfig) -> int:
     """Print the tiles of each slide and how long they would take here, from one tile that is tried; returns 0."""
     from cellslide.batch import plan
+    from cellslide.segmenter import open_segmenter
+    from cellslide.weights import load_model
 
     total, seconds_per_tile = 0, None
-    for source in sources:
-        tiles, seconds_per_tile = plan(source, segmenter, seconds_per_tile)
-        total += tiles
-        click.echo(f"{source.slide_id}  {tiles:,} tiles  about {tiles * seconds_per_tile:,.0f} s  {source.path}")
+    with open_segmenter(load_model(config.model, config.weights), config) as segmenter:
+        for source in sources:
+            tiles, seconds_per_tile = plan(source, segmenter, seconds_per_tile)
+            total += tiles
+            click.echo(f"{source.slide_id}  {tiles:,} tiles  about {tiles * seconds_per_tile:,.0f} s  {source.path}")
     size, name = segmenter.config.tiles.size_px, segmenter.spec.weights_id
     click.echo(
         f"{len(sources)} slides, {total:,} tiles of {size} px at {segmenter.spec.mpp} µm/px, "

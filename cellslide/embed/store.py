@@ -7,7 +7,6 @@ table. They are mapped, not held; a row is marked done after it was written.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from numpy.lib.format import open_memmap
 
 from cellslide.errors import SlideError, UsageError
 from cellslide.record import differences, write_json
+from cellslide.staging import new_array, remove_folder
 from cellslide.types import Float32, Int64
 
 FOLDER = ".embed"
@@ -35,15 +35,15 @@ class PartialVectors:
     ) -> PartialVectors:
         """Open or begin the store of `n` nuclei; raises UsageError where what is there was made with other settings."""
         folder = slide_folder / FOLDER
-        if overwrite and folder.exists():
-            shutil.rmtree(folder)
+        if overwrite:
+            remove_folder(folder)
         if (folder / FINGERPRINT_FILE).is_file():
             _check(folder / FINGERPRINT_FILE, fingerprint)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             # An empty array cannot be mapped.
-            open_memmap(folder / "vectors.npy", "w+", np.dtype(np.float32), (max(n, 1), dim)).flush()
-            open_memmap(folder / "done.npy", "w+", np.dtype(np.uint8), (max(n, 1),)).flush()
+            new_array(folder / "vectors.npy", np.float32, (max(n, 1), dim))
+            new_array(folder / "done.npy", np.uint8, (max(n, 1),))
             write_json(folder / FINGERPRINT_FILE, fingerprint)
         return cls(folder, open_memmap(folder / "vectors.npy", "r+"), open_memmap(folder / "done.npy", "r+"))
 
@@ -69,7 +69,7 @@ class PartialVectors:
     def remove(self) -> None:
         """Delete the store; called when the slide is complete."""
         del self._vectors, self._done
-        shutil.rmtree(self.folder)
+        remove_folder(self.folder)
 
 
 def _check(path: Path, fingerprint: Mapping[str, str]) -> None:

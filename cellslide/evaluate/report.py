@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cellslide.csvtext import harmless
 from cellslide.errors import UsageError
 from cellslide.evaluate import classification
 from cellslide.evaluate.dataset import Dataset, Sample
@@ -198,7 +199,7 @@ def write_per_image(path: Path, scores: Sequence[ImageScores]) -> None:
 
 def _image_row(s: ImageScores) -> list[Any]:
     q, d = s.quality, s.detection
-    row = [s.image, s.organ, s.mpp, s.n_true, s.n_pred]
+    row = [harmless(s.image), harmless(s.organ), s.mpp, s.n_true, s.n_pred]
     row += [_finite(v) for v in (s.bpq, s.bdq, s.bsq, _class_mean(s), s.aji, s.aji_plus, s.dice)]
     row += [q.tp, q.fp, q.fn] if q else [None] * 3
     return row + ([d.tp, d.fp, d.fn, d.f1] if d else [None] * 4)

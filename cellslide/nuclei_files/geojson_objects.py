@@ -84,15 +84,23 @@ def _score(properties: dict[str, Any]) -> float:
 
 def geometry_parts(geometry: Any) -> Iterator[tuple[Any, tuple[float, float]]]:
     """Yield (outer ring or None, point or NaN) for every polygon and point of a geometry; nothing for other kinds."""
+    waiting = [geometry]  # collections may hold collections, as deep as a stranger likes
+    while waiting:
+        part = waiting.pop()
+        held = part.get("geometries") if isinstance(part, dict) and part.get("type") == "GeometryCollection" else None
+        if isinstance(held, list):
+            waiting += reversed(held)
+        else:
+            yield from _simple_parts(part)
+
+
+def _simple_parts(geometry: Any) -> Iterator[tuple[Any, tuple[float, float]]]:
     if not isinstance(geometry, dict):
         return
     kind, coordinates = geometry.get("type"), geometry.get("coordinates")
-    if kind == "GeometryCollection":
-        for part in geometry.get("geometries") or ():
-            yield from geometry_parts(part)
-    elif not isinstance(coordinates, list):
+    if not isinstance(coordinates, list):
         return
-    elif kind == "Point":
+    if kind == "Point":
         yield None, point(coordinates)
     elif kind == "MultiPoint":
         yield from ((None, point(xy)) for xy in coordinates)

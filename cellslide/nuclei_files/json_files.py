@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -47,7 +48,7 @@ class JsonReader:
         try:
             for name, stream in open_texts(self.path):
                 yield from self._values(JsonText(stream, name))
-        except (OSError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise UsageError(f"{self.path}: cannot be unpacked ({error}); is the file complete?") from error
         if not self.known:
             raise UsageError(f"{self.path}: holds no nuclei in a form that is known; {EXPECTED}")

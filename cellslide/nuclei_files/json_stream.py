@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from json.scanner import make_scanner
 from typing import Any, TextIO
@@ -15,6 +16,8 @@ from typing import Any, TextIO
 from cellslide.errors import UsageError
 
 WINDOW_CHARS = 4 << 20
+# Room for an outline of a million vertices; beyond, one value would take the memory that many cells need.
+MOST_CHARS = 128 << 20
 # A text that breaks off is noticed at its end; what fails this far before the end is wrong, not cut.
 _CUT_CHARS = 1024
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -78,6 +81,10 @@ class JsonText:
             except (json.JSONDecodeError, StopIteration) as error:
                 self._check_cut(error)
                 value, end, cut = None, 0, True
+            except RecursionError as error:
+                raise self._broken("nested too deeply") from error
+            except ValueError as error:
+                raise self._broken("a number of too many digits") from error
             if not cut or (not self._more(max(WINDOW_CHARS, len(self.text) - self.at)) and end):
                 self.at = end
                 return value
@@ -85,6 +92,8 @@ class JsonText:
                 raise self._broken("the text breaks off")
             if is_object and most_chars is not None and not end and len(self.text) - self.at > most_chars:
                 return LONG
+            if len(self.text) - self.at > MOST_CHARS:
+                raise self._broken(f"one value of more than {MOST_CHARS:,} characters")
 
     def _check_cut(self, error: json.JSONDecodeError | StopIteration) -> None:
         place = error.pos if isinstance(error, json.JSONDecodeError) else int(error.value)
@@ -106,7 +115,8 @@ class JsonText:
             return False
         try:
             chunk = self.stream.read(chars)
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
+            # What the packed forms raise: damaged, a wrong password, a method that is not known.
             raise UsageError(f"{self.name}: cannot be read as text ({error}); is the file complete?") from error
         if not chunk:
             self.ended = True

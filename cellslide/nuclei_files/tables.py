@@ -9,6 +9,7 @@ import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cellslide.anndata_store import TableError
+from cellslide.csvtext import as_written
 from cellslide.errors import UsageError
 from cellslide.nuclei_files.drafts import objects, uuid_of
 from cellslide.nuclei_files.records import NUCLEUS, Block, NucleiReport, Source, Unit
@@ -126,7 +128,16 @@ class TableReader:
             to_level0 = self._source().to_level0(self.info, layout.unit, qupath=layout.qupath)
             make = self._boundaries if layout.polygons else self._cells
             yield from make(batches, layout, to_level0)
-        except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
+        except (
+            OSError,
+            EOFError,
+            MemoryError,
+            ValueError,
+            KeyError,
+            zlib.error,
+            pa.ArrowException,
+            csv.Error,
+        ) as error:
             raise UsageError(f"{self.path}: cannot be read as a table ({_line(error)}); {EXPECTED}") from error
 
     def _source(self) -> Source:
@@ -197,7 +208,7 @@ class TableReader:
         self, batch: pa.RecordBatch, layout: Layout, to_level0: Float64, xy: Float64, rings: Float64, start: Int64
     ) -> Block:
         n = batch.num_rows
-        ids = _texts(batch, layout.ids) if layout.ids else objects([str(self.place + k) for k in range(n)])
+        ids = self._words(batch, layout.ids) if layout.ids else objects([str(self.place + k) for k in range(n)])
         self.place += n
         area = _numbers(batch, layout.area) if layout.area else np.full(n, np.nan)
         score = _numbers(batch, layout.scores) if layout.scores else np.full(n, np.nan)
@@ -214,10 +225,15 @@ class TableReader:
             objects([uuid_of(text) for text in (_texts(batch, layout.uuids) if layout.uuids else ids)]),
         )
 
+    def _words(self, batch: pa.RecordBatch, column: str) -> NDArray[Any]:
+        """Return a column as texts; a CSV quotes what a spreadsheet would take for a formula."""
+        words = _texts(batch, column)
+        return words if self._is_parquet() else objects([as_written(word) for word in words.tolist()])
+
     def _classes(self, batch: pa.RecordBatch, column: str) -> NDArray[np.int16]:
         if not column:
             return np.full(batch.num_rows, -1, np.int16)
-        words = _texts(batch, column)
+        words = self._words(batch, column)
         return np.array([self.names.setdefault(w, len(self.names)) if w else -1 for w in words], np.int16)
 
 

@@ -1,0 +1,166 @@
+"""A Dask scheduler to give stages to: one that runs already, or processes on this machine for as long as the run."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cellslide import __version__
+from cellslide.device import available_cpus
+from cellslide.errors import MissingDependencyError, UsageError
+from cellslide.pipeline import in_words
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+# Time (s) for a scheduler to answer, and for everything to close; Dask's closing now and then never ends.
+ANSWER_S, CLOSE_S = 15, 20
+
+log = logging.getLogger(__name__)
+
+
+def require_dask() -> None:
+    """Raise MissingDependencyError where Dask is not installed."""
+    try:
+        import distributed  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            "--jobs and --scheduler need Dask: pip install 'cellslide[cluster]'; --shard I/N needs nothing"
+        ) from error
+
+
+@contextmanager
+def open_cluster(scheduler: str | None, jobs: int | None) -> Iterator[Client]:
+    """Yield a client of the scheduler at an address or named by a file, or of `jobs` processes on this machine.
+
+    Raises UsageError for an address that is none, MissingDependencyError where nobody answers.
+    """
+    require_dask()
+    import dask
+
+    # Our own processes decode tiles, which Dask's may not have unless told so.
+    with ExitStack() as stack:
+        stack.enter_context(dask.config.set({"distributed.worker.daemon": False}))
+        client = _found(scheduler) if scheduler is not None else _started(jobs or 1, stack)
+        try:
+            yield client
+        finally:
+            _in_time(client.close)
+
+
+def _found(scheduler: str) -> Client:
+    from distributed import Client
+
+    where: dict[str, Any] = {"address": scheduler}
+    if "://" not in scheduler and (scheduler.endswith(".json") or os.sep in scheduler or Path(scheduler).exists()):
+        if not Path(scheduler).is_file():
+            raise UsageError(f"--scheduler {scheduler}: no such file; `dask scheduler --scheduler-file` writes it")
+        where = {"scheduler_file": scheduler}
+    try:
+        client = Client(**where, set_as_default=False, timeout=ANSWER_S, name="cellslide")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--scheduler {scheduler}: no address such as tcp://host:8786, no file ({error})") from error
+    except OSError as error:
+        raise MissingDependencyError(
+            f"--scheduler {scheduler}: no Dask scheduler answers there; start `dask scheduler`, or check the address"
+        ) from error
+    check_workers(client)
+    return client
+
+
+def check_workers(client: Client) -> None:
+    """Warn of workers that may have no child processes, of which decoding tiles would take its time.
+
+    Raises MissingDependencyError for a worker that has another version of cellslide, or none.
+    """
+    answers: dict[str, Any] = client.run(_describe, on_error="return")
+    for address, answer in answers.items():
+        if isinstance(answer, BaseException) or answer[0] != __version__:
+            found = in_words(answer) if isinstance(answer, BaseException) else f"cellslide {answer[0]}"
+            raise MissingDependencyError(f"worker {address}: {found}; it needs cellslide {__version__} as here")
+    if any(daemonic for _, daemonic in answers.values()):
+        log.warning(
+            "workers decode tiles one at a time: start `dask worker` with DASK_DISTRIBUTED__WORKER__DAEMON=False, or "
+            "with --no-nanny"
+        )
+
+
+def _describe() -> tuple[str, bool]:
+    return __version__, bool(multiprocessing.current_process().daemon)
+
+
+def _started(jobs: int, stack: ExitStack) -> Client:
+    """Start processes on this machine that end with this one; other users cannot reach them."""
+    from distributed import Client, SpecCluster
+
+    scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="cellslide-dask-", ignore_cleanup_errors=True))
+    security = _own_security()
+    workers, scheduler = local_spec(jobs, visible_gpus(), scratch, security)
+    cluster = SpecCluster(workers, scheduler, security=security, silence_logs=logging.ERROR)
+    stack.callback(_in_time, cluster.close)
+    return Client(cluster, set_as_default=False, timeout=60, name="cellslide")
+
+
+def local_spec(
+    jobs: int, gpus: list[str], scratch: str, security: Any = None
+) -> tuple[dict[int, dict[str, Any]], dict[str, Any]]:
+    """Return Dask's description of `jobs` workers on this machine and of their scheduler.
+
+    Each GPU goes to one worker; with more workers than GPUs, the others write what was found.
+    """
+    from distributed import Nanny, Scheduler
+
+    protocol = "tcp://" if security is None else "tls://"
+    # Memory is bounded by how cellslide works, and much of it Dask cannot see: its limits would only stall.
+    common = {"nthreads": 1, "memory_limit": 0, "local_directory": scratch, "security": security, "protocol": protocol}
+    common |= {"host": "127.0.0.1", "dashboard": False, "silence_logs": logging.ERROR}
+    workers: dict[int, dict[str, Any]] = {}
+    for k in range(jobs):
+        env = {"CUDA_VISIBLE_DEVICES": gpus[k]} if k < len(gpus) else {}
+        resources = {"CPU": 1, "GPU": 1} if k < len(gpus) or not gpus else {"CPU": 1}
+        workers[k] = {"cls": Nanny, "options": {**common, "env": env, "resources": resources}}
+    options = {"host": "127.0.0.1", "port": 0, "protocol": protocol, "dashboard": False, "security": security}
+    return workers, {"cls": Scheduler, "options": options}
+
+
+def visible_gpus() -> list[str]:
+    """Return the CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip()][:count]
+    return [str(k) for k in range(count)]
+
+
+def _own_security() -> Any:
+    """Return keys that only this run has; None, with a warning, where the package that makes them is missing."""
+    from distributed.security import Security
+
+    try:
+        return Security.temporary()
+    except ImportError:
+        log.warning("other users of this machine could reach --jobs: pip install 'cellslide[cluster]' closes that")
+        return None
+
+
+def share_of_cores(jobs: int) -> int:
+    """Return the cores that each of `jobs` processes may use, of those granted to this one."""
+    return max(1, available_cpus() // jobs)
+
+
+def _in_time(close: Any) -> None:
+    """Call what closes something, and leave it behind where it does not end."""
+    thread = threading.Thread(target=close, daemon=True)
+    thread.start()
+    thread.join(CLOSE_S)
+    if thread.is_alive():
+        log.debug("%s does not end; it is left behind", close)

@@ -1,0 +1,103 @@
+"""Slide files that somebody made to do harm, written byte by byte."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+OME = b'<?xml version="1.0"?>%s<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+PIXELS = b'<Pixels DimensionOrder="XYCZT" Type="uint8" SizeX="64" SizeY="64" SizeC="3" SizeT="1" SizeZ="1">'
+END = b"</Pixels></Image></OME>"
+CHANNEL = b'<Channel ID="c" SamplesPerPixel="3"/>'
+Tag = tuple[int, int, int, int | bytes]
+
+
+def tiff(
+    width: int, height: int, tile: int = 0, rows: int = 0, more: tuple[Tag, ...] = (), following: int = 0
+) -> bytes:
+    """Return an RGB TIFF of one page that says it has this size, with at most 12 KB of pixels.
+
+    tile       edge of its only tile; 0 is strips of `rows` (0: one strip).
+    following  offset of the next page, 8 for the page itself.
+    """
+    pixels = min(max(tile, 1) ** 2 * 3 if tile else width * height * 3, 64 * 64 * 3)
+    micron = struct.pack("<II", 20_000, 1)
+    tags: list[Tag] = [
+        (256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, struct.pack("<HHH", 8, 8, 8)), (259, 3, 1, 1),
+        (262, 3, 1, 2), (277, 3, 1, 3), (282, 5, 1, micron), (283, 5, 1, micron), (296, 3, 1, 3), *more,
+    ]  # fmt: skip
+    first, second = ((322, 4, 1, tile), (323, 4, 1, tile)) if tile else ((278, 4, 1, rows or height), None)
+    tags += [tag for tag in (first, second) if tag]
+    offset, count = (324, 325) if tile else (273, 279)
+    tags += [(offset, 4, 1, 0), (count, 4, 1, pixels)]
+    return _packed(sorted(tags), offset, pixels, following)
+
+
+def _packed(tags: list[Tag], pixels_tag: int, pixels: int, following: int) -> bytes:
+    start = 8 + 2 + 12 * len(tags) + 4
+    held = b"".join(value for *_, value in tags if isinstance(value, bytes))
+    entries, at = b"", start
+    for tag, kind, count, value in tags:
+        if isinstance(value, bytes):
+            entries += struct.pack("<HHII", tag, kind, count, at)
+            at += len(value)
+        else:
+            entries += struct.pack("<HHII", tag, kind, count, start + len(held) if tag == pixels_tag else value)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    return head + entries + struct.pack("<I", following) + held + b"\xc8" * pixels
+
+
+def described(xml: bytes) -> tuple[Tag, ...]:
+    """Return the tag that makes a TIFF an OME-TIFF."""
+    return ((270, 2, len(xml) + 1, xml + b"\0"),)
+
+
+def xml_bomb() -> bytes:
+    """Return OME-XML whose entities would grow to a thousand million letters."""
+    entities = b'<!ENTITY a "aaaaaaaaaa">' + b"".join(
+        b'<!ENTITY %c "%s">' % (98 + k, b"&%c;" % (97 + k) * 10) for k in range(9)
+    )
+    return OME % (b"<!DOCTYPE x [" + entities + b"]>") + PIXELS + b"&j;" + CHANNEL + END
+
+
+def bad_slides(whole: Path) -> dict[str, bytes]:
+    """Return file name -> content of slides that must be refused; `whole` is a good TIFF to spoil."""
+    raw = whole.read_bytes()
+    huge = 4_000_000_000
+    files = {f"cut-{n}.tif": raw[:n] for n in (0, 1, 8, 100)}
+    for ending in ("svs", "ndpi", "mrxs", "dcm", "vms", "scn", "bif", "czi", "png", "jpg"):
+        files[f"empty.{ending}"] = b""
+        files[f"text.{ending}"] = b"hello\nworld\n" * 20
+    return files | {
+        "huge-strip.tif": tiff(huge, huge),
+        "huge-strips.tif": tiff(huge, huge, rows=1),
+        "huge-tile.tif": tiff(2_000_000_000, 2_000_000_000, tile=1 << 20),
+        "many-tiles.tif": tiff(2_000_000_000, 2_000_000_000, tile=256),
+        "large-tile.tif": tiff(65_536, 65_536, tile=65_536),
+        "large-strip.tif": tiff(65_000, 65_000),
+        "wide.tif": tiff(400_000, 400_000, tile=256),
+        "nothing.tif": tiff(0, 0),
+        "no-order.ome.tif": tiff(64, 64, more=described(OME % b"" + b'<Pixels SizeX="64"/></Image></OME>')),
+    }
+
+
+def odd_slides(whole: Path) -> dict[str, bytes]:
+    """Return file name -> content of slides that are odd and can be read all the same."""
+    raw = whole.read_bytes()
+    other = b'<TiffData IFD="0"><UUID FileName="../../secret.tif">urn:uuid:1</UUID></TiffData>'
+    return {
+        "loop.tif": tiff(64, 64, following=8),
+        "loop-of-tiles.tif": tiff(64, 64, tile=64, following=8),
+        "loop-below.tif": tiff(64, 64, more=((330, 4, 1, 8),)),
+        "elsewhere.ome.tif": tiff(64, 64, more=described(OME % b"" + PIXELS + CHANNEL + other + END)),
+        "bomb.ome.tif": tiff(64, 64, more=described(xml_bomb())),
+        **{f"really-tiff.{ending}": raw for ending in ("svs", "ndpi", "mrxs", "png", "dcm")},
+    }
+
+
+def write_png_bomb(path: Path) -> None:
+    """Write a PNG of some 40 KB that unpacks to 400 million pixels."""
+    Image.fromarray(np.zeros((20_000, 20_000), np.bool_)).save(path)

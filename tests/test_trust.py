@@ -1,0 +1,136 @@
+"""Slides from strangers: each ends in one clear line or is read; the others are done; nothing is written elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cellslide import readers
+from cellslide.errors import SlideError, one_line
+from cellslide.readers import open_reader
+from cellslide.slide import open_slide
+from cellslide.slides import expand_slides, folder_name
+from tests.hostile_files import bad_slides, odd_slides, tiff, write_png_bomb
+from tests.painted import paint_slide
+from tests.watched import run_watched
+
+FLAGS = ("--no-tissue", "--device", "cpu", "--workers", "0", "--no-progress", "--mpp", "0.5", "--log-json")
+# Stems "." and "..", a hidden one, control characters, both separators, an escape sequence, another direction.
+NAMES = (
+    "..tif", "...tif", "....tif", ".hidden.tif", "two words.tif", "Färbung 三 🔬.tif", "line\nbreak.tif", "a\tb.tif",
+    "back\\slash.tif", "..\\..\\up.tif", "\x1b[31mred.tif", "turn\u202efit.tif", "=1+1.tif", "-o.tif", "[bold]x.tif",
+    "summary.csv.tif", "COHORT.html.tif", "*?.tif", "$(id).tif", "a" * 240 + ".tif", "cafe\u0301.tif", "caf\u00e9.tif",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A slide of two nuclei."""
+    path = tmp_path_factory.mktemp("whole") / "whole.tif"
+    paint_slide(path, 300, 200, 0.5, [(100, 100), (220, 60)], 7.0)
+    return path
+
+
+def test_bad_slides_are_refused_one_by_one_and_the_rest_is_done(whole: Path, tmp_path: Path) -> None:
+    slides, out = tmp_path / "slides", tmp_path / "out"
+    slides.mkdir()
+    for name, content in bad_slides(whole).items():
+        (slides / name).write_bytes(content)
+    write_png_bomb(slides / "bomb.png")
+    (slides / "good.tif").write_bytes(whole.read_bytes())
+    before = {p: p.read_bytes() for p in slides.iterdir()}
+    done = run_watched(tmp_path, "fake", ["segment", slides, "-o", out, *FLAGS])
+    assert done.code == 1, done.stderr
+    rows = {row["slide"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert len(rows) == len(before)
+    assert rows.pop("good")["cells"] == 2
+    for slide, row in rows.items():
+        assert row["status"] == "failed" and row["cells"] is None, row
+        assert len(row["error"].splitlines()) == 1 and "Error:" not in row["error"], f"{slide}: {row['error']}"
+    assert "Traceback" not in done.stderr
+    assert done.outside(out, tmp_path / "cache", tmp_path / "scratch") == []
+    assert done.calls == ()
+    assert done.peak_bytes < 1500 << 20
+    assert {p: p.read_bytes() for p in slides.iterdir()} == before
+    assert {p.name for p in tmp_path.iterdir()} <= {"slides", "out", "cache", "scratch", "report.json"}
+
+
+def test_odd_slides_are_read(whole: Path, tmp_path: Path) -> None:
+    for name, content in odd_slides(whole).items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with open_slide(path, 0.5) as slide:
+            assert slide.thumbnail(32).shape[2] == 3, name
+
+
+def test_the_error_names_file_and_size(tmp_path: Path) -> None:
+    path = tmp_path / "large.tif"
+    path.write_bytes(tiff(65_536, 65_536, tile=65_536))
+    with pytest.raises(SlideError, match=r"large\.tif: tiles of 65536 x 65536 px"):
+        open_reader(path)
+    path.write_bytes(tiff(400_000, 400_000, tile=256))
+    with pytest.raises(SlideError, match=r"400000 x 400000 px in \d+ bytes"):
+        open_reader(path)
+
+
+def test_a_slide_of_a_square_kilometre_is_refused(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cellslide.slide.MOST_MM2", 0.01)
+    with pytest.raises(SlideError, match=r"0 x 0 mm is no slide; check --mpp 0\.5"):
+        open_slide(whole)
+
+
+def test_tiles_of_later_pages_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.painted import write_pyramid
+    from tests.test_slide import noise
+
+    write_pyramid(tmp_path / "s.tif", noise(), 0.5, tile_px=64)
+    open_reader(tmp_path / "s.tif").close()
+    monkeypatch.setattr(readers, "MOST_TILE_PX", 64 * 64 - 1)
+    with pytest.raises(SlideError, match="tiles of 64 x 64 px"):
+        open_reader(tmp_path / "s.tif")
+
+
+def test_names_of_slides_stay_inside_the_output(whole: Path, tmp_path: Path) -> None:
+    slides, out = tmp_path / "slides", tmp_path / "out"
+    slides.mkdir()
+    for name in NAMES:
+        (slides / name).write_bytes(whole.read_bytes())
+    listed = tmp_path / "slides.txt"
+    # Names with a line break cannot stand in a list.
+    listed.write_text("\n".join(f"slides/{name}" for name in NAMES if len(name.splitlines()) == 1), encoding="utf-8")
+    done = run_watched(tmp_path, "fake", ["segment", listed, slides / "line\nbreak.tif", "-o", out, *FLAGS])
+    assert done.code == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == len(NAMES) and all(row["status"] == "done" and row["cells"] == 2 for row in rows)
+    folders = {p.name for p in out.iterdir() if p.is_dir()}
+    assert folders == {row["slide"] for row in rows} and len(folders) == len(NAMES)
+    assert all((out / name / "cells.zarr").is_dir() for name in folders)
+    assert {"two words", "Färbung 三 🔬", "=1+1", "-o", "[bold]x", "*?"} <= folders
+    assert done.outside(out, tmp_path / "cache", tmp_path / "scratch") == []
+    assert "\x1b" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [
+        (".", "_"), ("..", "__"), ("..a", "__a"), ("a..", "a.."), ("", "slide"), ("a/b\\c", "a_b_c"), ("a\0b", "a_b"),
+        ("a\u2029b", "a_b"), ("\udcff", "_"), ("Summary.CSV", "Summary.CSV_"), ("plain 1", "plain 1"),
+        ("é" * 150, "é" * 100),
+    ],
+)  # fmt: skip
+def test_folder_names(stem: str, name: str) -> None:
+    assert folder_name(stem) == name
+
+
+def test_a_changed_name_gets_a_hash_and_others_keep_theirs(tmp_path: Path) -> None:
+    for name in ("...svs", "plain.svs"):
+        (tmp_path / name).write_bytes(b"")
+    changed, plain = expand_slides([tmp_path / "...svs", tmp_path / "plain.svs"])
+    assert changed.slide_id.startswith("__-") and plain.slide_id == "plain"
+
+
+def test_a_message_is_one_line_without_control_characters() -> None:
+    assert one_line("a\n b\x1b[31m\u202ec\udcff") == "a b\\x1b[31m\\u202ec\\udcff"
+    assert one_line("Färbung 三 🔬") == "Färbung 三 🔬"
