@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,12 +114,16 @@ def hold(folder: Path, check: Callable[[], None] = lambda: None) -> Iterator[Loc
     Raises BusyError when another run works there. Where that runs on another host, this is known only once its file is
     touched again, or has not been for STALE_S.
     """
+    was_there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(_take(folder, check))
     try:
         yield lock
     finally:
         lock.release()
+        if not was_there:
+            with suppress(OSError):  # One that holds something stays.
+                folder.rmdir()
 
 
 def _take(folder: Path, check: Callable[[], None]) -> Path:

@@ -113,6 +113,9 @@ class OnnxEngine:
             raise UsageError(f"--precision {config.precision}: --engine onnx runs in fp32 only (auto or fp32)")
         if config.compile:
             raise UsageError("--compile: only with --engine torch")
+        if spec.kind == "box":
+            # Its windows and masks depend on what is found, which a graph of fixed shapes cannot say.
+            raise UsageError(f"--engine onnx: {spec.name} gives boxes, and such networks run with --engine torch only")
         self.spec, self.tile_px = spec, tile_px
         device = resolve_device(config.device)
         if device.type == "mps":

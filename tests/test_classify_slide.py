@@ -29,7 +29,7 @@ from cellslide.slides import SlideInput
 from cellslide.table import CellTable, open_table
 from cellslide.taxonomy import Taxonomy
 from cellslide.types import Calibration, PathProbs, Plane
-from tests.fake_classifier import SPEC
+from tests.fake_classifier import SPEC, FakeNuClass
 from tests.fakes import fake_model
 from tests.painted import DISC, PINK_DISC, paint_slide
 from tests.test_classify import BREAST, INFER, NAMES, OUTPUT, assert_same, classifier, config, rule
@@ -115,6 +115,21 @@ def typed_slide(table: CellTable, slide: Slide) -> PathProbs:
     for rows, part in classify_cells(slide, xy, 0, classifier()):
         found.local[rows], found.global_[rows], found.gate[rows] = part.local, part.global_, part.gate
     return found
+
+
+def test_a_run_killed_when_the_table_was_replaced_needs_no_network_to_end(folder: Path, slide: Slide) -> None:
+    names = ("run.json", "cells.geojson.gz", "cells.csv.gz")
+    before = {name: (folder / name).read_bytes() for name in names}
+    ended, _ = classify_slide(folder, slide, classifier(), rule(), BREAST)
+    typed = (folder / "cells.geojson.gz").read_bytes()
+    for name, content in before.items():
+        (folder / name).write_bytes(content)
+    module = FakeNuClass()
+    record, skipped = classify_slide(folder, slide, classifier(module), rule(), BREAST)
+    assert not skipped and set(module.seen.values()) == {0}
+    assert record.config["classify"] == ended.config["classify"] and record.weights == ended.weights
+    assert (folder / "cells.geojson.gz").read_bytes() == typed != before["cells.geojson.gz"]
+    assert classify_slide(folder, slide, classifier(), rule(), BREAST)[1]
 
 
 def test_the_record_names_the_classifier_and_segment_still_knows_its_work(folder: Path, slide: Slide) -> None:

@@ -17,6 +17,7 @@ from cellslide.config import InferConfig, OutputConfig, SegmentConfig, TissueCon
 from cellslide.errors import UsageError, WeightsError
 from cellslide.infer import TorchEngine
 from cellslide.models import DETECTORS, build_model, kind_of
+from cellslide.onnx import OnnxEngine
 from cellslide.pipeline import segment_array
 from cellslide.types import DetectDecode, Instances
 from cellslide.weights import LoadedModel, Manifest, add_weights, load_model
@@ -158,17 +159,24 @@ def test_a_real_network_does_not_depend_on_the_batch(tmp_path: Path, arch: str) 
     assert (one.box_xyxy is not None) == (arch == "celldetr")
 
 
-@ARCHS
 @pytest.mark.slow
-def test_onnx_finds_what_torch_finds(tmp_path: Path, arch: str) -> None:
+def test_onnx_finds_the_points_that_torch_finds(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
-    from cellslide.onnx import OnnxEngine
 
-    loaded = load_model(weights=output_of(tmp_path / "run", arch, detect={"score_threshold": 0.0}))
-    images = np.random.default_rng(0).integers(0, 256, (3, 128, 128, 3), np.uint8)
-    torch_found = TorchEngine(loaded.module, loaded.spec, CONFIG.infer, 128).launch(images)()
-    engine = OnnxEngine(loaded.module, loaded.spec, InferConfig(device="cpu", engine="onnx"), 128)
+    loaded = load_model(weights=output_of(tmp_path / "run", "muse_points"))
+    loaded = replace(loaded, spec=replace(loaded.spec, detect=DetectDecode(0.0, 0.0)))
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    torch_found = TorchEngine(loaded.module, loaded.spec, CONFIG.infer, 64).launch(images)()
+    engine = OnnxEngine(loaded.module, loaded.spec, InferConfig(device="cpu", engine="onnx"), 64)
     for a, b in zip(torch_found, engine.launch(images)(), strict=True):
         assert isinstance(a, Instances) and isinstance(b, Instances) and len(a) == len(b) > 0
         np.testing.assert_allclose(a.centroid_xy, b.centroid_xy, atol=1e-2)
         np.testing.assert_allclose(a.score, b.score, atol=1e-4)
+        assert a.embedding is not None and b.embedding is not None
+        np.testing.assert_allclose(a.embedding, b.embedding, atol=1e-3)
+
+
+def test_boxes_are_not_exported(tmp_path: Path) -> None:
+    loaded = load_model(weights=output_of(tmp_path / "run", "celldetr"))
+    with pytest.raises(UsageError, match="--engine onnx: mine gives boxes.*--engine torch"):
+        OnnxEngine(loaded.module, loaded.spec, InferConfig(device="cpu", engine="onnx"), 64)

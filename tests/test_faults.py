@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from cellslide import pipeline
-from cellslide.batch import SlideOutcome, segment_slides
+from cellslide.batch import SlideOutcome, StopOnSignal, segment_slides
 from cellslide.errors import UsageError, trouble
 from cellslide.pipeline import run_slide
 from cellslide.record import read_record
@@ -25,7 +26,7 @@ from tests.fakes import fake_model
 from tests.painted import PaintedSlide, grid_centres, paint_slide
 from tests.test_pipeline import BASE, assert_same, columns, segment, source
 
-ROUNDS = os.environ.get("CELLSLIDE_KILL_RUNS", "8")
+ROUNDS = os.environ.get("CELLSLIDE_KILL_RUNS", "6")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,33 @@ def test_the_campaign_sees_a_part_that_is_lost(slide: PaintedSlide, tmp_path: Pa
     chunk = next(p for p in (b / "cells.zarr/tables/cells/obs/x").rglob("*") if p.is_file() and p.name != "zarr.json")
     chunk.write_bytes(chunk.read_bytes()[::-1])
     assert digests(a) != digests(b)
+
+
+@pytest.mark.timeout(600)
+def test_memory_does_not_grow_with_the_slide() -> None:
+    command = [sys.executable, "-m", "benchmarks.memory", "--cells", "7000", "--tile-size", "256", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, env=environment)
+    found = json.loads(answer.stdout)
+    assert found["tiles"][1] >= 10 * found["tiles"][0] and 0 <= found["grown_mib"] < 300, found
+    assert answer.returncode == 0
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_the_warning_of_slurm_asks_for_a_clean_stop(name: str) -> None:
+    with StopOnSignal() as stop:
+        assert stop() is None
+        os.kill(os.getpid(), getattr(signal, name))
+        assert stop() == 143
+
+
+def test_a_warning_before_the_work_begins_ends_as_sigterm_does() -> None:
+    code = (
+        "import os, signal, click\nfrom cellslide.cli import main\n"
+        "main.LazyGroup.get_command = lambda *a: click.Command('x', callback=lambda: os.kill(os.getpid(), "
+        "signal.SIGUSR1))\nmain.cli(['x'])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, timeout=60, check=False).returncode == 143
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])

@@ -44,9 +44,10 @@ def test_a_held_folder_is_refused_and_free_afterwards(tmp_path: Path) -> None:
             hold(tmp_path / "s").__enter__()
         assert refused.value.exit_code == 1
         assert files(tmp_path / "s") == [held.path]
-    assert files(tmp_path / "s") == []
+    assert not (tmp_path / "s").exists()  # as it was before
     with hold(tmp_path / "s"):
-        pass
+        (tmp_path / "s" / "a").touch()
+    assert [p.name for p in (tmp_path / "s").iterdir()] == ["a"]
 
 
 def test_a_killed_process_leaves_a_lock_that_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from cellslide import readers
+from cellslide.cli.main import cli
 from cellslide.errors import SlideError, one_line
 from cellslide.readers import open_reader
 from cellslide.slide import open_slide
 from cellslide.slides import expand_slides, folder_name
+from tests.fakes import fake_model
 from tests.hostile_files import bad_slides, odd_slides, tiff, write_png_bomb
 from tests.painted import paint_slide
 from tests.watched import run_watched
@@ -71,7 +74,7 @@ def test_the_error_names_file_and_size(tmp_path: Path) -> None:
     with pytest.raises(SlideError, match=r"large\.tif: tiles of 65536 x 65536 px"):
         open_reader(path)
     path.write_bytes(tiff(400_000, 400_000, tile=256))
-    with pytest.raises(SlideError, match=r"400000 x 400000 px in \d+ bytes"):
+    with pytest.raises(SlideError, match=r"400000 x 400000 px in [\d,]+ bytes"):
         open_reader(path)
 
 
@@ -92,23 +95,28 @@ def test_tiles_of_later_pages_are_looked_at(tmp_path: Path, monkeypatch: pytest.
         open_reader(tmp_path / "s.tif")
 
 
-def test_names_of_slides_stay_inside_the_output(whole: Path, tmp_path: Path) -> None:
-    slides, out = tmp_path / "slides", tmp_path / "out"
+def test_names_of_slides_stay_inside_the_output(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cellslide.weights.load_model", lambda *args: fake_model())
+    slides, out = tmp_path / "slides", tmp_path / "results" / "out"
     slides.mkdir()
     for name in NAMES:
         (slides / name).write_bytes(whole.read_bytes())
     listed = tmp_path / "slides.txt"
     # Names with a line break cannot stand in a list.
     listed.write_text("\n".join(f"slides/{name}" for name in NAMES if len(name.splitlines()) == 1), encoding="utf-8")
-    done = run_watched(tmp_path, "fake", ["segment", listed, slides / "line\nbreak.tif", "-o", out, *FLAGS])
-    assert done.code == 0, done.stderr
+    before = {p: p.stat().st_mtime_ns for p in slides.iterdir()}
+    arguments = ["segment", str(listed), str(slides / "line\nbreak.tif"), "-o", str(out), *FLAGS, "--format", "zarr"]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == len(NAMES) and all(row["status"] == "done" and row["cells"] == 2 for row in rows)
     folders = {p.name for p in out.iterdir() if p.is_dir()}
     assert folders == {row["slide"] for row in rows} and len(folders) == len(NAMES)
     assert all((out / name / "cells.zarr").is_dir() for name in folders)
     assert {"two words", "Färbung 三 🔬", "=1+1", "-o", "[bold]x", "*?"} <= folders
-    assert done.outside(out, tmp_path / "cache", tmp_path / "scratch") == []
+    assert {p.name for p in tmp_path.iterdir()} == {"slides", "slides.txt", "results"}
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+    assert {p: p.stat().st_mtime_ns for p in slides.iterdir()} == before
     assert "\x1b" not in done.stderr + done.stdout
 
 

@@ -18,9 +18,10 @@ from typing import Any
 from tests.conftest import CHECKOUT
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+# Event -> the paths among its arguments, each with the folder (a descriptor) that it may be relative to.
 CHANGES = {
-    "os.mkdir": 1, "os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.link": 2, "os.symlink": 2, "os.truncate": 1,
-    "os.chmod": 1,
+    "os.mkdir": ((0, 2),), "os.rename": ((0, 2), (1, 3)), "os.remove": ((0, 1),), "os.rmdir": ((0, 1),),
+    "os.link": ((0, 2), (1, 3)), "os.symlink": ((1, 2),), "os.truncate": ((0, 0),), "os.chmod": ((0, 2),),
 }  # fmt: skip
 CALLS = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
 
@@ -74,14 +75,15 @@ def watch(changed: set[str], calls: list[str]) -> None:
         if event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING:
             note(arguments[0])
         elif event in CHANGES:
-            for path in arguments[: CHANGES[event]]:
-                note(path)
+            for path, folder in CHANGES[event]:
+                note(arguments[path], arguments[folder])
         elif event in CALLS and not is_local(arguments):
             calls.append(f"{event} {arguments[1:]}")
 
-    def note(path: object) -> None:
+    def note(path: object, folder: object = None) -> None:
         if isinstance(path, (str, bytes, os.PathLike)):
-            changed.add(os.path.realpath(os.fsdecode(path)))
+            below = os.path.realpath(f"/proc/self/fd/{folder}") if isinstance(folder, int) and folder >= 0 else ""
+            changed.add(os.path.realpath(os.path.join(below, os.fsdecode(path))))
 
     sys.addaudithook(hear)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 DISK_EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-SECONDS_A_RUN = 120.0
+SECONDS_A_RUN = 600.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,7 @@ class Campaign:
         tally.runs += 1
         if code != 0:
             self._note(f"{stage.name} did not go on: it ended with {code}")
-        self._compare(stage)
+        self.compare(stage)
 
     def _kill(self, stage: Stage) -> Kill:
         if self.random.random() < 0.4:
@@ -108,7 +108,8 @@ class Campaign:
         steps = stage.end.moves if self.random.random() < 0.6 else range(stage.end.steps)
         return Kill(at_step=self.random.choice(steps))
 
-    def _compare(self, stage: Stage) -> None:
+    def compare(self, stage: Stage) -> None:
+        """Count what a stage has lost or left otherwise than it must be."""
         found, expected = digests(self.out / SLIDE), digests(stage.after)
         wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
         lost = len(uuids(stage.after) - uuids(self.out / SLIDE))
@@ -125,9 +126,9 @@ def paint(path: Path) -> None:
     """Paint discs of two colours, some of them on the seams of tiles."""
     from tests.painted import DISC, PINK_DISC, paint_slide
 
-    places = [(x, y) for y in range(32, 480, 32) for x in range(32, 640, 32)]
+    places = [(x, y) for y in range(32, 320, 32) for x in range(32, 450, 32)]
     colors = [(DISC, PINK_DISC)[k % 2] for k in range(len(places))]
-    paint_slide(path, 650, 490, 0.5, places, 7.0, disc_color=colors, background="tissue")
+    paint_slide(path, 460, 330, 0.5, places, 7.0, disc_color=colors, background="tissue")
 
 
 def digests(folder: Path) -> dict[str, str]:

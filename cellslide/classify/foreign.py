@@ -9,6 +9,7 @@ from cellslide.classify.targets import Target, open_target
 from cellslide.config import ClassifyConfig
 from cellslide.errors import UsageError
 from cellslide.nuclei_files import Source, import_nuclei, load_alignment
+from cellslide.pipeline import IDLE, held
 from cellslide.record import differences, flatten, head_sha256, plain, read_record
 
 
@@ -23,7 +24,7 @@ def import_cells(target: Target, config: ClassifyConfig) -> str:
         _check_same(target.folder, config.cells, config)
         return f"{target.folder}: the nuclei of {config.cells} are there already"
     source = _source(config)
-    with open_target(replace(target, known=None), config.mpp) as slide:
+    with open_target(replace(target, known=None), config.mpp) as slide, held(target.folder, IDLE):
         report = import_nuclei(
             config.cells, slide, target.folder, source.unit, source.alignment, source.origin, source.mpp,
             source.direction,

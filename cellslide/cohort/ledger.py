@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
@@ -218,7 +219,9 @@ def write_summary(out_dir: Path, tries: int = MOST_TRIES) -> None:
 
 
 def _put(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A process number would not do: several hosts may write at once.
+    scratch = path.parent / ROWS_FOLDER / f"{path.name}.{secrets.token_hex(8)}.tmp"
+    scratch.parent.mkdir(exist_ok=True)
     scratch.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
     os.replace(scratch, path)
 

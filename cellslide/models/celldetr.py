@@ -166,7 +166,7 @@ class CellDETR(nn.Module):
         parts = [self._find(part) for part in windows.split(WINDOWS_AT_ONCE)]
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         # B images after each other for each window.
-        per = {name: t.unflatten(0, (len(rows) * len(columns), len(x))) for name, t in found.items()}
+        per = {name: t.unflatten(0, (len(rows) * len(columns), x.shape[0])) for name, t in found.items()}
         at = x.new_tensor([[c.start, r.start, c.start, r.start] for r in rows for c in columns])
         low = x.new_tensor([[c.low, r.low] for r in rows for c in columns])[:, None, None]
         high = x.new_tensor([[c.high, r.high] for r in rows for c in columns])[:, None, None]
@@ -247,6 +247,6 @@ def _pad_to_32(x: Tensor) -> tuple[Tensor, Tensor | None]:
     right, below = -w % 32, -h % 32
     if not right and not below:
         return x, None
-    mask = torch.ones(len(x), h + below, w + right, dtype=torch.bool, device=x.device)
+    mask = torch.ones(x.shape[0], h + below, w + right, dtype=torch.bool, device=x.device)
     mask[:, :h, :w] = False
     return F.pad(x, (0, right, 0, below)), mask

@@ -150,7 +150,7 @@ class Transformer(nn.Module):
     def encode(self, maps: Sequence[Tensor], mask: Tensor | None) -> Memory:
         """Return the memory of `maps` (B, d, H, W); `mask` bool (B, H, W) of the image, True at padding."""
         shapes = tuple((int(m.shape[2]), int(m.shape[3])) for m in maps)
-        paddings = [_padding_at(mask, len(maps[0]), shape, maps[0].device) for shape in shapes]
+        paddings = [_padding_at(mask, maps[0].shape[0], shape, maps[0].device) for shape in shapes]
         ratios = torch.stack([_valid_ratio(p) for p in paddings], dim=1)
         positions = torch.cat(
             [sine_positions(p, m.shape[1]) + e for p, m, e in zip(paddings, maps, self.level_embed, strict=True)], dim=1
@@ -197,12 +197,13 @@ class DeformableDetr(nn.Module):
         draw_layers(self.transformer)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> DetrOutput:
+        # Sizes by shape and never by len(), which an export would take for a constant.
         memory = self.transformer.encode(self._levels(x), mask)
         proposals: Found | None = None
         if self.config.two_stage:
             proposals, reference, positions, queries = self._propose(memory)
         else:
-            embed = self.query_embed.weight.expand(len(x), -1, -1)
+            embed = self.query_embed.weight.expand(x.shape[0], -1, -1)
             positions, queries = embed.chunk(2, dim=-1)
             reference = self.transformer.reference_points(positions).float().sigmoid()
         layers, hidden = self._decode(queries, positions, reference, memory)
@@ -254,7 +255,7 @@ class DeformableDetr(nn.Module):
             torch.full((h * w,), self.config.proposal_size * 2.0**level, device=centres.device)
             for level, (h, w) in enumerate(memory.shapes)
         ]
-        return torch.cat([centres, torch.cat(sizes)[None, :, None].expand(len(centres), -1, 2)], dim=-1)
+        return torch.cat([centres, torch.cat(sizes)[None, :, None].expand(centres.shape[0], -1, 2)], dim=-1)
 
 
 def _input_projections(channels: Sequence[int], dim: int, n_levels: int) -> list[nn.Module]:

@@ -168,7 +168,7 @@ class Vit(nn.Module):
     def forward(self, x: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """Return the normalised tokens (B, 1 + N, D) after each of `layers`, class token first."""
         grid = x.shape[-2] // self.patch, x.shape[-1] // self.patch
-        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)
+        tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), self.patch_embed(x)], dim=1)
         tokens = tokens + positions(self.pos_embed, grid)
         taps = {}
         for i, block in enumerate(self.blocks):

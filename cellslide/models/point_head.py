@@ -84,7 +84,8 @@ class PointHead(nn.Module):
     def regress(self, maps: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return points (B, Q, 2) and logits (B, Q, C + 1) from the maps at strides 4, 8, and so on."""
         grid = proposals(size, self.space_px, maps[0].device)
-        start = grid.flatten(0, 1).expand(len(maps[0]), -1, -1)
+        # Not len(): the exporter would take the batch of its example for the only one.
+        start = grid.flatten(0, 1).expand(maps[0].shape[0], -1, -1)
         # Places are kept in float32: half precision cannot tell neighbouring pixels of a large tile apart.
         moved = start + self.deform_layer(sample_points(maps[0], start, STRIDE_PX)).float()
         read = [sample_points(level, moved, STRIDE_PX * 2**i) for i, level in enumerate(maps)]

@@ -56,7 +56,7 @@ def load_model(model: str | None = None, weights: Path | None = None, task: str 
     manifest = Manifest.load()
     if weights is not None and model is None:
         return load_file(weights, manifest, task)
-    entry = _named(manifest, task if model is None else model)
+    entry = manifest.default(task) if model is None else _named(manifest, model)
     check_task(entry, task)
     return load_entry(entry, weights)
 

@@ -1,0 +1,159 @@
+"""Slides over several devices: the same bytes as on one, no slide lost when a process dies, clean stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cellslide.batch import SlideOutcome
+from cellslide.classify.targets import Target
+from cellslide.cli.main import cli
+from cellslide.config import InferConfig
+from cellslide.devices import Handle, over_devices, parse_devices
+from cellslide.devicework import SegmentWork, on_device
+from cellslide.errors import Interrupted, MissingDependencyError, UsageError
+from cellslide.pipeline import Silent, Watch
+from cellslide.slides import SlideInput
+from cellslide.weights import LoadedModel
+from tests.fakes import fake_model
+from tests.painted import paint_slide
+
+
+@pytest.mark.parametrize(
+    ("text", "devices"),
+    [
+        ("auto", ("auto",)),
+        ("cuda", ("cuda",)),
+        ("cuda:0,1,2", ("cuda:0", "cuda:1", "cuda:2")),
+        ("cuda:0, cuda:3", ("cuda:0", "cuda:3")),
+        ("cpu,cpu", ("cpu", "cpu")),
+    ],
+)
+def test_devices_are_read(text: str, devices: tuple[str, ...]) -> None:
+    assert parse_devices(text) == devices
+
+
+@pytest.mark.parametrize("text", ["cuda:0,", "0,1", "cpu,1", "auto,cpu", ""])
+def test_wrong_devices_are_usage(text: str) -> None:
+    with pytest.raises(UsageError, match="--device"):
+        parse_devices(text)
+
+
+def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cellslide.devicework.available_cpus", lambda: 9)
+    assert on_device(InferConfig(), "cuda:1", 2) == InferConfig(device="cuda:1", workers=4)
+    assert on_device(InferConfig(workers=3), "cpu", 16).workers == 3
+
+
+def load_fake(*arguments: object) -> LoadedModel:
+    return fake_model()
+
+
+@dataclass(frozen=True, slots=True)
+class FakeSegmentWork(SegmentWork):
+    """Segments with the fake network."""
+
+    load: object = load_fake
+
+
+def test_two_devices_give_the_bytes_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for k in range(3):
+        paint_slide(tmp_path / f"s{k}.tif", 200, 160, 0.5, [(50 + 20 * k, 60), (120, 90)], 7.0, (1,))
+    (tmp_path / "bad.tif").write_bytes(b"no slide")
+    monkeypatch.setattr("cellslide.weights.load_model", load_fake)
+    monkeypatch.setattr("cellslide.devicework.SegmentWork", FakeSegmentWork)
+    lines: dict[str, dict[str, object]] = {}
+    for out, device in (("one", "cpu"), ("two", "cpu,cpu")):
+        flags = ("--device", device, "--no-tissue", "--workers", "0", "--format", "csv", "--log-json", "--no-progress")
+        result = CliRunner().invoke(
+            cli, ["segment", str(tmp_path / "*.tif"), "-o", str(tmp_path / out), *flags, "--stage-dir", str(tmp_path)]
+        )
+        assert result.exit_code == 1 and "cellslide: bad: " in result.stderr, result.output
+        lines[out] = {o["slide"]: (o["status"], o["cells"]) for o in map(json.loads, result.stdout.splitlines())}
+    assert lines["one"] == lines["two"] == {"bad": ("failed", None), **{f"s{k}": ("done", 2) for k in range(3)}}
+    for k in range(3):
+        first, second = (tmp_path / out / f"s{k}" / "cells.csv.gz" for out in ("one", "two"))
+        assert first.read_bytes() == second.read_bytes()
+    assert (tmp_path / "two" / "summary.csv").read_text().count("\n") == 5
+    assert not list(tmp_path.glob("cellslide-stage-*"))
+
+
+@dataclass(frozen=True, slots=True)
+class Hazard:
+    """Work that ends its process on a slide called "killer", on "flaky" the first time, and waits on "slow"."""
+
+    folder: Path
+
+    @contextmanager
+    def open(self, device: str, processes: int) -> Iterator[Handle]:
+        if device == "cuda:9":
+            raise MissingDependencyError("--device cuda:9: not on this machine")
+        yield self.one
+
+    def one(self, target: Target, watch: Watch) -> SlideOutcome:
+        name, mark = target.source.slide_id, self.folder / target.source.slide_id
+        watch.progress.begin(name, 3, 0)
+        if name == "killer" or (name == "flaky" and not mark.exists()):
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        while name == "slow":
+            mark.touch()
+            watch.check()
+        watch.progress.advance(5)
+        watch.progress.stage("write")
+        return SlideOutcome(name, "done", 5, 0.1)
+
+
+def targets_of(folder: Path, *names: str) -> list[Target]:
+    return [Target(SlideInput(folder / name, slide_id=name), folder / name) for name in names]
+
+
+class Heard(Silent):
+    """Notes the slides that began."""
+
+    def __init__(self) -> None:
+        self.slides: list[str] = []
+
+    def begin(self, slide_id: str, tiles: int, done: int) -> None:
+        self.slides.append(slide_id)
+
+    def advance(self, nuclei: int, tiles: int = 1) -> None:
+        assert (nuclei, tiles) == (5, 1)
+
+
+def test_a_slide_that_kills_its_process_stops_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names, heard = ("a", "killer", "flaky", "b"), Heard()
+    pairs = over_devices(Hazard(tmp_path), targets_of(tmp_path, *names), ["cpu"], lambda _: heard, lambda: None)
+    ended = {target.source.slide_id: outcome for target, outcome in pairs}
+    assert {name: outcome.status for name, outcome in ended.items()} == {
+        "a": "done", "killer": "failed", "flaky": "done", "b": "done",
+    }  # fmt: skip
+    assert "died (signal 9) twice" in str(ended["killer"].error) and ended["killer"].exit_code == 1
+    assert "flaky: its process on cpu died" in caplog.text
+    assert heard.slides[0] == "a" and heard.slides.count("b") == 1
+
+
+def test_a_request_to_stop_reaches_the_processes(tmp_path: Path) -> None:
+    def stop() -> int | None:
+        return 143 if (tmp_path / "slow").exists() else None
+
+    targets = targets_of(tmp_path, "a", "slow", "b")
+    ended = []
+    with pytest.raises(Interrupted) as stopped:
+        for target, _ in over_devices(Hazard(tmp_path), targets, ["cpu"], lambda _: Heard(), stop):
+            ended.append(target.source.slide_id)
+    assert stopped.value.exit_code == 143 and ended == ["a"]
+
+
+def test_a_device_that_is_not_there_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="cuda:9: not on this machine") as error:
+        list(over_devices(Hazard(tmp_path), targets_of(tmp_path, "a"), ["cuda:9"], lambda _: Heard(), lambda: None))
+    assert getattr(error.value, "exit_code", None) == 3
