@@ -18,14 +18,17 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from cellslide.batch import SlideOutcome
-from cellslide.classify.targets import Target
 from cellslide.errors import CellslideError, Interrupted, UsageError
-from cellslide.pipeline import Progress, StopCheck, Watch
 
-Handle = Callable[[Target, Watch], SlideOutcome]
+if TYPE_CHECKING:
+    from cellslide.batch import SlideOutcome
+    from cellslide.classify.targets import Target
+    from cellslide.pipeline import Progress, StopCheck
+
+# Does one slide; hears who wants to know of its progress, and what says whether to stop.
+Handle = Callable[["Target", "Progress", "StopCheck"], "SlideOutcome"]
 # A slide whose process died is tried once more; a process that dies before its first slide is started once more.
 TRIES = 2
 # Progress is told so often (s), signals are looked for so often (s), a process may take so long to end (s).
@@ -179,8 +182,7 @@ class _Fleet:
                 log.warning("%s: %s; it is done again, from what was kept", target.source.slide_id, words)
                 self.todo.appendleft(lane.slide)
             else:
-                advice = "often for want of memory: try --workers 1 or a smaller --batch-size"
-                yield target, SlideOutcome(target.source.slide_id, "failed", None, 0.0, f"{words} twice; {advice}", 1)
+                yield target, _lost(target, words)
         if self.todo and not self.stop_code.value:
             self.lanes.append(self._start(lane.number))
 
@@ -195,6 +197,13 @@ class _Fleet:
             if lane.process.is_alive():
                 lane.process.kill()
                 lane.process.join()
+
+
+def _lost(target: Target, words: str) -> SlideOutcome:
+    from cellslide.batch import SlideOutcome  # Loads torch, which this module leaves to the work.
+
+    advice = "often for want of memory: try --workers 1 or a smaller --batch-size"
+    return SlideOutcome(target.source.slide_id, "failed", None, 0.0, f"{words} twice; {advice}", 1)
 
 
 def _how(exit_code: int | None) -> str:
@@ -262,13 +271,13 @@ def _serve(
 
 def _take(pipe: connection.Connection, handle: Handle, stop: StopCheck) -> None:
     teller = _Teller(pipe)
-    watch = Watch(teller, stop)
     while True:
-        watch.check()
+        if (code := stop()) is not None:
+            raise Interrupted(code)
         pipe.send(("ready",))
         target = pipe.recv()
         if target is None:
             return
-        outcome = handle(target, watch)
+        outcome = handle(target, teller, stop)
         teller.flush()
         pipe.send(("ended", outcome))

@@ -20,7 +20,7 @@ from cellslide.detect import default_workers
 from cellslide.device import available_cpus
 from cellslide.devices import Handle
 from cellslide.localcopy import LocalCopies, done_before, local_targets
-from cellslide.pipeline import Watch
+from cellslide.pipeline import Progress, StopCheck, Watch
 from cellslide.segmenter import Segmenter, open_segmenter
 from cellslide.types import ClassifierSpec
 from cellslide.weights import LoadedModel, load_model
@@ -50,7 +50,8 @@ class SegmentWork:
         with self.segmenter(device, processes) as segmenter:
             yield partial(self._one, segmenter)
 
-    def _one(self, segmenter: Segmenter, target: Target, watch: Watch) -> SlideOutcome:
+    def _one(self, segmenter: Segmenter, target: Target, progress: Progress, stop: StopCheck) -> SlideOutcome:
+        watch = Watch(progress, stop)
         out_dir, is_done = target.folder.parent, done_before("segment", segmenter.config.output.overwrite)
         with local_targets([target], self.copies, watch, is_done) as targets:
             (outcome,) = segment_slides((t.source for t in targets), segmenter, out_dir, watch)
@@ -77,7 +78,8 @@ class ClassifyWork:
         """Give what types one slide."""
         yield partial(self._one, self.classifier(device, processes))
 
-    def _one(self, classifier: Classifier, target: Target, watch: Watch) -> SlideOutcome:
+    def _one(self, classifier: Classifier, target: Target, progress: Progress, stop: StopCheck) -> SlideOutcome:
+        watch = Watch(progress, stop)
         is_done = done_before("classify", classifier.config.output.overwrite)
         with local_targets([target], self.copies, watch, is_done) as targets:
             (outcome,) = classify_slides(targets, classifier, self.rule, self.organ_of(classifier.spec), watch)
@@ -98,7 +100,10 @@ class RunWork:
         with self.segment.segmenter(device, processes) as segmenter:
             yield partial(self._one, segmenter, classifier)
 
-    def _one(self, segmenter: Segmenter, classifier: Classifier, target: Target, watch: Watch) -> SlideOutcome:
+    def _one(
+        self, segmenter: Segmenter, classifier: Classifier, target: Target, progress: Progress, stop: StopCheck
+    ) -> SlideOutcome:
+        watch = Watch(progress, stop)
         rule, organ_of = self.classify.rule, self.classify.organ_of(classifier.spec)
         out_dir, is_done = target.folder.parent, done_before("classify", segmenter.config.output.overwrite)
         with local_targets([target], self.segment.copies, watch, is_done) as targets:

@@ -52,7 +52,7 @@ class Holder:
         if self.space != _space():
             return None
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.began) < 1.0
+            return bool(abs(psutil.Process(self.pid).create_time() - self.began) < 1.0)
         except psutil.NoSuchProcess:
             return False
         except psutil.Error:

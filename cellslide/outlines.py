@@ -239,6 +239,7 @@ def valid_rings(xy: NDArray[Any], start: Int64, grid_px: float = GRID_PX) -> tup
     # n * 0.01 is not the nearest double of the decimal; rounding to the digits makes equal places equal numbers.
     snapped = np.round(snapped, max(0, round(-np.log10(grid_px))))
     polygons = to_polygons(snapped, start)
+    polygons[is_tangled(polygons)] = shapely.Polygon()
     good = shapely.is_valid(polygons) & ~shapely.is_empty(polygons) & (shapely.area(polygons) > 0)
     if good.all():
         return snapped, start, good
@@ -255,7 +256,7 @@ def _repair(polygon: Any, grid_px: float) -> Float64:
     """Return the open outer ring of the largest part of a broken polygon, (0, 2) where nothing is left on the grid."""
     import shapely
 
-    snapped = shapely.Polygon() if is_tangled(polygon) else polygon
+    snapped = polygon
     for _ in range(2):  # taking one part or dropping holes can leave something for the second round to mend
         mended = shapely.make_valid(snapped, method="structure", keep_collapsed=False)
         snapped = _largest_part(shapely.set_precision(_largest_part(mended), grid_px))
@@ -264,16 +265,17 @@ def _repair(polygon: Any, grid_px: float) -> Float64:
     return np.asarray(shapely.get_coordinates(snapped.exterior)[:-1], np.float64)
 
 
-def is_tangled(geometry: Any) -> bool:
-    """Tell whether lines as long as those of a geometry cross too often, thrown at random, for it to be mended.
+def is_tangled(geometries: Any) -> Bool:
+    """Tell (N,) whether lines as long as those of geometries cross too often, thrown at random, to be mended.
 
-    The line around a nucleus is far from it, whatever its length; a scribble of as many vertices fills the memory.
+    The line around a nucleus is far from it, whatever its length; a scribble of as many vertices fills the memory, and
+    takes minutes only to be found invalid.
     """
     import shapely
 
-    x0, y0, x1, y1 = shapely.bounds(geometry)
+    x0, y0, x1, y1 = np.atleast_2d(shapely.bounds(geometries)).T
     area = (x1 - x0) * (y1 - y0)
-    return bool(area > 0 and shapely.length(geometry) ** 2 / (np.pi * area) > MOST_CROSSINGS)
+    return np.asarray(np.atleast_1d(shapely.length(geometries)) ** 2 > MOST_CROSSINGS * np.pi * area)
 
 
 def _largest_part(geometry: Any) -> Any:

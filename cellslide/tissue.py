@@ -214,7 +214,7 @@ def _unpacked(path: Path) -> bytes:
 
 
 def _mended(geometry: BaseGeometry) -> BaseGeometry:
-    if is_tangled(geometry) and not geometry.is_valid:
+    if is_tangled(geometry).any():
         raise ValueError("an outline crosses itself too often to be mended; draw it anew")
     return shapely.make_valid(geometry)
 

@@ -173,8 +173,9 @@ def _compared(record: RunRecord) -> dict[str, str]:
 
 
 def _length(table: CellTable, path: str) -> int:
-    node: Any = table.group[path]
-    return int((node["codes"] if isinstance(node, zarr.Group) else node).shape[0])
+    node = table.group[path]
+    column: Any = node["codes"] if isinstance(node, zarr.Group) else node
+    return int(column.shape[0])
 
 
 def _row_faults(table: CellTable) -> Iterator[str]:

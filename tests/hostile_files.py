@@ -68,7 +68,7 @@ def bad_slides(whole: Path) -> dict[str, bytes]:
     raw = whole.read_bytes()
     huge = 4_000_000_000
     files = {f"cut-{n}.tif": raw[:n] for n in (0, 1, 8, 100)}
-    for ending in ("svs", "ndpi", "mrxs", "dcm", "vms", "scn", "bif", "czi", "png", "jpg"):
+    for ending in ("svs", "ndpi", "mrxs", "dcm", "scn", "bif", "czi", "png", "jpg"):
         files[f"empty.{ending}"] = b""
         files[f"text.{ending}"] = b"hello\nworld\n" * 20
     return files | {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cellslide.batch import SlideOutcome
+from cellslide.batch import STOPPING, SlideOutcome
 from cellslide.classify.targets import Target
 from cellslide.cli.cluster import place_of
-from cellslide.cluster import guard, over_cluster, stages
+from cellslide.cluster import guard, stages
+from cellslide.cluster.connect import Cluster, LocalWorkers, open_cluster
+from cellslide.cluster.drive import over_cluster
 from cellslide.cluster.guard import guarded
 from cellslide.cluster.paths import absolute
 from cellslide.cluster.stages import Handed, Job, Stage, StageEnd, do_stage
@@ -59,9 +62,8 @@ def cells_of(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_slide_that_kills_its_workers_fails_alone(tmp_path: Path) -> None:
-    from cellslide.cluster import open_cluster
-
     out = tmp_path / "out"
     out.mkdir()
     for name in ("a", "b", "poison"):
@@ -72,10 +74,12 @@ def test_a_slide_that_kills_its_workers_fails_alone(tmp_path: Path) -> None:
     (tmp_path / "bad.tif").write_bytes(b"no slide")
     names = ("poison", "a", "bad", "b")
     targets = [target(tmp_path / f"{name}.tif", out) for name in names]
-    with open_cluster(None, 2) as client:
+    with open_cluster(None, 2) as cluster:
+        client = cluster.client
         info = client.scheduler_info(n_workers=-1)["workers"].values()
         assert [worker["nthreads"] for worker in info] == [1, 1] and all(worker["resources"]["CPU"] for worker in info)
-        outcomes = {o.slide: o for _, o in over_cluster(client, JOB, targets, nobody, never)}
+        assert set(client.run(_heeds_signals).values()) == {False}
+        outcomes = {o.slide: o for _, o in over_cluster(cluster, JOB, targets, nobody, never)}
     assert {name: outcomes[name].status for name in names} == {
         "a": "done", "b": "done", "bad": "failed", "poison": "failed",
     }  # fmt: skip
@@ -86,6 +90,10 @@ def test_a_slide_that_kills_its_workers_fails_alone(tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert np.array_equal(cells_of(out / name), cells_of(tmp_path / "here" / "a"))
         assert read_record(out / name).status == "done" and not list((out / name).glob(".*"))
+
+
+def _heeds_signals() -> bool:
+    return any(signal.getsignal(number) is not signal.SIG_IGN for number in STOPPING)
 
 
 @dataclass
@@ -146,7 +154,7 @@ def done(slide: str) -> FakeFuture:
 
 
 def drive(client: FakeClient, out: Path, *names: str, stop: Any = never) -> dict[str, SlideOutcome]:
-    pairs = over_cluster(client, JOB, [target(out / f"{name}.tif", out) for name in names], nobody, stop)
+    pairs = over_cluster(Cluster(client), JOB, [target(out / f"{name}.tif", out) for name in names], nobody, stop)
     return {t.source.slide_id: o for t, o in pairs}
 
 
@@ -277,6 +285,31 @@ def _hiccup(*_: object, **__: object) -> None:
     raise OSError(116, "stale file handle")
 
 
+class FakeSpec:
+    """Two watched processes, by name; the second one is dead. Starting one anew makes it alive."""
+
+    def __init__(self) -> None:
+        self.workers = {k: SimpleNamespace(is_alive=lambda k=k: k == 0) for k in range(2)}
+        self.worker_spec = dict.fromkeys(range(2))
+
+    def scale(self, n: int) -> None:
+        assert n == 2
+        self.workers |= {k: SimpleNamespace(is_alive=lambda: True) for k in self.worker_spec if k not in self.workers}
+
+
+def test_a_process_that_stays_away_is_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, now = FakeSpec(), [0.0]
+    monkeypatch.setattr("cellslide.cluster.connect.time", SimpleNamespace(monotonic=lambda: now[0]))
+    local, second = LocalWorkers(spec), spec.workers[1]
+    local.mend({0})
+    now[0] = 19.0
+    local.mend({0})
+    assert spec.workers[1] is second
+    now[0] = 21.0
+    local.mend({0})
+    assert spec.workers[1] is not second and spec.workers[1].is_alive()
+
+
 def test_gpus_go_to_one_worker_each() -> None:
     from cellslide.cluster.connect import local_spec
 
@@ -311,8 +344,6 @@ def test_where_the_work_goes() -> None:
     [("tcp://127.0.0.1:9", 3, "no Dask scheduler answers"), ("gone.json", 2, "no such file")],
 )
 def test_a_scheduler_that_is_not_there(scheduler: str, code: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cellslide.cluster import open_cluster
-
     monkeypatch.setattr("cellslide.cluster.connect.ANSWER_S", 1)
     with pytest.raises(CellslideError, match=words) as error, open_cluster(scheduler, None):
         pass

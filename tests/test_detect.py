@@ -140,12 +140,14 @@ def test_a_tile_that_cannot_be_decoded_fails_alone() -> None:
 def test_a_killed_worker_is_replaced_and_its_tiles_are_done_again(caplog: pytest.LogCaptureFixture) -> None:
     expected = found(detector().run(paint, map(tile, range(6)), Seconds()))
     with detector(batch=1, workers=1) as chain:
-        listed = []
-        for result in chain.run(paint, map(tile, range(6)), Seconds()):
-            listed.append(result)
-            if result.tile.index == 4:
-                (pid,) = chain._pool._processes
-                os.kill(pid, signal.SIGKILL)
+        assert len(found(chain.run(paint, [tile(1)], Seconds()))) == 1
+        (pid,) = chain._pool._processes
+        # Halted first, so that tiles wait for it when it is killed.
+        os.kill(pid, signal.SIGSTOP)
+        killer = threading.Timer(0.5, os.kill, (pid, signal.SIGKILL))
+        killer.start()
+        listed = list(chain.run(paint, map(tile, range(6)), Seconds()))
+        killer.join()
         assert found(iter(listed)) == expected and [r.error for r in listed] == [None] * 6
         assert "a decoding process died; the tile at" in caplog.text
         assert len(found(chain.run(paint, [tile(1)], Seconds()))) == 1

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from cellslide.batch import SlideOutcome
-from cellslide.classify.targets import Target
 from cellslide.cli.main import cli
 from cellslide.config import InferConfig
-from cellslide.devices import Handle, over_devices, parse_devices
+from cellslide.devices import over_devices, parse_devices
 from cellslide.devicework import SegmentWork, on_device
-from cellslide.errors import Interrupted, MissingDependencyError, UsageError
-from cellslide.pipeline import Silent, Watch
-from cellslide.slides import SlideInput
+from cellslide.errors import Interrupted, UsageError
+from cellslide.pipeline import Silent
 from cellslide.weights import LoadedModel
 from tests.fakes import fake_model
+from tests.hazards import Hazard, Light, LightSource
 from tests.painted import paint_slide
 
 
@@ -86,34 +81,8 @@ def test_two_devices_give_the_bytes_of_one(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.glob("cellslide-stage-*"))
 
 
-@dataclass(frozen=True, slots=True)
-class Hazard:
-    """Work that ends its process on a slide called "killer", on "flaky" the first time, and waits on "slow"."""
-
-    folder: Path
-
-    @contextmanager
-    def open(self, device: str, processes: int) -> Iterator[Handle]:
-        if device == "cuda:9":
-            raise MissingDependencyError("--device cuda:9: not on this machine")
-        yield self.one
-
-    def one(self, target: Target, watch: Watch) -> SlideOutcome:
-        name, mark = target.source.slide_id, self.folder / target.source.slide_id
-        watch.progress.begin(name, 3, 0)
-        if name == "killer" or (name == "flaky" and not mark.exists()):
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        while name == "slow":
-            mark.touch()
-            watch.check()
-        watch.progress.advance(5)
-        watch.progress.stage("write")
-        return SlideOutcome(name, "done", 5, 0.1)
-
-
-def targets_of(folder: Path, *names: str) -> list[Target]:
-    return [Target(SlideInput(folder / name, slide_id=name), folder / name) for name in names]
+def names_of(*names: str) -> list[Any]:
+    return [Light(LightSource(name)) for name in names]
 
 
 class Heard(Silent):
@@ -131,7 +100,7 @@ class Heard(Silent):
 
 def test_a_slide_that_kills_its_process_stops_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names, heard = ("a", "killer", "flaky", "b"), Heard()
-    pairs = over_devices(Hazard(tmp_path), targets_of(tmp_path, *names), ["cpu"], lambda _: heard, lambda: None)
+    pairs = over_devices(Hazard(tmp_path), names_of(*names), ["cpu"], lambda _: heard, lambda: None)
     ended = {target.source.slide_id: outcome for target, outcome in pairs}
     assert {name: outcome.status for name, outcome in ended.items()} == {
         "a": "done", "killer": "failed", "flaky": "done", "b": "done",
@@ -145,7 +114,7 @@ def test_a_request_to_stop_reaches_the_processes(tmp_path: Path) -> None:
     def stop() -> int | None:
         return 143 if (tmp_path / "slow").exists() else None
 
-    targets = targets_of(tmp_path, "a", "slow", "b")
+    targets = names_of("a", "slow", "b")
     ended = []
     with pytest.raises(Interrupted) as stopped:
         for target, _ in over_devices(Hazard(tmp_path), targets, ["cpu"], lambda _: Heard(), stop):
@@ -155,5 +124,5 @@ def test_a_request_to_stop_reaches_the_processes(tmp_path: Path) -> None:
 
 def test_a_device_that_is_not_there_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="cuda:9: not on this machine") as error:
-        list(over_devices(Hazard(tmp_path), targets_of(tmp_path, "a"), ["cuda:9"], lambda _: Heard(), lambda: None))
+        list(over_devices(Hazard(tmp_path), names_of("a"), ["cuda:9"], lambda _: Heard(), lambda: None))
     assert getattr(error.value, "exit_code", None) == 3

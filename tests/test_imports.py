@@ -28,7 +28,8 @@ LAYERS = (
     ("export", "segmenter"),
     ("pipeline", "verify", "verify_geojson"),
     ("classify", "localcopy"),
-    ("batch", "bench", "train", "pretrain", "calibrate", "explain", "embed", "probe", "cohort", "devices", "devicework"),
+    ("batch", "bench", "train", "pretrain", "calibrate", "explain", "embed", "probe"),
+    ("cohort", "devices", "devicework"),
     ("cluster",),
     ("cli",),
 )

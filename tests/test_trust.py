@@ -110,7 +110,7 @@ def test_names_of_slides_stay_inside_the_output(whole: Path, tmp_path: Path, mon
     assert done.exit_code == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == len(NAMES) and all(row["status"] == "done" and row["cells"] == 2 for row in rows)
-    folders = {p.name for p in out.iterdir() if p.is_dir()}
+    folders = {p.name for p in out.iterdir() if p.is_dir() and not p.name.startswith(".")}
     assert folders == {row["slide"] for row in rows} and len(folders) == len(NAMES)
     assert all((out / name / "cells.zarr").is_dir() for name in folders)
     assert {"two words", "Färbung 三 🔬", "=1+1", "-o", "[bold]x", "*?"} <= folders

@@ -1,4 +1,4 @@
-"""Files of nuclei, lists, regions, weights and manifests from strangers: a clear error, or read; never code that runs."""
+"""Nuclei, lists, regions, weights and manifests from strangers: a clear error, or read; never code that runs."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_collections_within_collections_are_read(tmp_path: Path) -> None:
 
 def circle(n: int, radius: float = 400.0) -> list[list[float]]:
     angle = np.arange(n) * 2 * np.pi / n
-    ring = np.stack([1000 + radius * np.cos(angle), 1000 + radius * np.sin(angle)], axis=1).tolist()
+    ring = np.stack([1000 + radius * np.cos(angle), 1000 + radius * np.sin(angle)], axis=1).round(6).tolist()
     return [*ring, ring[0]]
 
 
@@ -97,7 +97,7 @@ def test_a_million_vertices(tmp_path: Path, tangled: bool) -> None:
 
 
 def test_a_region_of_many_vertices_is_taken_and_a_scribble_refused(tmp_path: Path) -> None:
-    for name, ring in (("round", circle(200_000)), ("wild", scribble(200_000))):
+    for name, ring in (("round", circle(30_000)), ("wild", scribble(100_000))):
         write_json(tmp_path / f"{name}.geojson", {"type": "Polygon", "coordinates": [ring]})
     roi = load_roi(tmp_path / "round.geojson", slide_info(None))
     assert roi.area == pytest.approx(np.pi * 400**2, rel=1e-3)
@@ -109,8 +109,8 @@ def test_lines_around_cells_are_not_tangled() -> None:
     import shapely
 
     rng = np.random.default_rng(1)
-    comb = [(x, y) for k in range(2000) for x, y in ((k, 0), (k, 1000 + rng.uniform()), (k + 0.5, 1000), (k + 0.5, 0))]
-    assert not is_tangled(shapely.Polygon(comb))
+    angle, radius = np.arange(200_000) * 2 * np.pi / 200_000, rng.uniform(9_990, 10_010, 200_000)
+    assert not is_tangled(shapely.Polygon(np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)))
     eight = shapely.Polygon([(0, 0), (10, 10), (10, 0), (0, 10)])
     assert not is_tangled(eight)
     xy, start, alive = valid_rings(np.array([[0.0, 0], [10, 10], [10, 0], [0, 10]]), np.array([0, 4]))
@@ -298,9 +298,9 @@ def test_lists_may_name_files_anywhere_but_only_for_reading(tmp_path: Path) -> N
     folder = tmp_path / "lists"
     folder.mkdir()
     (tmp_path / "up.svs").write_bytes(b"")
-    (folder / "list.csv").write_text('path,mpp\n"../up.svs",0.5\n"=1+1",\n')
-    with pytest.raises(UsageError, match=r"it lists =1\+1, which is not there"):
-        expand_slides([folder / "list.csv"])
     (folder / "list.csv").write_text('path,mpp\n"../up.svs",0.5\n')
     (item,) = expand_slides([folder / "list.csv"])
     assert item.slide_id == "up"
+    (folder / "list.csv").write_text("path\n=1+1\n../gone/..\n../up.svs\n")
+    ids = {item.slide_id for item in expand_slides([folder / "list.csv"])}
+    assert "=1+1" in ids and ".." not in ids and "up" in ids

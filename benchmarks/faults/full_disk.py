@@ -1,8 +1,8 @@
 """Let segment, classify and export run into a full disk again and again, give it a little more room, and compare.
 
-`python -m benchmarks.faults.full_disk` prints runs / lost cells / corrupted outputs; both must be 0. Each run that finds
-no room must end with exit code 1 and say so in one line. The disk is a small one in memory, mounted in a namespace of
-its own, so Linux is needed and the right to make one (`unshare -rm`).
+`python -m benchmarks.faults.full_disk` prints runs / lost cells / corrupted outputs; both must be 0. Each run that
+finds no room must end with exit code 1 and say so in one line. The disk is a small one in memory, mounted in a
+namespace of its own, so Linux is needed and the right to make one (`unshare -rm`).
 """
 
 from __future__ import annotations

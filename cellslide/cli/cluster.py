@@ -62,9 +62,10 @@ def on_cluster(
     place: Place, segment: SegmentWork | None, classify: ClassifyWork | None, targets: Sequence[Target], tell: Telling
 ) -> list[SlideOutcome]:
     """Find the nuclei of slides, type them, or both, by Dask; returns how each ended, in the order of the slides."""
-    from cellslide.cluster import Job, open_cluster, over_cluster
-    from cellslide.cluster.connect import require_dask, share_of_cores
+    from cellslide.cluster.connect import open_cluster, require_dask, share_of_cores
+    from cellslide.cluster.drive import over_cluster
     from cellslide.cluster.paths import absolute
+    from cellslide.cluster.stages import Job
 
     require_dask()
     targets = [absolute(target) for target in targets]
@@ -77,9 +78,9 @@ def on_cluster(
     stages = (segment is not None) + (classify is not None)
     with (
         watched(len(targets), tell.shown, stages) as (progress, stop),
-        open_cluster(place.scheduler, place.jobs) as client,
+        open_cluster(place.scheduler, place.jobs) as cluster,
     ):
-        outcomes = told(over_cluster(client, job, targets, progress.lane, stop), tell, progress)
+        outcomes = told(over_cluster(cluster, job, targets, progress.lane, stop), tell, progress)
     order = {target.source.slide_id: k for k, target in enumerate(targets)}
     return sorted(outcomes, key=lambda outcome: order[outcome.slide])
 

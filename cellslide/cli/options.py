@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from cellslide.config import OUTPUT_FORMATS
+from cellslide.errors import one_line
 
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]
@@ -135,13 +136,21 @@ tissue_options = chain(
 )
 
 
+class _PlainFormatter(logging.Formatter):
+    """Messages as they are, but for characters by which a foreign name would steer the terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the message as one line."""
+        return one_line(super().formatMessage(record))
+
+
 def _set_logging(verbose: int, quiet: int) -> None:
     level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
     logger = logging.getLogger("cellslide")
     logger.setLevel(level)
     if not logger.handlers and not logging.getLogger().handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_PlainFormatter("%(message)s"))
         logger.addHandler(handler)
 
 

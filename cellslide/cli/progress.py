@@ -280,7 +280,12 @@ def summary(outcomes: Sequence[SlideOutcome], to_stderr: bool) -> None:
         cells = "" if o.cells is None else f"{o.cells:,}"
         table.add_row(Text(" ".join(o.slide.splitlines())), o.status, cells, f"{o.seconds:.1f}")
     if len(outcomes) > 1:
-        table.add_row(in_numbers(outcomes), "", f"{sum(o.cells or 0 for o in outcomes):,}", f"{sum(o.seconds for o in outcomes):.1f}")
+        table.add_row(
+            in_numbers(outcomes),
+            "",
+            f"{sum(o.cells or 0 for o in outcomes):,}",
+            f"{sum(o.seconds for o in outcomes):.1f}",
+        )
     Console(stderr=to_stderr).print(table)
 
 

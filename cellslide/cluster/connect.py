@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +20,15 @@ from cellslide.errors import MissingDependencyError, UsageError
 from cellslide.pipeline import in_words
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, SpecCluster
 
 # Time (s) for a scheduler to answer, and for everything to close; Dask's closing now and then never ends.
 ANSWER_S, CLOSE_S = 15, 20
+
+# Workers have child processes that decode tiles; on a machine that is busy, connections take their time.
+SETTINGS = {"distributed.worker.daemon": False, "distributed.comm.timeouts.connect": "120s"}
+# A process that has not come back by itself after so long (s) is started anew.
+GONE_S = 20.0
 
 log = logging.getLogger(__name__)
 
@@ -36,23 +43,30 @@ def require_dask() -> None:
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A client of a scheduler; `mend`, told now and then which workers there are, starts those anew that are gone."""
+
+    client: Client
+    mend: Callable[[Collection[object]], None] = lambda present: None
+
+
 @contextmanager
-def open_cluster(scheduler: str | None, jobs: int | None) -> Iterator[Client]:
-    """Yield a client of the scheduler at an address or named by a file, or of `jobs` processes on this machine.
+def open_cluster(scheduler: str | None, jobs: int | None) -> Iterator[Cluster]:
+    """Yield the scheduler at an address or named by a file, or one with `jobs` processes on this machine.
 
     Raises UsageError for an address that is none, MissingDependencyError where nobody answers.
     """
     require_dask()
     import dask
 
-    # Our own processes decode tiles, which Dask's may not have unless told so.
     with ExitStack() as stack:
-        stack.enter_context(dask.config.set({"distributed.worker.daemon": False}))
-        client = _found(scheduler) if scheduler is not None else _started(jobs or 1, stack)
+        stack.enter_context(dask.config.set(SETTINGS))
+        cluster = Cluster(_found(scheduler)) if scheduler is not None else _started(jobs or 1, stack)
         try:
-            yield client
+            yield cluster
         finally:
-            _in_time(client.close)
+            _in_time(cluster.client.close)
 
 
 def _found(scheduler: str) -> Client:
@@ -96,7 +110,7 @@ def _describe() -> tuple[str, bool]:
     return __version__, bool(multiprocessing.current_process().daemon)
 
 
-def _started(jobs: int, stack: ExitStack) -> Client:
+def _started(jobs: int, stack: ExitStack) -> Cluster:
     """Start processes on this machine that end with this one; other users cannot reach them."""
     from distributed import Client, SpecCluster
 
@@ -105,7 +119,29 @@ def _started(jobs: int, stack: ExitStack) -> Client:
     workers, scheduler = local_spec(jobs, visible_gpus(), scratch, security)
     cluster = SpecCluster(workers, scheduler, security=security, silence_logs=logging.ERROR)
     stack.callback(_in_time, cluster.close)
-    return Client(cluster, set_as_default=False, timeout=60, name="cellslide")
+    client = Client(cluster, set_as_default=False, timeout=120, name="cellslide")
+    return Cluster(client, LocalWorkers(cluster).mend)
+
+
+class LocalWorkers:
+    """The processes of `--jobs`, each watched by a nanny, which gives up on one that dies while it starts."""
+
+    def __init__(self, cluster: SpecCluster) -> None:
+        self._cluster, self._gone = cluster, dict[object, float]()
+
+    def mend(self, present: Collection[object]) -> None:
+        """Start those anew that are not among `present`, by name, and have no process any more."""
+        now, dead = time.monotonic(), []
+        for name, nanny in list(self._cluster.workers.items()):
+            if name in present or nanny.is_alive():
+                self._gone.pop(name, None)
+            elif now - self._gone.setdefault(name, now) > GONE_S:
+                dead.append(name)
+        for name in dead:
+            log.warning("process %s did not come back; it is started anew", name)
+            del self._gone[name], self._cluster.workers[name]
+        if dead:
+            self._cluster.scale(len(self._cluster.worker_spec))
 
 
 def local_spec(
@@ -121,12 +157,14 @@ def local_spec(
     # Memory is bounded by how cellslide works, and much of it Dask cannot see: its limits would only stall.
     common = {"nthreads": 1, "memory_limit": 0, "local_directory": scratch, "security": security, "protocol": protocol}
     common |= {"host": "127.0.0.1", "dashboard": False, "silence_logs": logging.ERROR}
+    common |= {"preload": ["cellslide.cluster.local_worker"]}
     workers: dict[int, dict[str, Any]] = {}
     for k in range(jobs):
         env = {"CUDA_VISIBLE_DEVICES": gpus[k]} if k < len(gpus) else {}
         resources = {"CPU": 1, "GPU": 1} if k < len(gpus) or not gpus else {"CPU": 1}
         workers[k] = {"cls": Nanny, "options": {**common, "env": env, "resources": resources}}
     options = {"host": "127.0.0.1", "port": 0, "protocol": protocol, "dashboard": False, "security": security}
+    options["dashboard_address"] = "127.0.0.1:0"
     return workers, {"cls": Scheduler, "options": options}
 
 
@@ -157,9 +195,17 @@ def share_of_cores(jobs: int) -> int:
     return max(1, available_cpus() // jobs)
 
 
-def _in_time(close: Any) -> None:
+def _in_time(close: Callable[[], object]) -> None:
     """Call what closes something, and leave it behind where it does not end."""
-    thread = threading.Thread(target=close, daemon=True)
+
+    def end() -> None:
+        try:
+            close()
+        except Exception as error:
+            # All results are on disk by now.
+            log.debug("%s: %s", close, error)
+
+    thread = threading.Thread(target=end, daemon=True)
     thread.start()
     thread.join(CLOSE_S)
     if thread.is_alive():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cellslide.batch import SlideOutcome
 from cellslide.classify.targets import Target
+from cellslide.cluster.connect import Cluster
 from cellslide.cluster.guard import write_off
 from cellslide.cluster.room import Room
 from cellslide.cluster.stages import Handed, Job, Stage, StageEnd, ask_to_stop, do_stage
@@ -24,7 +25,7 @@ from cellslide.errors import CellslideError, Interrupted
 from cellslide.pipeline import Progress, StopCheck, in_words
 
 if TYPE_CHECKING:
-    from distributed import Client, Future
+    from distributed import Future
 
 # Futures are looked at so often (s); what runs may take so long to stop (s).
 POLL_S, STOP_S = 0.1, 60.0
@@ -55,7 +56,7 @@ class _Task:
 
 
 def over_cluster(
-    client: Client, job: Job, targets: Sequence[Target], lane_of: Callable[[int], Progress], stop: StopCheck
+    cluster: Cluster, job: Job, targets: Sequence[Target], lane_of: Callable[[int], Progress], stop: StopCheck
 ) -> Iterator[tuple[Target, SlideOutcome]]:
     """Do slides on the workers of a scheduler and yield each with how it ended, as they end.
 
@@ -63,11 +64,11 @@ def over_cluster(
     Where the scheduler is lost, slides that were not done come out as failed, for that reason. Raises Interrupted when
     asked to stop, CellslideError for what no slide would escape.
     """
-    owner = _Owner(client, job, lane_of)
+    owner = _Owner(cluster, job, lane_of)
     for target in targets:
         owner.waiting[job.first].append(_Task(target, job.first, Handed()))
     # Dask calls from a thread of its own; what shows progress is used by this one alone.
-    client.subscribe_topic(topic_of(job.run_id), owner.events.append)
+    cluster.client.subscribe_topic(topic_of(job.run_id), owner.events.append)
     try:
         yield from owner.run(stop)
     except BaseException:
@@ -79,7 +80,7 @@ def over_cluster(
 class _Owner:
     """A run: what waits by stage, what runs, and in which lane each slide is shown."""
 
-    client: Client
+    cluster: Cluster
     job: Job
     lane_of: Callable[[int], Progress]
     waiting: dict[Stage, deque[_Task]] = field(default_factory=lambda: {stage: deque() for stage in Stage})
@@ -96,10 +97,10 @@ class _Owner:
             if (code := stop()) is not None:
                 self.stop_all(code)
                 raise Interrupted(code)
-            if self.client.status != "running":
+            if self.cluster.client.status != "running":
                 yield from self._lost()
                 return
-            self.room.count(self.client)
+            self.room.count(self.cluster)
             self._send()
             while self.events:
                 hear(self.events.popleft(), self.lanes)
@@ -130,7 +131,7 @@ class _Owner:
             taken = set(self.numbers.values())
             number = next(k for k in range(len(taken) + 1) if k not in taken)
             self.numbers[task.slide_id], self.lanes[task.slide_id] = number, self.lane_of(number)
-        future = self.client.submit(
+        future = self.cluster.client.submit(
             do_stage, task.stage, task.target, self.job, task.handed,
             key=f"cellslide-{task.stage.value}-{self.job.run_id}-{self.sent}",
             resources=self.room.resources(task.stage.tag), retries=RETRIES, pure=False,
@@ -196,17 +197,17 @@ class _Owner:
 
     def stop_all(self, code: int) -> None:
         """Ask what runs to stop at the next part, wait for it, and take back what has not begun."""
-        if not self.running or self.client.status != "running":
+        if not self.running or self.cluster.client.status != "running":
             return
         with suppress(Exception):
-            self.client.run(ask_to_stop, self.job.run_id, code, on_error="ignore")
+            self.cluster.client.run(ask_to_stop, self.job.run_id, code, on_error="ignore")
         deadline = time.monotonic() + STOP_S
         while any(not future.done() for future in self.running) and time.monotonic() < deadline:
-            if self.client.status != "running":
+            if self.cluster.client.status != "running":
                 return
             time.sleep(POLL_S)
         with suppress(Exception):
-            self.client.cancel(list(self.running))
+            self.cluster.client.cancel(list(self.running))
 
 
 def _words(error: BaseException | None) -> str:

@@ -6,10 +6,8 @@ import logging
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from distributed import Client
+from cellslide.cluster.connect import Cluster
 
 TAGS = ("GPU", "CPU")
 # Workers come and go; they are counted so often (s).
@@ -27,15 +25,16 @@ class Room:
     counted: float = 0.0
     told: bool = False
 
-    def count(self, client: Client) -> None:
+    def count(self, cluster: Cluster) -> None:
         """Ask the scheduler for its workers, now and then; says so where there are none."""
         if self.counted and time.monotonic() - self.counted < COUNT_S:
             return
         try:
-            workers = list(client.scheduler_info(n_workers=-1)["workers"].values())
+            workers = list(cluster.client.scheduler_info(n_workers=-1)["workers"].values())
         except (OSError, KeyError, ValueError):
             return  # A scheduler that is gone shows in the client's status.
         self.counted = time.monotonic()
+        cluster.mend({worker.get("name") for worker in workers})
         threads = sum(worker["nthreads"] for worker in workers)
         found = {tag: int(sum(worker["resources"].get(tag, 0) for worker in workers)) for tag in TAGS}
         self.tags = frozenset(tag for tag in TAGS if found[tag])

@@ -41,6 +41,8 @@ SCRIPT = """
 var body=document.querySelector('tbody'),heads=[].slice.call(document.querySelectorAll('thead th'));
 var find=document.getElementById('find'),only=document.getElementById('only'),shown=document.getElementById('shown');
 var rows=[].slice.call(body.rows);
+function texts_of(r){return [].map.call(r.cells,function(c){return c.textContent;}).join('\\n').toLowerCase();}
+var texts=rows.map(texts_of);
 function key(row,k,number){var cell=row.cells[k],v=cell.getAttribute('data-v');
 if(v===null)v=cell.textContent;return number?(v===''?NaN:Number(v)):v.toLowerCase();}
 function sort(th,k){var up=th.getAttribute('aria-sort')!=='ascending',number=th.hasAttribute('data-n');
@@ -53,8 +55,8 @@ return x<y?(up?-1:1):x>y?(up?1:-1):a[1]-b[1];});
 var all=document.createDocumentFragment();keyed.forEach(function(e){all.appendChild(e[2]);});body.appendChild(all);}
 heads.forEach(function(th,k){th.firstChild.addEventListener('click',function(){sort(th,k);});});
 function filter(){var text=find.value.toLowerCase(),n=0;
-rows.forEach(function(r){var see=(!only.checked||r.className!=='')&&
-(text===''||r.textContent.toLowerCase().indexOf(text)>=0);
+rows.forEach(function(r,i){var see=(!only.checked||r.className!=='')&&
+(text===''||texts[i].indexOf(text)>=0);
 r.hidden=!see;if(see)n++;});shown.textContent=n+' of '+rows.length+' shown';}
 find.addEventListener('input',filter);only.addEventListener('change',filter);filter();
 })();

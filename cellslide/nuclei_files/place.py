@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellslide.nuclei_files.records import MARK, NUCLEUS, REGION, Block, NucleiReport
-from cellslide.outlines import ring_areas, to_polygons, valid_rings
+from cellslide.outlines import is_tangled, ring_areas, to_polygons, valid_rings
 from cellslide.types import Bool, Float64, Int64, SlideInfo, take_rings
 from cellslide.uuids import pack_places
 
@@ -99,6 +99,7 @@ def _shaped(placed: Placed, info: SlideInfo, report: NucleiReport) -> Placed:
 
     outlined = np.diff(placed.contour_start) > 0
     polygons = to_polygons(placed.contour_xy, placed.contour_start)
+    polygons[is_tangled(polygons)] = shapely.Polygon()  # before it takes minutes to find it invalid
     bad = outlined & ~(shapely.is_valid(polygons) & (shapely.area(polygons) > 0))
     if bad.any():
         placed, dead = _mend(placed, bad)

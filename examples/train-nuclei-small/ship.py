@@ -2,8 +2,9 @@
 
     python ship.py runs/sixth runs/seventh ../../cellslide/data/nuclei-small.safetensors
 
-Of several runs that began with the same weights, the mean is written: it keeps most of what each has learned. Prints `sha256`, `size_bytes` and `config`, which go into the manifest's entry with the measured scores. Scores are
-measured on the file that this writes, not on the one that training left.
+Of several runs that began with the same weights, the mean is written: it keeps most of what each has learned. Prints
+`sha256`, `size_bytes` and `config`, which go into the manifest's entry with the measured scores. Scores are measured on
+the file that this writes, not on the one that training left.
 """
 
 from __future__ import annotations
