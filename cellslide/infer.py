@@ -152,15 +152,15 @@ def unpack(arrays: Arrays, spec: ModelSpec, row: int, size_px: int) -> TileOutpu
     # A query scored 0 is unused, whatever the threshold.
     keep = np.flatnonzero((score > 0) & (score >= np.float32(spec.detect.score_threshold)))
     found = {name: column[keep].astype(np.float32) for name, column in tile.items()}
-    return _points(found, spec) if spec.kind == "point" else _boxes(found, size_px)
+    nuclei = _points(found) if spec.kind == "point" else _boxes(found, size_px)
+    radius_px = spec.detect.nms_um / spec.mpp
+    return nuclei.take(point_nms(nuclei.centroid_xy, nuclei.score, radius_px)) if radius_px > 0 else nuclei
 
 
-def _points(found: Arrays, spec: ModelSpec) -> Instances:
+def _points(found: Arrays) -> Instances:
     xy, score = found["point_xy"].astype(np.float64), found["score"]
     none = np.zeros(len(xy), np.float32)
-    points = Instances(xy, score, none, none > 0, found.get("class_prob"), embedding=found.get("embedding"))
-    radius_px = spec.detect.nms_um / spec.mpp
-    return points.take(point_nms(xy, score, radius_px)) if radius_px > 0 else points
+    return Instances(xy, score, none, none > 0, found.get("class_prob"), embedding=found.get("embedding"))
 
 
 def _boxes(found: Arrays, size_px: int) -> Instances:

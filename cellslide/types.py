@@ -141,7 +141,7 @@ class DetectDecode:
     """Which queries of a box or point model become nuclei.
 
     score_threshold   least score of a nucleus, 0..1.
-    nms_um            of two points no farther apart (µm) the one of higher score stays; 0 leaves all of them.
+    nms_um            of two points, or centres of boxes, no farther apart (µm) the better stays; 0 leaves all of them.
     """
 
     score_threshold: float = 0.4

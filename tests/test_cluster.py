@@ -87,6 +87,7 @@ def test_a_slide_that_kills_its_workers_fails_alone(tmp_path: Path) -> None:
     assert read_record(out / "poison").status == "failed" and "memory" in read_record(out / "poison").error
     with open_segmenter(load_deadly(), CONFIG) as segmenter:
         segment_slide(targets[1].source, segmenter, tmp_path / "here")
+    assert read_record(out / "bad").status == "failed"
     for name in ("a", "b"):
         assert np.array_equal(cells_of(out / name), cells_of(tmp_path / "here" / "a"))
         assert read_record(out / name).status == "done" and not list((out / name).glob(".*"))
@@ -302,10 +303,10 @@ def test_a_process_that_stays_away_is_started_anew(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("cellslide.cluster.connect.time", SimpleNamespace(monotonic=lambda: now[0]))
     local, second = LocalWorkers(spec), spec.workers[1]
     local.mend({0})
-    now[0] = 19.0
+    now[0] = 119.0
     local.mend({0})
     assert spec.workers[1] is second
-    now[0] = 21.0
+    now[0] = 121.0
     local.mend({0})
     assert spec.workers[1] is not second and spec.workers[1].is_alive()
 

@@ -61,3 +61,17 @@ def test_tiles_of_512_and_1024_find_mostly_the_same_nuclei(shared: Path, model: 
         distance, _ = cKDTree(others.centroid_xy).query(some.centroid_xy)
         # MUSE's decoder places its coarse maps by the corners of the tile, so what it sees shifts with the tile's size.
         assert (distance <= 4.0).mean() >= 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_boxes_on_validation_images_are_as_good_as_their_card_says(shared: Path, tmp_path: Path) -> None:
+    dataset, found = shared / "data" / "brca-m2c", tmp_path / "scores.json"
+    model = "cellslide-boxes-small"
+    result = CliRunner().invoke(
+        cli, ["evaluate", "--model", model, "--split", "val", str(dataset), "--json", str(found)]
+    )
+    assert result.exit_code == 0, result.output
+    scores = json.loads(found.read_text(encoding="utf-8"))
+    assert scores["detection"]["f1"] >= 0.78
+    assert scores["mean_f1"] is None

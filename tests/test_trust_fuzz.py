@@ -32,7 +32,7 @@ PLACES = [(300.0, 300.0), (400.0, 420.0)]
 pytestmark = pytest.mark.filterwarnings("ignore")
 # Bounded: the whole file takes a few seconds.
 FUZZ = settings(
-    max_examples=40, deadline=None, derandomize=True, database=None,
+    max_examples=25, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 
@@ -163,7 +163,7 @@ json_values = st.recursive(
 
 
 @pytest.mark.parametrize("name", ["n.geojson", "cells.json", "roi.geojson", "any.json"])
-@settings(FUZZ, max_examples=150)
+@settings(FUZZ, max_examples=80)
 @given(value=json_values)
 def test_json_of_any_shape(tmp_path: Path, name: str, value: Any) -> None:
     survive(tmp_path, name, json.dumps(value).encode())

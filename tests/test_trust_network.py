@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from cellslide.verify import verify_folder
-from tests.painted import paint_slide
 from tests.watched import run_watched
 
 
@@ -31,20 +30,12 @@ def test_there_is_no_network_in_the_namespace() -> None:
     assert told.stdout.strip() == "[]"
 
 
-def test_segment_calls_nobody(tmp_path: Path) -> None:
-    paint_slide(tmp_path / "s.tif", 300, 200, 0.5, [(100, 100)], 7.0)
-    flags = ("--device", "cpu", "--workers", "0", "--no-progress", "--no-tissue")
-    done = run_watched(tmp_path, "fake", ["segment", tmp_path / "s.tif", "-o", tmp_path / "out", *flags], no_network())
-    assert done.code == 0, done.stderr
-    assert done.calls == ()
-    assert done.outside(tmp_path / "out", tmp_path / "cache", tmp_path / "scratch") == []
-
-
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_demo_needs_no_network(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["demo", "-o", out, "--device", "cpu", "--no-progress"]
-    done = run_watched(tmp_path, "small", command, no_network(), timeout_s=110)
+    done = run_watched(tmp_path, "small", command, no_network(), timeout_s=280)
     assert done.code == 0, done.stderr
     assert done.calls == ()
     verdict = verify_folder(out / "demo-slide")

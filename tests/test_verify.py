@@ -75,8 +75,7 @@ def test_a_typed_slide_agrees(folder: Path, done: Path) -> None:
     assert "cells.csv.gz" in verdict.checked
 
 
-@pytest.mark.parametrize("kind", ["mask", "box", "point"])
-@pytest.mark.parametrize("origin", ["bounds", "level0"])
+@pytest.mark.parametrize(("kind", "origin"), [("mask", "bounds"), ("box", "level0"), ("point", "bounds")])
 def test_every_kind_and_origin_agrees(tmp_path: Path, kind: ModelKind, origin: geojson.Origin) -> None:
     table = random_table(tmp_path, kind, 300)
     with table:

@@ -25,10 +25,15 @@ if TYPE_CHECKING:
 # Time (s) for a scheduler to answer, and for everything to close; Dask's closing now and then never ends.
 ANSWER_S, CLOSE_S = 15, 20
 
-# Workers have child processes that decode tiles; on a machine that is busy, connections take their time.
-SETTINGS = {"distributed.worker.daemon": False, "distributed.comm.timeouts.connect": "120s"}
+# Workers have child processes that decode tiles. On a busy machine connections take their time, as does a worker that
+# died until it is back; Dask would give it up after 15 s, for good.
+SETTINGS = {
+    "distributed.worker.daemon": False,
+    "distributed.comm.timeouts.connect": "120s",
+    "distributed.deploy.lost-worker-timeout": "1h",
+}
 # A process that has not come back by itself after so long (s) is started anew.
-GONE_S = 20.0
+GONE_S = 120.0
 
 log = logging.getLogger(__name__)
 
@@ -132,14 +137,16 @@ class LocalWorkers:
     def mend(self, present: Collection[object]) -> None:
         """Start those anew that are not among `present`, by name, and have no process any more."""
         now, dead = time.monotonic(), []
-        for name, nanny in list(self._cluster.workers.items()):
-            if name in present or nanny.is_alive():
+        for name in self._cluster.worker_spec:
+            nanny = self._cluster.workers.get(name)
+            if name in present or (nanny is not None and nanny.is_alive()):
                 self._gone.pop(name, None)
             elif now - self._gone.setdefault(name, now) > GONE_S:
                 dead.append(name)
         for name in dead:
             log.warning("process %s did not come back; it is started anew", name)
-            del self._gone[name], self._cluster.workers[name]
+            del self._gone[name]
+            self._cluster.workers.pop(name, None)
         if dead:
             self._cluster.scale(len(self._cluster.worker_spec))
 

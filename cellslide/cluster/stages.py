@@ -169,8 +169,8 @@ def do_stage(stage: Stage, target: Target, job: Job, handed: Handed) -> StageEnd
     except Exception as error:
         if getattr(error, "exit_code", 0) == ENVIRONMENT:
             return StageEnd(fatal=_Unusable.of(error).args)
-        if is_passing(error):
-            raise
+        if not isinstance(error, CellslideError):
+            raise  # The system's, or unknown: another try, or another worker, may do better.
         end = StageEnd(handed, outcome=_failed(stage, target, error, job))
     seconds = handed.seconds + time.perf_counter() - began
     outcome = None if end.outcome is None else replace(end.outcome, seconds=seconds)
@@ -193,11 +193,6 @@ def check_worker(target: Target, job: Job) -> None:
         raise MissingDependencyError(f"cellslide {__version__} here, {job.version} where the run was started")
     if not target.folder.parent.is_dir():
         raise MissingDependencyError(f"{target.folder.parent}: not seen here; give an --output that all workers share")
-
-
-def is_passing(error: BaseException) -> bool:
-    """Tell whether a second try may help: the system's errors and unknown ones, not what cellslide itself refuses."""
-    return not isinstance(error, CellslideError) or isinstance(error.__cause__, OSError)
 
 
 def _failed(stage: Stage, target: Target, error: Exception, job: Job) -> SlideOutcome:

@@ -163,7 +163,9 @@ class CellDETR(nn.Module):
         windows = torch.cat(
             [x[:, :, r.start : r.start + size, c.start : c.start + size] for r in rows for c in columns]
         )
-        parts = [self._find(part) for part in windows.split(WINDOWS_AT_ONCE)]
+        # An exported network takes any number of images, so the number of parts cannot depend on it.
+        together = torch.compiler.is_exporting()
+        parts = [self._find(part) for part in ([windows] if together else windows.split(WINDOWS_AT_ONCE))]
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         # B images after each other for each window.
         per = {name: t.unflatten(0, (len(rows) * len(columns), x.shape[0])) for name, t in found.items()}
