@@ -184,5 +184,11 @@ def peak_rss_bytes() -> int:
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # The high water mark of this program alone: Linux's ru_maxrss begins with that of the process it came from.
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -54,6 +54,7 @@ def run_watched(
     environment = {**os.environ, **{name: str(place) for name, place in places.items()}, "PYTHONPATH": str(CHECKOUT)}
     environment |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("HF_HUB_OFFLINE", None)  # nobody holds it back: it must not ask for the network by itself
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch sets it in a process that has compiled something
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace", timeout=timeout_s
     )

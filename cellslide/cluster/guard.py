@@ -33,17 +33,17 @@ class Begun:
 
 
 @contextmanager
-def guarded(folder: Path, run_id: str, stage: str) -> Iterator[int]:
+def guarded(folder: Path, run_id: str, stage: str, most: int = MOST) -> Iterator[int]:
     """Note that a stage begins, and that it ended; yield how often it was begun without getting further.
 
-    Raises SlideError when its workers died MOST times.
+    Raises SlideError when its workers died `most` times.
     """
     path, done = folder / FILE, progress_of(folder)
     before = read_begun(path)
     same = before is not None and (before.run_id, before.stage, before.done) == (run_id, stage, done)
     times = before.times + 1 if before is not None and same else 1
-    if times > MOST:
-        words = f"{folder}: {MOST} workers died at stage {stage}, most likely for want of memory"
+    if times > most:
+        words = f"{folder}: workers died {most} times at stage {stage}, most likely for want of memory"
         error = SlideError(f"{words}; give them more, or --workers 1 and a smaller --batch-size")
         write_off(folder, str(error))
         raise error

@@ -15,7 +15,7 @@ from cellslide.batch import ENVIRONMENT, SlideOutcome, joined, outcome_of, write
 from cellslide.classify import Classifier, open_classifier
 from cellslide.classify.slide import Typing, type_slide, write_typed
 from cellslide.classify.targets import Target, check_slide, open_target, require_cells
-from cellslide.cluster.guard import guarded
+from cellslide.cluster.guard import MOST, guarded
 from cellslide.cluster.telling import Teller
 from cellslide.devicework import ClassifyWork, SegmentWork
 from cellslide.errors import BusyError, CellslideError, Interrupted, MissingDependencyError
@@ -45,12 +45,14 @@ class Job:
     """What is done with every slide of a run; pickled to the workers, which open the networks themselves.
 
     threads  processor threads that a network may use; None leaves it as the worker has it.
+    deaths   so many workers may die at one stage of a slide before it is given up.
     """
 
     run_id: str
     segment: SegmentWork | None = None
     classify: ClassifyWork | None = None
     threads: int | None = None
+    deaths: int = MOST
     version: str = __version__
 
     @property
@@ -159,7 +161,7 @@ def do_stage(stage: Stage, target: Target, job: Job, handed: Handed) -> StageEnd
     began = time.perf_counter()
     try:
         check_worker(target, job)
-        with _turns[stage.tag], guarded(target.folder, job.run_id, stage.value) as times:
+        with _turns[stage.tag], guarded(target.folder, job.run_id, stage.value, job.deaths) as times:
             _networks.open(stage, job)
             end = _do(stage, target, job, handed, times)
     except _Unusable as error:
