@@ -1,11 +1,17 @@
-"""Slide files that somebody made to do harm, written byte by byte."""
+"""Files of slides and of nuclei that somebody made to do harm, written byte by byte."""
 
 from __future__ import annotations
 
+import gzip
+import io
+import pickle
 import struct
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tifffile
 from PIL import Image
 
 OME = b'<?xml version="1.0"?>%s<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
@@ -101,3 +107,65 @@ def odd_slides(whole: Path) -> dict[str, bytes]:
 def write_png_bomb(path: Path) -> None:
     """Write a PNG of some 40 KB that unpacks to 400 million pixels."""
     Image.fromarray(np.zeros((20_000, 20_000), np.bool_)).save(path)
+
+
+def spoil_tile(whole: Path) -> bytes:
+    """Return a tiled TIFF whose first tile of the first level holds no pixels that can be unpacked."""
+    raw = bytearray(whole.read_bytes())
+    with tifffile.TiffFile(whole) as tiff:
+        page = tiff.pages.first
+        start, count = page.dataoffsets[0], page.databytecounts[0]
+    raw[start : start + count] = bytes(b ^ 255 for b in raw[start : start + count])
+    return bytes(raw)
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        """Open the file for writing."""
+        return open, (self.path, "w")
+
+
+def bad_nuclei() -> dict[str, bytes]:
+    """Return file name -> content of files that hold no nuclei and must be refused."""
+    gz = gzip.compress
+    return {
+        "cut.geojson.gz": gz(b"[" + b"1," * 5000)[:-20],
+        "spoilt.geojson.gz": _spoilt(gz(bytes(range(256)) * 9, 9)),
+        "no-zip.zip": b"PK\3\4 no",
+        "of-nothing.zip": _zip({}),
+        "locked.zip": _locked(_zip({"a.geojson": "[]"})),
+        "impossible-size.json.snappy": b"\xff\xff\xff\xff\xff\x7f" + b"0",
+        "many-digits.json": b"[" + b"1" * 10_000 + b"]",
+        "no-text.json": b'["\xff\xfe\xfd"]',
+        "zero-bytes.json": b"",
+        "picture.geojson": b"\x89PNG\r\n\x1a\n" + bytes(100),
+        "no.parquet": b"PAR1" + bytes(50) + b"PAR1",
+        "zero-bytes.csv": b"",
+        "no-text.csv": b"x,y\n\xff\xfe,1\n",
+        "spoilt.csv.gz": _spoilt(gz(b"x,y\n" * 999)),
+        "pickle.pkl": pickle.dumps([1]),
+    }
+
+
+def _spoilt(raw: bytes) -> bytes:
+    return raw[:20] + bytes(b ^ 255 for b in raw[20:40]) + raw[40:]
+
+
+def _zip(entries: dict[str, str]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, text in entries.items():
+            archive.writestr(name, text)
+    return file.getvalue()
+
+
+def _locked(packed: bytes) -> bytes:
+    raw = bytearray(packed)
+    raw[6] |= 1  # the mark of an encrypted entry, before it and in the directory at the end
+    raw[raw.index(b"PK\1\2") + 8] |= 1
+    return bytes(raw)

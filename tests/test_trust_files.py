@@ -8,7 +8,6 @@ import json
 import pickle
 import resource
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,11 @@ from cellslide.types import ClassSpec
 from cellslide.weights import load_model
 from cellslide.weights.manifest import Manifest, read_entry
 from tests.foreign_files import polygon, qupath_export, qupath_feature, write_json
+from tests.hostile_files import Evil, bad_nuclei
 from tests.random_cells import ellipses, model_spec, slide_info, write_table
 
 PLACES = [(300.0, 300.0), (400.0, 420.0)]
+BAD_NUCLEI = bad_nuclei()
 FORMULAS = ("=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\tx", "'=quoted", "''+two")
 
 
@@ -125,43 +126,10 @@ def test_a_value_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     refused(path, "one value of more than")
 
 
-PACKED: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "cut gzip": ("x.geojson.gz", lambda p: p.write_bytes(gzip.compress(b"[" + b"1," * 5000)[:-20])),
-    "spoilt gzip": ("x.geojson.gz", lambda p: p.write_bytes(spoilt(gzip.compress(bytes(range(256)) * 9, 9)))),
-    "no zip": ("x.zip", lambda p: p.write_bytes(b"PK\3\4 no")),
-    "zip of nothing": ("x.zip", lambda p: zipfile.ZipFile(p, "w").close()),
-    "zip that asks for a password": ("x.zip", lambda p: p.write_bytes(locked_zip(p))),
-    "snappy of a size that cannot be": ("x.json.snappy", lambda p: p.write_bytes(b"\xff\xff\xff\xff\xff\x7f" + b"0")),
-    "number of many digits": ("x.json", lambda p: p.write_text("[" + "1" * 10_000 + "]")),
-    "not text": ("x.json", lambda p: p.write_bytes(b'["\xff\xfe\xfd"]')),
-    "zero bytes": ("x.json", lambda p: p.write_bytes(b"")),
-    "a picture": ("x.geojson", lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))),
-    "no parquet": ("x.parquet", lambda p: p.write_bytes(b"PAR1" + bytes(50) + b"PAR1")),
-    "zero bytes of CSV": ("x.csv", lambda p: p.write_bytes(b"")),
-    "CSV that is not text": ("x.csv", lambda p: p.write_bytes(b"x,y\n\xff\xfe,1\n")),
-    "CSV spoilt when packed": ("x.csv.gz", lambda p: p.write_bytes(spoilt(gzip.compress(b"x,y\n" * 999)))),
-    "a pickle": ("x.pkl", lambda p: p.write_bytes(pickle.dumps([1]))),
-}
-
-
-def spoilt(raw: bytes) -> bytes:
-    return raw[:20] + bytes(b ^ 255 for b in raw[20:40]) + raw[40:]
-
-
-def locked_zip(path: Path) -> bytes:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a.geojson", "[]")
-    raw = bytearray(path.read_bytes())
-    raw[6] |= 1  # the mark of an encrypted entry, before it and in the directory at the end
-    raw[raw.index(b"PK\1\2") + 8] |= 1
-    return bytes(raw)
-
-
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", BAD_NUCLEI)
 def test_damaged_files_of_nuclei_are_named(tmp_path: Path, name: str) -> None:
-    file, write = PACKED[name]
-    write(tmp_path / file)
-    refused(tmp_path / file, "")
+    (tmp_path / name).write_bytes(BAD_NUCLEI[name])
+    refused(tmp_path / name, "")
 
 
 def test_zip_entries_that_climb_out_are_only_read(tmp_path: Path) -> None:
@@ -223,16 +191,6 @@ def test_class_names_of_weights_are_no_formulas_either(tmp_path: Path) -> None:
     head, *rows = csv.reader(text.splitlines())
     assert not any(cell.startswith(("=", "+", "-", "@")) for cell in head)
     assert {row[head.index("class")] for row in rows} <= {harmless(name) for name in FORMULAS}
-
-
-class Evil:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self) -> Any:
-        return open, (self.path, "w")
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.pt", "w.ckpt", "w.bin", "old.pth", "plain.pth"])

@@ -168,7 +168,7 @@ def main() -> None:
                 args.kills, args.scheduler_dies = max(0, args.kills - kills), False
         lost, corrupted = check(args.out, args.slides, nuclei)
         print(f"{args.slides} slides, {kills} kills, {time.perf_counter() - began:.0f} s")
-        print(f"runs {runs} / lost cells {lost} / corrupted outputs {corrupted}")
+        print(f"{runs} runs / {lost} lost cells / {corrupted} corrupted outputs")
         if code != 0 or lost or corrupted:
             print((root / "log").read_text(errors="replace")[-3000:])
             sys.exit(1)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.faults.shards --slides 200 --shards 4
 
-Painted slides and the fake network of the tests stand for real ones. Prints slides / lost rows / wrong cells / seconds.
+Painted slides and the fake network of the tests stand for real ones. Prints runs / lost cells / corrupted outputs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def main() -> None:
     wrong = [s for s, row in rows.items() if (row["status"], row["cells"]) != ("done", str(discs[s]))]
     seconds = time.monotonic() - began
     what = f"{args.slides} slides, {args.shards} shards at once"
+    cells = sum(max(0, n - int(rows[slide]["cells"] or 0) if slide in rows else n) for slide, n in discs.items())
     print(f"{what}: {len(lost)} lost rows, {len(wrong)} wrong, {seconds:.0f} s")
+    print(f"{args.shards} runs / {cells} lost cells / {len(lost) + len(wrong)} corrupted outputs")
     sys.exit(bool(lost or wrong or any(codes)))
 
 
