@@ -7,6 +7,7 @@ Times are compared as the file system gives them, so clocks of hosts need not ag
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -178,8 +179,10 @@ def _others(folder: Path, mine: Path) -> Iterator[_Claim]:
 
 
 def _remove_scratch(path: Path, mine: Path) -> None:
-    """Remove what a run left that was killed while it put down its file."""
-    if mine.stat().st_mtime - path.stat().st_mtime > STALE_S:
+    """Remove what a run left that was killed while it put down its file; elsewhere only after a while."""
+    _, pid, space = path.stem.rsplit(".", 2) if path.stem.count(".") >= 3 else ("", "", "")
+    gone = space == _short_space() and pid.isdigit() and not psutil.pid_exists(int(pid))
+    if gone or mine.stat().st_mtime - path.stat().st_mtime > STALE_S:
         path.unlink()
 
 
@@ -194,7 +197,7 @@ def _holder(text: str) -> Holder:
 def _claim(folder: Path) -> Path:
     """Put down a file of this process's own; it appears whole."""
     path = folder / f"{PREFIX}{secrets.token_hex(8)}"
-    scratch = path.with_name(f"{path.name}.tmp")
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.{_short_space()}.tmp")
     me = Holder(socket.gethostname(), os.getpid(), psutil.Process().create_time(), _space())
     try:
         scratch.write_text(json.dumps(asdict(me)), encoding="utf-8")
@@ -203,6 +206,10 @@ def _claim(folder: Path) -> Path:
         scratch.unlink(missing_ok=True)
         raise
     return path
+
+
+def _short_space() -> str:
+    return hashlib.sha256(_space().encode()).hexdigest()[:12]
 
 
 def _space() -> str:

@@ -50,6 +50,17 @@ def test_a_held_folder_is_refused_and_free_afterwards(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "s").iterdir()] == ["a"]
 
 
+def test_a_process_killed_while_it_asks_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+    code = "import os, sys; from pathlib import Path; from cellslide.lock import hold\n"
+    code += "os.replace = lambda *names: os.kill(os.getpid(), 9)\nhold(Path(sys.argv[1])).__enter__()"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=CHECKOUT, timeout=60, check=False)
+    assert done.returncode == -9 and len(files(tmp_path)) == 1
+    other = tmp_path / f"{PREFIX}0.{os.getpid()}.elsewhere.tmp"
+    other.touch()
+    with hold(tmp_path) as held:
+        assert files(tmp_path) == sorted([held.path, other])
+
+
 def test_a_killed_process_leaves_a_lock_that_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     code = "import os, sys; from pathlib import Path; from cellslide.lock import hold\n"
     code += "with hold(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
