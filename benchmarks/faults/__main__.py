@@ -18,7 +18,7 @@ CAMPAIGN = (
     ("full_disk",),
     ("shards", "--slides", "200", "--shards", "4"),
     ("dask_faults", "--slides", "200", "--kills", "4"),
-    ("dask_faults", "--slides", "24", "--scheduler-dies"),
+    ("dask_faults", "--slides", "24", "--kills", "0", "--scheduler-dies"),
 )
 QUICK = (
     ("kills", "--runs", "20"),
@@ -26,7 +26,7 @@ QUICK = (
     ("full_disk", "--more", "1.6"),
     ("shards", "--slides", "20", "--shards", "4"),
     ("dask_faults", "--slides", "20", "--kills", "1"),
-    ("dask_faults", "--slides", "12", "--scheduler-dies"),
+    ("dask_faults", "--slides", "12", "--kills", "0", "--scheduler-dies"),
 )
 FIGURE = re.compile(r"(\d+) runs / (\d+) lost cells / (\d+) corrupted outputs")
 

@@ -108,19 +108,19 @@ def segment(folder: Path, out: Path, scheduler: Path, log: Path) -> subprocess.P
 
 def wait_killing(
     process: subprocess.Popen[bytes], cluster: Cluster, args: argparse.Namespace, rng: random.Random
-) -> int:
-    """Wait for the command, killing workers at random times, and the scheduler once if asked; returns the kills."""
-    kills = 0
+) -> tuple[int, bool]:
+    """Wait for the command, killing workers at random times, and the scheduler if asked; returns what was killed."""
+    kills, died = 0, False
     while process.poll() is None:
         time.sleep(rng.uniform(2.0, 8.0))
-        if args.scheduler_dies and not kills and process.poll() is None and finished(args.out) >= args.slides // 4:
+        if args.scheduler_dies and not died and process.poll() is None and finished(args.out) >= args.slides // 4:
             cluster.scheduler.send_signal(signal.SIGKILL)
-            kills += 1
+            died = True
         elif kills < args.kills and process.poll() is None and finished(args.out):
             cluster.workers.pop(rng.randrange(len(cluster.workers))).send_signal(signal.SIGKILL)
             cluster.add_worker()
             kills += 1
-    return kills
+    return kills, died
 
 
 def finished(out: Path) -> int:
@@ -158,17 +158,20 @@ def main() -> None:
         root = Path(scratch)
         args.out = root / "out"
         nuclei = paint(root / "slides", args.slides)
-        began, runs, kills, code = time.perf_counter(), 0, 0, None
+        began, runs, kills, code, owed = time.perf_counter(), 0, 0, None, args.scheduler_dies
         while code != 0 and runs < 5:
             with cluster_in(root / f"cluster{runs}", 2) as cluster:
                 process = segment(root / "slides", args.out, cluster.file, root / "log")
-                kills += wait_killing(process, cluster, args, rng)
-                code, runs = process.returncode, runs + 1
+                workers, died = wait_killing(process, cluster, args, rng)
+                code, runs, kills = process.returncode, runs + 1, kills + workers + died
                 print(f"run {runs}: exit code {code}, {finished(args.out)} of {args.slides} slides have a table")
-                args.kills, args.scheduler_dies = max(0, args.kills - kills), False
+                args.kills, args.scheduler_dies = max(0, args.kills - workers), args.scheduler_dies and not died
         lost, corrupted = check(args.out, args.slides, nuclei)
         print(f"{args.slides} slides, {kills} kills, {time.perf_counter() - began:.0f} s")
         print(f"{runs} runs / {lost} lost cells / {corrupted} corrupted outputs")
+        if owed and args.scheduler_dies:
+            print("the scheduler was not killed: the slides were done before; ask for more --slides")
+            code = 1
         if code != 0 or lost or corrupted:
             print((root / "log").read_text(errors="replace")[-3000:])
             sys.exit(1)
