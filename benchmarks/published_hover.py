@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from cellslide.bench import bench_decode, plain_hover, synthetic_maps
+from cellslide.bench import BenchOptions, measure, plain_hover, synthetic_maps
 from cellslide.decode import hover_instances
 from cellslide.types import HoverDecode
 
@@ -22,11 +22,9 @@ def main() -> int:
     for n in (100, 400, 800, 1400):
         raw = synthetic_maps(n)
         same &= np.array_equal(plain_hover(raw)[0], hover_instances(raw.hover_maps(), HoverDecode()))
-        timings = bench_decode(n)
         print(f"{n} nuclei drawn, 1024 px tile")
-        for t in timings:
-            ratio = timings[0].cpu_ms / t.cpu_ms
-            print(f"  {t.name:<24}{t.cpu_ms:9.1f} ms CPU  {t.count:6d} nuclei  {ratio:5.1f} x")
+        for row in measure("decode", BenchOptions(nuclei=n, rounds=5)):
+            print(f"  {row.form:<36}{row.value:9.1f} ms CPU  {row.count:6d} nuclei  {row.ratio:5.1f} x")
     print("label maps equal" if same else "LABEL MAPS DIFFER")
     return 0 if same else 1
 

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from numcodecs.blosc import Blosc
+from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, ZstdCodec
+from zarr.storage import LocalStore
 
 from cellslide.errors import CellslideError
 
-CHUNK_ROWS = 131_072
+CHUNK_ROWS = 50_000
 CHUNK_BYTES = 16 << 20
 TEXT = np.dtype(object)
 DICT_ATTRS = {"encoding-type": "dict", "encoding-version": "0.1.0"}
@@ -75,19 +79,23 @@ class GrowingArray:
         """Take name, dtype and width from `like` (N, ...); nothing is written before a chunk is full."""
         self.group, self.name = group, name
         self.is_text = like.dtype.kind in "OUST"
-        self.dtype = TEXT if self.is_text else like.dtype
+        # Bytes stay bytes: they are laid out as a chunk at once, without an object a row.
+        self.dtype = like.dtype if like.dtype.kind == "S" else TEXT if self.is_text else like.dtype
         self.tail = like.shape[1:]
         row_bytes = max(1, 64 if self.is_text else like.dtype.itemsize * int(np.prod(self.tail, dtype=np.int64)))
         self.chunk_rows = min(CHUNK_ROWS, max(1024, 1 << (CHUNK_BYTES // row_bytes).bit_length() - 1))
         self.pending: list[NDArray[Any]] = []
-        self.n_pending = 0
+        self.n_pending = self.n_written = 0
         self.array: Any = None
 
     def append(self, values: NDArray[Any]) -> None:
         """Add rows; raises TableError where their width differs from the first block's."""
         if values.shape[1:] != self.tail:
             raise TableError(f"{self.name}: a block has rows of shape {values.shape[1:]}, the first had {self.tail}")
-        self.pending.append(values.astype(self.dtype))
+        as_bytes = values.dtype.kind == self.dtype.kind == "S"
+        if not as_bytes and self.dtype.kind == "S":
+            self.dtype, self.pending = TEXT, [_as_text(part) for part in self.pending]
+        self.pending.append(values if as_bytes else values.astype(self.dtype))
         self.n_pending += len(values)
         if self.n_pending >= self.chunk_rows:
             whole = self.n_pending // self.chunk_rows * self.chunk_rows
@@ -101,15 +109,43 @@ class GrowingArray:
         rest = np.concatenate([empty, *self.pending])
         if len(rest) or self.array is None:
             self._write(rest)
+        self._resize()
         self.pending = []
 
     def _write(self, values: NDArray[Any]) -> None:
         if self.array is None:
             self.array = self._create(len(values))
-        else:
-            self.array.resize((self.array.shape[0] + len(values), *self.tail))
-        if values.size:
-            self.array[self.array.shape[0] - len(values) :] = values
+        first, self.n_written = self.n_written, self.n_written + len(values)
+        if values.size and not (values.dtype != TEXT and self._write_chunks(values, first)):
+            self._resize()
+            self.array[first:] = _as_text(values) if self.is_text else values
+
+    def _resize(self) -> None:
+        if self.array.shape[0] != self.n_written:
+            self.array.resize((self.n_written, *self.tail))
+
+    def _write_chunks(self, values: NDArray[Any], first: int) -> bool:
+        """Write rows from `first` on as whole chunks of a local store, several times faster than through zarr; returns
+        whether it could."""
+        store, rows = self.array.store, int(self.array.chunks[0])
+        if not isinstance(store, LocalStore) or first % rows:
+            return False
+        folder, name = store.root / self.array.path / "c", "/".join(["{}", *("0" for _ in self.tail)])
+        for begin in range(0, len(values), rows):
+            part = values[begin : begin + rows]
+            full = np.concatenate([part, np.zeros((rows - len(part), *self.tail), part.dtype)])
+            path = folder / name.format((first + begin) // rows)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self._encoded(full))
+        return True
+
+    def _encoded(self, chunk: NDArray[Any]) -> bytes:
+        if chunk.dtype.kind == "S":
+            return bytes(Zstd(level=1).encode(vlen_utf8(chunk)))
+        plain = np.ascontiguousarray(chunk.astype(chunk.dtype.newbyteorder("<"), copy=False))
+        if chunk.dtype.itemsize == 1:
+            return bytes(Zstd(level=1).encode(plain.view(np.uint8)))
+        return bytes(Blosc("lz4", clevel=5, shuffle=Blosc.BITSHUFFLE).encode(plain))
 
     def _create(self, n: int) -> Any:
         kind = "string-array" if self.is_text else "array"
@@ -119,10 +155,25 @@ class GrowingArray:
             shape=(n, *self.tail),
             chunks=(max(1, min(n, self.chunk_rows)), *(max(1, width) for width in self.tail)),
             dtype="string" if self.is_text else self.dtype,
-            compressors=ZstdCodec(level=1) if packed else BloscCodec(cname="zstd", clevel=3, shuffle="shuffle"),
+            compressors=ZstdCodec(level=1) if packed else BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"),
             attributes={"encoding-type": kind, "encoding-version": "0.2.0"},
             overwrite=True,
         )
+
+
+def _as_text(values: NDArray[Any]) -> NDArray[Any]:
+    return values.astype(np.str_).astype(TEXT) if values.dtype.kind == "S" else values
+
+
+def vlen_utf8(values: NDArray[np.bytes_]) -> bytes:
+    """Return ASCII texts (N,) as zarr's vlen-utf8 has them: how many, then each with its length before it."""
+    width = values.dtype.itemsize
+    raw = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), width)
+    lengths = np.strings.str_len(values).astype("<u4")
+    rows = np.concatenate([lengths[:, None].view(np.uint8), raw], axis=1)
+    keep = np.arange(4 + width) < 4 + lengths[:, None]
+    body = rows if keep.all() else rows[keep]
+    return len(values).to_bytes(4, "little") + body.tobytes()
 
 
 class ColumnWriter:
@@ -235,22 +286,91 @@ def read_word(group: zarr.Group, path: str) -> str:
     return str(node[()])
 
 
-def read_obs(group: zarr.Group, name: str, start: int = 0, stop: int | None = None) -> Column:
-    """Return rows [start, stop) of one column; raises TableError naming the columns there are."""
-    node: Any = group.get(f"obs/{name}")
+Nodes = dict[str, Any]
+
+
+def _node(group: zarr.Group, path: str, nodes: Nodes | None) -> Any:
+    """Return an array or group, None where it is missing; `nodes` keeps what was opened, which takes longer than to
+    read."""
+    if nodes is None:
+        return group.get(path)
+    if path not in nodes:
+        nodes[path] = group.get(path)
+    return nodes[path]
+
+
+def read_obs(
+    group: zarr.Group, name: str, start: int = 0, stop: int | None = None, nodes: Nodes | None = None
+) -> Column:
+    """Return rows [start, stop) of one column; raises TableError naming the columns there are.
+
+    `nodes` is where the arrays of a table that does not change are kept open.
+    """
+    node = _node(group, f"obs/{name}", nodes)
     if node is None:
         raise TableError(f"no column {name}; there are {', '.join(obs_names(group))}")
     if isinstance(node, zarr.Group):
-        codes: Any = node["codes"]
-        words: Any = node["categories"]
+        codes, words = (_node(group, f"obs/{name}/{part}", nodes) for part in ("codes", "categories"))
         return Categorical(np.asarray(codes[start:stop]), tuple(str(word) for word in words[:]))
+    if node.dtype.kind in "OUT" and (texts := _stored_texts(node, start, stop)) is not None:
+        # Through zarr it takes several times as long.
+        return texts.astype(np.str_).astype(TEXT)
     values = np.asarray(node[start:stop])
     return values.astype(TEXT) if values.dtype.kind in "UT" else values
 
 
-def read_matrix(group: zarr.Group, path: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+def read_ascii(group: zarr.Group, name: str, start: int, stop: int, nodes: Nodes | None = None) -> NDArray[np.bytes_]:
+    """Return rows [start, stop) of a text column as bytes; texts of one length, as UUIDs are, without an object a row.
+
+    Raises TableError as `read_obs` does, and where the column is no text or not ASCII.
+    """
+    texts = _stored_texts(_node(group, f"obs/{name}", nodes), start, stop)
+    if texts is not None:
+        return texts
+    values = read_obs(group, name, start, stop, nodes)
+    if not isinstance(values, np.ndarray) or values.dtype != TEXT:
+        raise TableError(f"column {name} is no text")
+    try:
+        return values.astype(np.bytes_)
+    except UnicodeEncodeError as error:
+        raise TableError(f"column {name} is not ASCII: {error}") from error
+
+
+def _stored_texts(node: Any, start: int, stop: int | None) -> NDArray[np.bytes_] | None:
+    """Return rows [start, stop) of a text array from its chunks where all are of one length, None otherwise."""
+    if not (isinstance(node, zarr.Array) and isinstance(node.store, LocalStore) and stop and 0 <= start < stop):
+        return None
+    rows = int(node.chunks[0])
+    parts: list[NDArray[np.bytes_]] = []
+    for k in range(start // rows, -(-min(stop, node.shape[0]) // rows)):
+        part = _even_texts(node.store.root / node.path / "c" / str(k))
+        if part is None or (parts and part.dtype != parts[0].dtype):
+            return None
+        parts.append(part)
+    return np.concatenate(parts)[start % rows :][: stop - start] if parts else None
+
+
+def _even_texts(path: Path) -> NDArray[np.bytes_] | None:
+    """Return the texts of a chunk as written by `vlen_utf8` where all are of one length, those behind the end aside."""
+    try:
+        raw = np.frombuffer(Zstd().decode(path.read_bytes()), np.uint8)
+    except (OSError, RuntimeError):
+        return None
+    count, width = (int.from_bytes(raw[k : k + 4].tobytes(), "little") for k in (0, 4))
+    n = (len(raw) - 4 - 4 * count) // max(width, 1)
+    if not width or n > count or len(raw) != 4 + 4 * count + n * width:
+        return None
+    rows = raw[4 : 4 + n * (4 + width)].reshape(n, 4 + width)
+    if (rows[:, :4] != raw[4:8]).any() or raw[4 + n * (4 + width) :].any():
+        return None
+    return np.ascontiguousarray(rows[:, 4:]).view(f"S{width}")[:, 0]
+
+
+def read_matrix(
+    group: zarr.Group, path: str, start: int = 0, stop: int | None = None, nodes: Nodes | None = None
+) -> NDArray[Any]:
     """Return rows [start, stop) of `X` or of `obsm/NAME`; raises TableError where it is missing."""
-    node: Any = group.get(path)
+    node = _node(group, path, nodes)
     if node is None:
         raise TableError(f"no {path} in the table")
     return np.asarray(node[start:stop])

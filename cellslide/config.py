@@ -10,8 +10,8 @@ from cellslide.errors import UsageError
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Engine = Literal["torch", "onnx"]
-OutputFormat = Literal["zarr", "geojson", "parquet", "csv", "labels"]
-OUTPUT_FORMATS: tuple[OutputFormat, ...] = ("zarr", "geojson", "parquet", "csv", "labels")
+OutputFormat = Literal["zarr", "geojson", "parquet", "csv", "labels", "h5ad", "tissuumaps"]
+OUTPUT_FORMATS: tuple[OutputFormat, ...] = ("zarr", "geojson", "parquet", "csv", "labels", "h5ad", "tissuumaps")
 
 
 def _require(ok: bool, flag: str, value: object, legal: str) -> None:

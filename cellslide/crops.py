@@ -178,12 +178,18 @@ def _fill(pixels: Tensor, axis: int, index: Int64, start: int, size: int, border
     outside = (index < 0) | (index >= size)
     if len(index) == pixels.shape[axis] and not outside.any():
         return pixels
-    source = mirrored(index, size) if border == "reflect" else np.clip(index, 0, size - 1)
-    # A zero border reads nothing beyond the edge, so any pixel may stand there before it is blackened.
-    where = torch.from_numpy(np.clip(source - start, 0, pixels.shape[axis] - 1)).to(pixels.device)
-    filled = pixels.index_select(axis, where)
-    if border == "zero" and outside.any():
-        filled.index_fill_(axis, torch.from_numpy(np.flatnonzero(outside)).to(pixels.device), 0)
+    shape = list(pixels.shape)
+    shape[axis] = len(index)
+    filled = pixels.new_zeros(shape)
+    inside, beyond = np.flatnonzero(~outside), np.flatnonzero(outside)
+    if len(inside):
+        # One copy of what is there, a gather for the rim only: it takes several times as long.
+        first = int(inside[0])
+        filled.narrow(axis, first, len(inside)).copy_(pixels.narrow(axis, int(index[first]) - start, len(inside)))
+    if border == "reflect" and len(beyond):
+        source = np.clip(mirrored(index[beyond], size) - start, 0, pixels.shape[axis] - 1)
+        rim = pixels.index_select(axis, torch.from_numpy(source).to(pixels.device))
+        filled.index_copy_(axis, torch.from_numpy(beyond).to(pixels.device), rim)
     return filled
 
 

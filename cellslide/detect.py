@@ -19,13 +19,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import wait
+from multiprocessing.synchronize import Event, Lock
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
-from cellslide.decode import decode_hover
+from cellslide.decode import decode_hover, prepare
 from cellslide.errors import TileError
 from cellslide.types import HoverDecode, HoverMaps, Instances, NoOutput, Seconds, Tile, UInt8
 
@@ -218,10 +219,11 @@ def decode_alone(maps: HoverMaps, config: HoverDecode) -> tuple[Instances, float
 
 
 def _processes(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, _start_worker, (context.Lock(), context.Event()))
 
 
-def _start_worker() -> None:
+def _start_worker(turn: Lock, prepared: Event) -> None:
     # Ctrl-C, and Slurm's warning, reach the whole process group; the main process decides when to stop.
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
@@ -229,6 +231,17 @@ def _start_worker() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # One process a core is the parallelism; OpenCV's own threads would only fight over them.
     cv2.setNumThreads(1)
+    _prepare(turn, prepared)
+
+
+def _prepare(turn: Lock, prepared: Event) -> None:
+    """Load compiled code; where there is none yet one process compiles it, and the others wait for what it kept."""
+    if not prepared.is_set():
+        with turn:
+            if not prepared.is_set():
+                prepare()
+                prepared.set()
+    prepare()
 
 
 def _end_with_parent() -> None:

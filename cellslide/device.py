@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 
 import torch
 
@@ -13,6 +15,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Past this many pixels in a batch a GPU gains nothing, and the host would hold gigabytes of maps.
 MAX_BATCH_PX = 16 * 1024 * 1024
 MAX_BATCH = 64
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def resolve_device(name: str) -> torch.device:
@@ -37,14 +41,38 @@ def _has_mps() -> bool:
     return torch.backends.mps.is_available()
 
 
-def resolve_precision(asked: Precision, device: torch.device) -> str:
-    """Return fp32, bf16 or fp16; auto is bf16 on GPUs that compute in it, fp16 on older tensor cores, else fp32."""
+def resolve_precision(asked: Precision, device: torch.device, bf16_on_cpu: bool = False) -> str:
+    """Return fp32, bf16 or fp16; auto is bf16 on GPUs that compute in it, fp16 on older tensor cores, else fp32.
+
+    bf16_on_cpu  the network's scores hold in bf16, so auto takes it on CPUs that compute in it too.
+    """
     if asked != "auto":
         return asked
+    if device.type == "cpu" and bf16_on_cpu and cpu_computes_bf16():
+        return "bf16"
     if device.type != "cuda":
         return "fp32"
     major, _ = torch.cuda.get_device_capability(device)
     return "bf16" if major >= 8 else "fp16" if major == 7 else "fp32"
+
+
+def cpu_computes_bf16() -> bool:
+    """Tell whether this CPU has instructions for bf16; on others oneDNN emulates it, slower than fp32."""
+    # torch has no public question for it.
+    asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(question() for question in asked if question is not None)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory for the next pass, where it is glibc; others do so or cannot be told.
+
+    By default each large tensor is fetched from the system anew, page by page: a third of a network's time on a CPU.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def device_name(device: torch.device) -> str:

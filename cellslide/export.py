@@ -1,4 +1,4 @@
-"""Other formats made from a finished `cells.zarr`, streamed: QuPath's GeoJSON, GeoParquet, CSV, label maps."""
+"""Other formats made from a finished `cells.zarr`, streamed: GeoJSON, GeoParquet, CSV, label maps, h5ad, TissUUmaps."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from cellslide.anndata_store import Categorical, Column
 from cellslide.config import OutputFormat
@@ -21,8 +22,10 @@ from cellslide.geojson import PROBABILITIES, Origin, Profile, write_geojson
 from cellslide.labels import write_labels
 from cellslide.spatial import ROW_GROUP, geo_metadata, points_to_wkb, polygons_to_wkb
 from cellslide.table import BLOCK_ROWS, CellTable
+from cellslide.tissuumaps import POINTS_NAME, TMAP_NAME, project_text, shown_points
+from cellslide.types import Bool
 
-PARQUET_NAME, CSV_NAME = "cells.parquet", "cells.csv.gz"
+PARQUET_NAME, CSV_NAME, H5AD_NAME = "cells.parquet", "cells.csv.gz", "cells.h5ad"
 
 
 def export_table(
@@ -44,8 +47,16 @@ def export_table(
         "parquet": lambda: write_parquet(table, out_dir, profile),
         "csv": lambda: write_csv(table, out_dir, profile),
         "labels": lambda: write_labels(table, out_dir),
+        "h5ad": lambda: _write_h5ad(table, out_dir),
+        "tissuumaps": lambda: write_tissuumaps(table, out_dir, profile),
     }
     return {name: writers[name]() for name in dict.fromkeys(formats)}
+
+
+def _write_h5ad(table: CellTable, out_dir: Path) -> Path:
+    from cellslide.h5ad import write_h5ad
+
+    return _in_one_step(out_dir / H5AD_NAME, lambda path: write_h5ad(table, path))
 
 
 def write_parquet(table: CellTable, out_dir: Path, profile: Profile = "lean") -> Path:
@@ -56,7 +67,12 @@ def write_parquet(table: CellTable, out_dir: Path, profile: Profile = "lean") ->
     schema = first.schema.with_metadata(geo_metadata(kind))
 
     def write(path: Path) -> None:
-        with pq.ParquetWriter(path, schema, compression="zstd", compression_level=1) as writer:
+        # Only columns of few words gain from a dictionary.
+        words = [field.name for field in schema if pa.types.is_dictionary(field.type)]
+        numbers = [field.name for field in schema if pa.types.is_primitive(field.type)]
+        with pq.ParquetWriter(
+            path, schema, compression="zstd", compression_level=1, use_dictionary=words, write_statistics=numbers
+        ) as writer:
             for block in chain([first], blocks):
                 writer.write_table(block.replace_schema_metadata(schema.metadata), row_group_size=ROW_GROUP)
 
@@ -69,21 +85,36 @@ def write_csv(table: CellTable, out_dir: Path, profile: Profile = "lean") -> Pat
     No cell of it is a formula to a spreadsheet (`csvtext`).
     """
     blocks = arrow_blocks(table, geometry=False, profile=profile)
-    first = next(blocks)
 
     def write(path: Path) -> None:
-        with (
-            path.open("wb") as raw,
-            gzip.GzipFile("", "wb", 4, raw, mtime=0) as stream,
-            pa_csv.CSVWriter(stream, first.schema) as writer,
-        ):
-            for block in chain([first], blocks):
-                writer.write_table(block)
+        with path.open("wb") as raw, gzip.GzipFile("", "wb", 4, raw, mtime=0) as stream:
+            _write_rows(stream, blocks)
 
     return _in_one_step(out_dir / CSV_NAME, write)
 
 
-def _in_one_step(target: Path, write: Callable[[Path], None]) -> Path:
+def write_tissuumaps(table: CellTable, out_dir: Path, profile: Profile = "lean") -> Path:
+    """Write `cells.tissuumaps.csv`, then the project `cells.tmap` that shows it over the slide; returns the project."""
+    blocks = arrow_blocks(table, geometry=False, profile=profile)
+    points = (shown_points(block, table) for block in blocks)
+
+    def write(path: Path) -> None:
+        with path.open("wb") as stream:
+            _write_rows(stream, points)
+
+    _in_one_step(out_dir / POINTS_NAME, write)
+    text = project_text(table, out_dir)
+    return _in_one_step(out_dir / TMAP_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _write_rows(stream: gzip.GzipFile | BinaryIO, blocks: Iterator[pa.Table]) -> None:
+    first = next(blocks)
+    with pa_csv.CSVWriter(stream, first.schema) as writer:
+        for block in chain([first], blocks):
+            writer.write_table(block)
+
+
+def _in_one_step(target: Path, write: Callable[[Path], object]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     try:
@@ -98,10 +129,10 @@ def arrow_blocks(table: CellTable, geometry: bool, profile: Profile) -> Iterator
     """Yield the table as arrow blocks; at least one, which may be empty, so that the columns are known."""
     for start in range(0, max(len(table), 1), BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, len(table))
-        columns = {name: _arrow(table.column(name, start, stop), geometry) for name in table.columns}
+        columns = {name: _column(table, name, start, stop, geometry) for name in table.columns}
         shapes = table.matrix("X", start, stop)
         for k, name in enumerate(table.features):
-            columns.setdefault(name, pa.array(np.ascontiguousarray(shapes[:, k])))
+            columns.setdefault(name, _numbers(shapes[:, k]))
         if profile == "full":
             columns |= _probabilities(table, start, stop)
         if geometry:
@@ -114,23 +145,54 @@ def _probabilities(table: CellTable, start: int, stop: int) -> dict[str, Any]:
     for name in (name for name in PROBABILITIES if name in table.matrices):
         values = table.matrix(name, start, stop)
         for k, word in enumerate(table.class_names):
-            found[f"{PROBABILITIES[name]}: {word}"] = pa.array(np.ascontiguousarray(values[:, k]))
+            found[f"{PROBABILITIES[name]}: {word}"] = _numbers(values[:, k])
     return found
+
+
+def _column(table: CellTable, name: str, start: int, stop: int, dictionary: bool) -> Any:
+    if name == "uuid" and dictionary and stop > start:
+        texts = table.ascii(name, start, stop)
+        width = texts.dtype.itemsize
+        if (np.strings.str_len(texts) == width).all():
+            ends = np.arange(len(texts) + 1, dtype=np.int32) * width
+            buffers = [None, pa.py_buffer(ends), pa.py_buffer(np.ascontiguousarray(texts).view(np.uint8))]
+            return pa.Array.from_buffers(pa.string(), len(texts), buffers)
+    return _arrow(table.column(name, start, stop), dictionary)
+
+
+def _numbers(values: NDArray[Any], there: Bool | None = None) -> Any:
+    """Return a column of numbers without a copy, those not `there` missing.
+
+    `pa.array` would first import pandas, to look for its types.
+    """
+    values = np.ascontiguousarray(values)
+    if values.dtype == np.bool_:
+        return pa.array(values)
+    mask = None if there is None or there.all() else pa.py_buffer(np.packbits(there, bitorder="little"))
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [mask, pa.py_buffer(values)])
+
+
+def _strings(words: Sequence[str]) -> Any:
+    raw = [word.encode() for word in words]
+    ends = np.cumsum([0, *map(len, raw)]).astype(np.int32)
+    return pa.Array.from_buffers(pa.string(), len(raw), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(raw))])
 
 
 def _arrow(column: Column, dictionary: bool) -> Any:
     """Return a column for parquet, or without dictionaries for CSV, where a text must not be a formula."""
     if not isinstance(column, Categorical):
         if column.dtype != object:
-            return pa.array(column)
+            return _numbers(column)
         texts = pa.array(column, pa.string())
         return texts if dictionary else harmless_column(texts)
-    codes = pa.array(column.codes, mask=column.codes < 0)
-    words = pa.DictionaryArray.from_arrays(codes, pa.array(column.names, pa.string()))
+    words = pa.DictionaryArray.from_arrays(_numbers(column.codes, column.codes >= 0), _strings(column.names))
     return words if dictionary else harmless_column(words.cast(pa.string()))  # CSV knows no dictionaries
 
 
 def _geometry(table: CellTable, start: int, stop: int) -> Any:
+    if table.kind != "point" and table.shapes is not None and stop > start:
+        # As it stands in the table, unread.
+        return table.shapes.columns(start, stop).column("geometry")
     rings = table.rings(start, stop)
     if rings is None:
         xy = np.stack([table.vector("x", start, stop), table.vector("y", start, stop)], axis=1)

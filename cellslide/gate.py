@@ -81,7 +81,7 @@ def decide(probs: PathProbs, config: DecisionConfig | None = None, calibration: 
     prob = calibrated(probs, path, calibration)
     class_index = np.asarray(prob.argmax(axis=1), np.int64)
     class_prob = prob[np.arange(len(prob)), class_index]
-    floor = _floor(config, calibration, prob.shape[1])[class_index]
+    floor = floors(config, calibration, prob.shape[1])[class_index]
     return Decision(prob, class_index, class_prob, path, class_prob < floor)
 
 
@@ -188,8 +188,8 @@ def safe_paths(
     return path
 
 
-def _floor(config: DecisionConfig, calibration: Calibration, n_classes: int) -> NDArray[np.float32]:
-    """Return the probability that each class needs, (K,)."""
+def floors(config: DecisionConfig, calibration: Calibration, n_classes: int) -> Float32:
+    """Return the probability that each class needs, float32 (K,); raises UsageError on another number of thresholds."""
     given = config.thresholds is not None or config.abstain is not None
     source = config if given else calibration
     thresholds = np.zeros(n_classes) if source.thresholds is None else np.array(source.thresholds, np.float64)

@@ -23,11 +23,13 @@ from cellslide.device import (
     batch_limit,
     device_name,
     is_out_of_memory,
+    keep_freed_memory,
     peak_device_bytes,
     resolve_device,
     resolve_precision,
 )
 from cellslide.errors import CellslideError, WeightsError
+from cellslide.models.folding import folded
 from cellslide.points import point_nms
 from cellslide.types import HoverMaps, Instances, ModelSpec, NoOutput, UInt8
 
@@ -200,8 +202,11 @@ class TorchEngine:
         self.spec, self.tile_px = spec, tile_px
         self._device = resolve_device(config.device)
         self.device = device_name(self._device)
-        self.precision = resolve_precision(config.precision, self._device)
-        net = TileNet(module, spec).eval().to(self._device)
+        self.precision = resolve_precision(config.precision, self._device, spec.bf16_on_cpu)
+        on_cpu = self._device.type == "cpu"
+        if on_cpu:
+            keep_freed_memory()
+        net = TileNet(folded(module) if on_cpu else module, spec).eval().to(self._device)
         if self._device.type != "mps":
             net = net.to(memory_format=torch.channels_last)
         self._net: Callable[[Tensor], tuple[Tensor, ...]] = net
@@ -255,15 +260,24 @@ class TorchEngine:
         host = torch.from_numpy(images)
         on_gpu = self._device.type == "cuda"
         host = host.pin_memory() if on_gpu else host
-        dtype = DTYPES[self.precision]
-        with torch.autocast(self._device.type, dtype=dtype, enabled=dtype != torch.float32):
-            out = self._net(host.to(self._device, non_blocking=on_gpu))
+        out = self._passed(host.to(self._device, non_blocking=on_gpu))
         if not on_gpu:
             return _Fetched(tuple(t.cpu() for t in out), None, host)
         fetched = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in out)
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self._device))
         return _Fetched(fetched, ready, host)
+
+    def _passed(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Run the network; in half precision a CPU takes tiles one by one.
+
+        Rounding to half precision would make something of the last bit, in which a batch differs from its tiles.
+        """
+        dtype = DTYPES[self.precision]
+        one_by_one = self._device.type == "cpu" and dtype != torch.float32
+        with torch.autocast(self._device.type, dtype=dtype, enabled=dtype != torch.float32):
+            alone = [self._net(part) for part in (images.split(1) if one_by_one else [images])]
+        return alone[0] if len(alone) == 1 else tuple(torch.cat(column) for column in zip(*alone, strict=True))
 
     def peak_device_bytes(self) -> int:
         """Return the most device memory torch has held (bytes)."""

@@ -41,6 +41,12 @@ _CENTS = {end: _table([text + end for text in _fraction_words(2)]) for end in ("
 _FRACTIONS = {places: _words(_fraction_words(places), 8) for places in (2, 4)}
 
 
+def check_pixels(cents: Int64) -> None:
+    """Raise ValueError for hundredths that are too large to be those of a pixel coordinate."""
+    if cents.size and (largest := max(int(cents.max()), -int(cents.min())) // 100) > LARGEST:
+        raise ValueError(f"{largest} is too large to be a pixel coordinate or a measurement")
+
+
 def _whole(value: Int64) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     """Return the digits of 0 <= value <= LARGEST as two columns of four bytes, without leading zeros."""
     if value.size and value.max() > LARGEST:

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cellslide import kernels
+from cellslide.across import rings_across, take_across
 from cellslide.outlines import ring_areas, ring_bounds, to_polygons
 from cellslide.types import (
     Bool,
@@ -29,8 +31,6 @@ from cellslide.types import (
     Plane,
     SlideInfo,
     Tile,
-    concat,
-    take_rings,
 )
 
 BAND_UM = 3.0
@@ -165,12 +165,12 @@ def merge_stream(parts: Iterable[Cells], grid: Grid, same_point_um: float = SAME
             if row < current or (waiting and row == current and cells.tile_index[0] < waiting[-1].tile_index[-1]):
                 raise ValueError(f"tile {cells.tile_index[0]} comes after a later one")
             if row > current and waiting:
-                yield from merger.add_row(current, concat(waiting))
+                yield from merger.add_row(current, *waiting)
                 waiting = []
             current = row
             waiting.append(cells)
     if waiting:
-        yield from merger.add_row(current, concat(waiting))
+        yield from merger.add_row(current, *waiting)
     yield from merger.finish()
 
 
@@ -185,17 +185,45 @@ def _by_row(part: Cells, n_cols: int) -> Iterator[tuple[int, Cells]]:
 
 @dataclass(slots=True)
 class _Block:
-    """Cells of one tile row with what the merge knows of them.
+    """Cells of one tile row, as the parts they came in, with what the merge knows of them; N over all parts.
 
     box   float64 (N, 4), bounds in level-0 px.
     open  bool (N,), not yet decided.
     kept  bool (N,), decided, stays, and not yet handed out.
     """
 
-    cells: Cells
+    parts: tuple[Cells, ...]
+    centroid: Float64
+    tile: Int32
+    row: Int32
+    area: NDArray[Any]
     box: Float64
     open: Bool
     kept: Bool
+
+    @classmethod
+    def of(cls, parts: tuple[Cells, ...]) -> _Block:
+        """Join the light columns; outlines stay where they are until they are handed out."""
+        centroid = np.concatenate([cells.centroid_xy for cells in parts])
+        count = len(centroid)
+        return cls(
+            parts,
+            centroid,
+            np.concatenate([cells.tile_index for cells in parts]),
+            np.concatenate([cells.row for cells in parts]),
+            np.concatenate([cells.area_um2 for cells in parts]),
+            _bounds(parts, centroid),
+            np.ones(count, np.bool_),
+            np.zeros(count, np.bool_),
+        )
+
+    @property
+    def has_outlines(self) -> bool:
+        return self.parts[0].contour_start is not None
+
+    @property
+    def has_extent(self) -> bool:
+        return self.has_outlines or self.parts[0].box_xyxy is not None
 
 
 class SeamMerger:
@@ -216,10 +244,9 @@ class SeamMerger:
         self._um = np.array([plane.mpp / plane.scale_x, plane.mpp / plane.scale_y])
         self._blocks: list[_Block] = []
 
-    def add_row(self, row: int, cells: Cells) -> list[Cells]:
-        """Take all cells found by tile row `row` and return the rows that are final, one block each."""
-        count = len(cells)
-        self._blocks.append(_Block(cells, _bounds(cells), np.ones(count, np.bool_), np.zeros(count, np.bool_)))
+    def add_row(self, row: int, *parts: Cells) -> list[Cells]:
+        """Take all cells found by tile row `row`, in tile order, and return the rows that are final, one block each."""
+        self._blocks.append(_Block.of(parts))
         next_row = row + 1
         top = np.inf
         if next_row < self._grid.n_rows:
@@ -236,9 +263,9 @@ class SeamMerger:
     def _decide(self, top: float) -> list[int]:
         """Decide the open cells that nothing below `top` can touch; returns the final rows of those that stay open."""
         handles = [np.flatnonzero(block.open) for block in self._blocks]
-        pool = _Pool.gather(self._blocks, handles)
-        if len(pool.tile) == 0:
+        if not sum(map(len, handles)):
             return []
+        pool = _Pool.gather(self._blocks, handles)
         pairs = self._same(pool)
         waits = _spread(pool.box[:, 3] > top, pairs)
         kept = ~waits & _best(self._rank(pool, pairs), pairs)
@@ -251,28 +278,36 @@ class SeamMerger:
 
     def _hand_out(self, below: int) -> list[Cells]:
         """Return the kept cells whose final row is less than `below`, sorted, and forget blocks that are used up."""
-        pieces, ready = list[Cells](), list[Bool]()
+        parts, keys, begin = list[Cells](), list[tuple[Int64, Int32, Float64]](), 0
         for block in self._blocks:
-            final = block.kept & (block.cells.row < below)
-            block.kept &= ~final
-            if not final.any():
-                continue
-            # Copying a whole block is cheaper than picking most of its outlines twice.
-            whole = 2 * np.count_nonzero(final) > len(final)
-            pieces.append(block.cells if whole else block.cells.take(final))
-            ready.append(final if whole else final[final])
+            final = np.flatnonzero(block.kept & (block.row < below))
+            block.kept[final] = False
+            if len(final):
+                keys.append((final + begin, block.row[final], block.centroid[final]))
+                parts += block.parts
+                begin += len(block.row)
         self._blocks = [block for block in self._blocks if block.open.any() or block.kept.any()]
-        if not pieces:
+        if not keys:
             return []
-        joined, rows = concat(pieces), np.flatnonzero(np.concatenate(ready))
-        x, y = joined.centroid_xy[rows].T
-        order = rows[np.lexsort((y, x, joined.row[rows]))]
-        ends = np.flatnonzero(np.diff(joined.row[order])) + 1
-        return [joined.take(part) for part in np.split(order, ends)]
+        source, row, centroid = (np.concatenate(column) for column in zip(*keys, strict=True))
+        return [take_across(parts, source[order]) for order in _by_place(row, centroid)]
 
     def _own_boxes(self, tile: Int32) -> Float64:
         row, col = np.divmod(tile, self._grid.n_cols)
         return np.stack([self._x_cuts[col], self._y_cuts[row], self._x_cuts[col + 1], self._y_cuts[row + 1]], axis=1)
+
+    def _near_seams(self, box: Float64, tile: Int32) -> Int64:
+        """Return the rows of boxes (N, 4; µm) that may have a rival.
+
+        Whatever lies in a tile's own box farther from its edge than any foreign cell intrudes has none.
+        """
+        if kernels.available():
+            from cellslide.ring_kernels import seam_rows
+
+            return np.asarray(seam_rows(box, tile, self._x_cuts * self._um[0], self._y_cuts * self._um[1]))
+        own = self._own_boxes(tile) * np.tile(self._um, 2)
+        intrusion = np.concatenate([own[:, :2] - box[:, :2], box[:, 2:] - own[:, 2:]], axis=1)
+        return np.flatnonzero((intrusion >= -max(0.0, float(intrusion.max()))).any(axis=1))
 
     def _rank(self, pool: _Pool, pairs: Int64) -> Int64:
         """Return (N,) places of the cells in `pairs` when the best comes first: owned, larger, earlier tile, left,
@@ -287,18 +322,10 @@ class SeamMerger:
 
     def _same(self, pool: _Pool) -> Int64:
         """Return pairs (M, 2) of cells that two tiles report and that are one nucleus."""
-        import shapely
-
-        um = np.tile(self._um, 2)
         margin = 0.0 if pool.has_extent else self._same_point_um / 2
-        own, box = self._own_boxes(pool.tile) * um, pool.box * um + np.array([-1, -1, 1, 1]) * margin
-        # Whatever lies in a tile's own box farther from its edge than any foreign cell intrudes has no rival.
-        intrusion = np.concatenate([own[:, :2] - box[:, :2], box[:, 2:] - own[:, 2:]], axis=1)
-        seam = np.flatnonzero((intrusion >= -max(0.0, float(intrusion.max()))).any(axis=1))
-        shapes = shapely.box(*box[seam].T)
-        first, second = seam[shapely.STRtree(shapes).query(shapes)]
-        rivals = (first < second) & (pool.tile[first] != pool.tile[second])
-        first, second = first[rivals], second[rivals]
+        box = pool.box * np.tile(self._um, 2) + np.array([-1, -1, 1, 1]) * margin
+        seam = self._near_seams(box, pool.tile)
+        first, second = seam[_meeting(box[seam], pool.tile[seam])].T
         gap = np.hypot(*((pool.centroid[first] - pool.centroid[second]) * self._um).T)
         same = gap <= (SAME_PLACE_UM if pool.has_extent else self._same_point_um)
         if pool.has_extent:
@@ -318,35 +345,27 @@ class _Pool:
     tile: Int32
     row: Int32
     area: NDArray[Any]
-    has_extent: bool
 
     @classmethod
     def gather(cls, blocks: list[_Block], handles: list[NDArray[Any]]) -> _Pool:
         """Collect the rows `handles` of each block."""
-        pairs = list(zip(blocks, handles, strict=True))
-
-        def column(values: list[NDArray[Any]], shape: tuple[int, ...]) -> NDArray[Any]:
-            return np.concatenate([np.zeros(shape), *values]) if not values else np.concatenate(values)
-
         source = [np.stack([np.full(len(h), i), h], axis=1) for i, h in enumerate(handles)]
-        extent = any(b.cells.contour_start is not None or b.cells.box_xyxy is not None for b in blocks)
-        return cls(
-            blocks,
-            column(source, (0, 2)).astype(np.int64),
-            column([b.cells.centroid_xy[h] for b, h in pairs], (0, 2)),
-            column([b.box[h] for b, h in pairs], (0, 4)),
-            column([b.cells.tile_index[h] for b, h in pairs], (0,)).astype(np.int32),
-            column([b.cells.row[h] for b, h in pairs], (0,)).astype(np.int32),
-            column([b.cells.area_um2[h] for b, h in pairs], (0,)),
-            extent,
-        )
+
+        def column(name: str) -> NDArray[Any]:
+            return np.concatenate([getattr(b, name)[h] for b, h in zip(blocks, handles, strict=True)])
+
+        return cls(blocks, np.concatenate(source), *map(column, ("centroid", "box", "tile", "row", "area")))
+
+    @property
+    def has_extent(self) -> bool:
+        return self.blocks[0].has_extent
 
     def overlaps(self, first: Int64, second: Int64) -> Bool:
         """Return (M,) whether two cells share so much of their area that they are one nucleus."""
         low = np.maximum(self.box[first, :2], self.box[second, :2])
         high = np.minimum(self.box[first, 2:], self.box[second, 2:])
         shared = np.prod(np.maximum(high - low, 0), axis=1)
-        if self._has_outlines():
+        if self.blocks[0].has_outlines:
             return self._share(first, second, shared) >= SAME_OVERLAP
         both = _box_area(self.box[first]) + _box_area(self.box[second]) - shared
         return _ratio(shared, both) >= SAME_BOX_IOU
@@ -368,28 +387,54 @@ class _Pool:
             share[doubt] = shapely.area(shapely.intersection(one, other)) / smaller[doubt]
         return share
 
-    def _has_outlines(self) -> bool:
-        return self.blocks[0].cells.contour_start is not None
-
     def _rings(self, cells: Int64) -> tuple[Float64, Int64]:
         """Return the outlines of pool rows `cells` (sorted, so block by block)."""
-        parts_xy, lengths = [np.zeros((0, 2))], [np.zeros(0, np.int64)]
+        parts, rows, begin = list[Cells](), list[Int64](), 0
         for number, block in enumerate(self.blocks):
-            rows = self.source[cells][self.source[cells, 0] == number, 1]
-            if len(rows) and block.cells.contour_xy is not None and block.cells.contour_start is not None:
-                xy, start = take_rings(block.cells.contour_xy, block.cells.contour_start, rows)
-                parts_xy.append(xy)
-                lengths.append(np.diff(start))
-        return np.concatenate(parts_xy), np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+            rows.append(self.source[cells][self.source[cells, 0] == number, 1] + begin)
+            parts += block.parts
+            begin += len(block.row)
+        return rings_across(parts, np.concatenate(rows))
 
 
-def _bounds(cells: Cells) -> Float64:
+def _by_place(row: Int32, centroid: Float64) -> Iterator[Int64]:
+    """Yield the rows of each tile row in the order of x, then y; equal places keep their order."""
+    first = int(row.min())
+    for value in np.flatnonzero(np.bincount(row - first)):
+        rows = np.flatnonzero(row == first + value)
+        x, y = centroid[:, 0][rows], centroid[:, 1][rows]
+        order = np.argsort(x)
+        # Few share their x, and sorting by one number is several times faster.
+        same = np.diff(x[order]) == 0
+        ties = np.flatnonzero(np.concatenate([[False], same]) | np.concatenate([same, [False]]))
+        some = order[ties]
+        order[ties] = some[np.lexsort((some, y[some], x[some]))]
+        yield rows[order]
+
+
+def _meeting(box: Float64, tile: Int32) -> Int64:
+    """Return pairs (M, 2) of boxes xyxy (N, 4) of different tiles that meet."""
+    if kernels.available():
+        from cellslide.ring_kernels import meeting_boxes
+
+        return np.asarray(meeting_boxes(box, tile))
+    import shapely
+
+    shapes = shapely.box(*box.T)
+    pairs = shapely.STRtree(shapes).query(shapes).T
+    return np.asarray(pairs[(pairs[:, 0] < pairs[:, 1]) & (tile[pairs[:, 0]] != tile[pairs[:, 1]])])
+
+
+def _bounds(parts: tuple[Cells, ...], centroid: Float64) -> Float64:
     """Return boxes xyxy (N, 4) in level-0 pixels, from outlines, boxes or points."""
-    points = np.tile(cells.centroid_xy, 2)
-    if cells.contour_xy is not None and cells.contour_start is not None:
-        bounds = ring_bounds(cells.contour_xy, cells.contour_start)
-        return np.where(np.isnan(bounds), points, bounds)
-    return points if cells.box_xyxy is None else cells.box_xyxy
+    boxes = [cells.box_xyxy for cells in parts if cells.box_xyxy is not None]
+    rings = [(c.contour_xy, c.contour_start) for c in parts if c.contour_xy is not None and c.contour_start is not None]
+    if not rings:
+        return np.concatenate(boxes) if boxes else np.tile(centroid, 2)
+    bounds = np.concatenate([ring_bounds(xy, start) for xy, start in rings])
+    without = np.flatnonzero(np.isnan(bounds[:, 0]))
+    bounds[without] = np.tile(centroid[without], 2)
+    return bounds
 
 
 def _ratio(part: Float64, whole: Float64) -> Float64:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellslide import kernels
 from cellslide.types import Bool, Float32, Float64, Int32, Int64
 
 SHAPE_FEATURES = ("area_um2", "perimeter_um", "major_axis_um", "minor_axis_um", "eccentricity", "circularity")
@@ -33,6 +34,15 @@ def trace_outlines(labels: NDArray[Any], n: int) -> tuple[Float32, Int64]:
     mask's less half a pixel and it never touches itself, bridges one pixel wide and diagonal contacts included. Holes
     are filled; of several 4-connected pieces the largest is taken.
     """
+    if kernels.available():
+        from cellslide.shape_kernels import trace
+
+        xy, start = trace(np.require(labels, np.int32, ("C", "W")), n)
+        return xy, start
+    return _trace_plain(labels, n)
+
+
+def _trace_plain(labels: NDArray[Any], n: int) -> tuple[Float32, Int64]:
     width = labels.shape[1] + 2
     padded = np.zeros((labels.shape[0] + 2, width), np.int32)
     padded[1:-1, 1:-1] = labels
@@ -171,6 +181,10 @@ def ring_areas(xy: NDArray[Any], start: Int64) -> Float64:
 
 def ring_bounds(xy: NDArray[Any], start: Int64) -> Float64:
     """Return the box xyxy (N, 4) of each ring; NaN for a ring without vertices."""
+    if kernels.available():
+        from cellslide.ring_kernels import ring_bounds as compiled
+
+        return np.asarray(compiled(xy, start))
     bounds = np.full((len(start) - 1, 4), np.nan)
     filled = start[1:] > start[:-1]
     if filled.any():
@@ -187,18 +201,12 @@ def ring_features(contour_xy: NDArray[Any], start: Int64, mpp_x: float, mpp_y: f
     Axes are those of the ellipse with the same second moments (Green's theorem); circularity is 4 pi area /
     perimeter^2. A ring without area gives zeros.
     """
-    points = _local(contour_xy, start) * (mpp_x, mpp_y)
-    x, y = points[:, 0], points[:, 1]
-    after, _ = neighbours(start)
-    step = points[after] - points
-    perimeter = _sum_rings(np.hypot(step[:, 0], step[:, 1]), start)
-    cross = x * y[after] - x[after] * y
-    signed = _sum_rings(cross, start) / 2
+    cross, perimeter, x, y, xx, yy, mixed = _ring_moments(contour_xy, start, mpp_x, mpp_y).T
+    signed = cross / 2
     divisor = np.where(signed == 0, 1.0, signed)
-    mean_x, mean_y = (_sum_rings(cross * (v + v[after]), start) / (6 * divisor) for v in (x, y))
-    xx, yy = (_sum_rings(cross * (v * v + v * v[after] + v[after] ** 2), start) / (12 * divisor) for v in (x, y))
-    mixed = x * y[after] + 2 * x * y + 2 * x[after] * y[after] + x[after] * y
-    xy_moment = _sum_rings(cross * mixed, start) / (24 * divisor) - mean_x * mean_y
+    mean_x, mean_y = x / (6 * divisor), y / (6 * divisor)
+    xx, yy = xx / (12 * divisor), yy / (12 * divisor)
+    xy_moment = mixed / (24 * divisor) - mean_x * mean_y
     major, minor = _ellipse_axes(xx - mean_x**2, yy - mean_y**2, xy_moment)
     area = np.abs(signed)
     ratio = np.divide(minor, major, out=np.zeros_like(minor), where=major > 0)
@@ -206,6 +214,24 @@ def ring_features(contour_xy: NDArray[Any], start: Int64, mpp_x: float, mpp_y: f
     circularity = np.divide(4 * np.pi * area, perimeter**2, out=np.zeros_like(area), where=perimeter > 0)
     table = np.stack([area, perimeter, major, minor, eccentricity, circularity], axis=1)
     return np.where(area[:, None] > 0, table, 0.0).astype(np.float32)
+
+
+def _ring_moments(contour_xy: NDArray[Any], start: Int64, mpp_x: float, mpp_y: float) -> Float64:
+    """Return (N, 7) of each ring, in µm: twice the signed area, the perimeter, and the sums of Green's theorem about
+    the first vertex for x, y, xx, yy and xy."""
+    if kernels.available():
+        from cellslide.ring_kernels import ring_moments
+
+        return np.asarray(ring_moments(contour_xy, start, mpp_x, mpp_y))
+    points = _local(contour_xy, start) * (mpp_x, mpp_y)
+    after, _ = neighbours(start)
+    x, y = points[:, 0], points[:, 1]
+    to_x, to_y = x[after], y[after]
+    cross = x * to_y - to_x * y
+    terms = [cross, np.hypot(to_x - x, to_y - y), cross * (x + to_x), cross * (y + to_y)]
+    terms += [cross * (v * v + v * to + to * to) for v, to in ((x, to_x), (y, to_y))]
+    terms += [cross * (x * to_y + 2 * x * y + 2 * to_x * to_y + to_x * y)]
+    return np.stack([_sum_rings(term, start) for term in terms], axis=1)
 
 
 def _ellipse_axes(xx: Float64, yy: Float64, xy: Float64) -> tuple[Float64, Float64]:
@@ -224,6 +250,15 @@ def to_polygons(xy: NDArray[Any], start: Int64) -> NDArray[Any]:
         ring = np.repeat(np.arange(int(usable.sum())), (start[1:] - start[:-1])[usable])
         polygons[usable] = shapely.polygons(shapely.linearrings(np.asarray(xy, np.float64)[keep], indices=ring))
     return polygons
+
+
+def sure_rings(cents: Int64, start: Int64, least_px2: float) -> Bool:
+    """Tell (N,) which rings, in hundredths of a pixel, need no look from `valid_rings`; without numba none."""
+    if not kernels.available():
+        return np.zeros(len(start) - 1, np.bool_)
+    from cellslide.ring_kernels import plain_rings
+
+    return np.asarray(plain_rings(cents, start, least_px2 / GRID_PX**2, MOST_CROSSINGS * np.pi))
 
 
 def valid_rings(xy: NDArray[Any], start: Int64, grid_px: float = GRID_PX) -> tuple[Float64, Int64, Bool]:

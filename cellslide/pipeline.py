@@ -62,9 +62,11 @@ FILES = {
     "parquet": "cells.parquet",
     "csv": "cells.csv*",
     "labels": "labels.ome.zarr",
+    "h5ad": "cells.h5ad",
+    "tissuumaps": "cells.tmap",
 }
 # The flags that shape what stands in a format.
-SHAPING = {"geojson_origin": ("geojson",), "profile": ("geojson", "parquet", "csv")}
+SHAPING = {"geojson_origin": ("geojson",), "profile": ("geojson", "parquet", "csv", "tissuumaps")}
 # A part is written after so many tiles or seconds: a killed run loses little, and a slide is not a thousand files.
 PART_TILES = 64
 PART_SECONDS = 20.0
@@ -91,7 +93,7 @@ class Silent:
     def begin(self, slide_id: str, tiles: int, done: int) -> None:
         """Say nothing."""
 
-    def advance(self, nuclei: int) -> None:
+    def advance(self, nuclei: int, tiles: int = 1) -> None:
         """Say nothing."""
 
     def stage(self, name: str) -> None:

@@ -127,8 +127,9 @@ def resolved(config: SegmentConfig, spec: ModelSpec) -> dict[str, Any]:
     """Return the settings as `run.json` holds them: with the model's spec, and a hash of the mask and region files."""
     settings: dict[str, Any] = plain(config)
     settings["spec"] = plain(spec)
-    # What the model's kind has no use for decides nothing.
-    for name in ("detect", "embedding_dim") if spec.kind == "mask" else ("decode",):
+    # What the model's kind has no use for decides nothing, and the precision that is taken is told beside.
+    unused = ("detect", "embedding_dim") if spec.kind == "mask" else ("decode",)
+    for name in (*unused, "bf16_on_cpu"):
         del settings["spec"][name]
     for name, path in (("mask", config.tissue.mask), ("roi", config.tissue.roi)):
         settings["tissue"][f"{name}_sha256_head"] = None if path is None else head_sha256(path)

@@ -81,9 +81,11 @@ class Slide:
         x0, y0, x1, y1 = xyxy
         if x1 <= x0 or y1 <= y0:
             return np.zeros((max(y1 - y0, 0), max(x1 - x0, 0), 3), np.uint8)
-        if (x1 - x0) * ratio_x * (y1 - y0) * ratio_y > MAX_READ_PX and (x1 - x0, y1 - y0) != (1, 1):
-            return self._read_halves(level, ratio_x, ratio_y, xyxy)
         x, y = axis_taps(x0, x1, ratio_x), axis_taps(y0, y1, ratio_y)
+        # Pixels that are only copied need no room beside the result.
+        large = (x1 - x0) * ratio_x * (y1 - y0) * ratio_y > MAX_READ_PX and not (x.is_copy and y.is_copy)
+        if large and (x1 - x0, y1 - y0) != (1, 1):
+            return self._read_halves(level, ratio_x, ratio_y, xyxy)
         return resample(self._source(level, x, y), y, x)
 
     def _read_halves(self, level: int, ratio_x: float, ratio_y: float, xyxy: tuple[int, int, int, int]) -> UInt8:

@@ -17,13 +17,16 @@ import pyarrow.parquet as pq
 import zarr
 from numpy.typing import NDArray
 
+from cellslide import kernels
+from cellslide.across import take_across
 from cellslide.anndata_store import TableError, write_mapping
 from cellslide.types import Bool, Cells, Float64, Int64, UInt8
 
-ROW_GROUP = 32_768
+ROW_GROUP = 25_000
 POLYGON_HEADER = np.frombuffer(b"\x01\x03\x00\x00\x00\x01\x00\x00\x00", np.uint8)
 POINT_HEADER = np.frombuffer(b"\x01\x01\x00\x00\x00", np.uint8)
 HEADER_BYTES = 13  # byte order, type, number of rings, number of points
+NOT_OURS = "shapes.parquet holds more than polygons of one ring; it was not written by cellslide"
 
 
 def box_rings(box_xyxy: Float64) -> tuple[Float64, Int64]:
@@ -48,11 +51,16 @@ def ring_boxes(xy: Float64, start: Int64) -> Float64:
     return np.concatenate([low, high], axis=1)
 
 
+def check_rings(start: Int64) -> None:
+    """Raise TableError for a ring with no vertex."""
+    if len(start) > 1 and np.diff(start).min() < 1:
+        raise TableError("a nucleus has an empty outline")
+
+
 def close_rings(xy: NDArray[Any], start: Int64) -> tuple[NDArray[Any], Int64]:
     """Return the rings with each first vertex repeated at the end; raises TableError for a ring with no vertex."""
+    check_rings(start)
     n = len(start) - 1
-    if n and np.diff(start).min() < 1:
-        raise TableError("a nucleus has an empty outline")
     closed_start = start + np.arange(n + 1)
     source = np.arange(closed_start[-1]) - np.repeat(np.arange(n), np.diff(closed_start))
     source[closed_start[1:] - 1] = start[:-1]
@@ -61,6 +69,17 @@ def close_rings(xy: NDArray[Any], start: Int64) -> tuple[NDArray[Any], Int64]:
 
 def polygons_to_wkb(xy: Float64, start: Int64) -> pa.Array:
     """Return rings as an arrow column of WKB polygons."""
+    if kernels.available():
+        from cellslide.ring_kernels import write_wkb
+
+        check_rings(start)
+        ends = np.concatenate([[0], np.cumsum(HEADER_BYTES + 16 * (np.diff(start) + 1))]).astype(np.int64)
+        points = np.ascontiguousarray(xy, "<f8").view(np.uint8).ravel()
+        return _binary(ends.astype(np.int32), write_wkb(points, start, POLYGON_HEADER, ends))
+    return _polygons_to_wkb_plain(xy, start)
+
+
+def _polygons_to_wkb_plain(xy: Float64, start: Int64) -> pa.Array:
     closed, closed_start = close_rings(np.asarray(xy, np.float64), start)
     counts = np.diff(closed_start)
     offsets = np.concatenate([[0], np.cumsum(HEADER_BYTES + 16 * counts)]).astype(np.int32)
@@ -91,11 +110,31 @@ def polygons_from_wkb(column: pa.Array) -> tuple[Float64, Int64]:
     offsets = np.frombuffer(offset_buffer, np.int32)[column.offset : column.offset + n + 1]
     data = np.frombuffer(data_buffer, np.uint8)[offsets[0] : offsets[-1]]
     offsets = offsets - offsets[0]
+    if kernels.available():
+        return _read_compiled(data, offsets)
+    return _read_plain(data, offsets)
+
+
+def _read_compiled(data: UInt8, offsets: NDArray[np.int32]) -> tuple[Float64, Int64]:
+    from cellslide.ring_kernels import read_wkb
+
+    counts = (np.diff(offsets) - HEADER_BYTES) // 16 - 1
+    if (counts < 0).any() or (np.diff(offsets) != HEADER_BYTES + 16 * (counts + 1)).any():
+        raise TableError(NOT_OURS)
+    start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    points = read_wkb(data, offsets, POLYGON_HEADER, start)
+    if len(points) != 16 * start[-1]:
+        raise TableError(NOT_OURS)
+    return points.view("<f8").reshape(-1, 2).astype(np.float64, copy=False), start
+
+
+def _read_plain(data: UInt8, offsets: NDArray[np.int32]) -> tuple[Float64, Int64]:
+    n = len(offsets) - 1
     is_header = _header_mask(offsets)
     header = data[is_header].reshape(n, HEADER_BYTES)
     counts = (np.diff(offsets) - HEADER_BYTES) // 16
     if (header[:, :9] != POLYGON_HEADER).any() or (header[:, 9:].copy().view("<u4")[:, 0] != counts).any():
-        raise TableError("shapes.parquet holds more than polygons of one ring; it was not written by cellslide")
+        raise TableError(NOT_OURS)
     closed = data[~is_header].view("<f8").reshape(-1, 2)
     closed_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     keep: Bool = np.ones(len(closed), np.bool_)
@@ -133,7 +172,7 @@ class ShapeWriter:
     def append(self, cells: Cells, mpp: float) -> None:
         """Add the shapes of `cells`, in row groups of at most ROW_GROUP."""
         for first in range(0, len(cells), ROW_GROUP):
-            self._write(cells.take(np.arange(first, min(first + ROW_GROUP, len(cells)))), mpp)
+            self._write(take_across([cells], np.arange(first, min(first + ROW_GROUP, len(cells)))), mpp)
 
     def _write(self, cells: Cells, mpp: float) -> None:
         rings = cell_rings(cells)
@@ -148,7 +187,10 @@ class ShapeWriter:
             self.folder.mkdir(parents=True)
             schema = table.schema.with_metadata(geo_metadata("Point" if rings is None else "Polygon"))
             path = self.folder / "shapes.parquet"
-            self.writer = pq.ParquetWriter(path, schema, compression="zstd", compression_level=1)
+            # No two nuclei have the same outline.
+            self.writer = pq.ParquetWriter(
+                path, schema, compression="zstd", compression_level=1, use_dictionary=False, write_statistics=False
+            )
         self.writer.write_table(table, row_group_size=ROW_GROUP)
 
     def close(self) -> bool:
@@ -167,17 +209,28 @@ class ShapeReader:
         meta = self.file.metadata
         sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
         self.first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self._last: tuple[int, pa.Table] | None = None
 
     def close(self) -> None:
         """Close the file."""
+        self._last = None
         self.file.close()
 
     def columns(self, start: int, stop: int) -> pa.Table:
         """Return rows [start, stop) of all columns as an arrow table."""
         a = int(np.searchsorted(self.first, start, side="right")) - 1
         b = int(np.searchsorted(self.first, stop, side="left"))
-        table = self.file.read_row_groups(list(range(a, max(b, a))))
+        table = (
+            pa.concat_tables([self._group(i) for i in range(a, b)]) if b > a else self.file.schema_arrow.empty_table()
+        )
         return table.slice(start - int(self.first[a]), stop - start)
+
+    def _group(self, i: int) -> pa.Table:
+        """Return a row group; the last one read is kept, as the next range often begins in it."""
+        last = self._last
+        if last is None or last[0] != i:
+            last = self._last = i, self.file.read_row_group(i, use_threads=False)
+        return last[1]
 
     def rings(self, start: int, stop: int) -> tuple[Float64, Int64]:
         """Return the outlines of rows [start, stop)."""

@@ -18,13 +18,17 @@ import zarr
 from numpy.typing import NDArray
 
 from cellslide import record
+from cellslide.across import take_across
 from cellslide.anndata_store import (
+    CHUNK_ROWS,
     Categorical,
     Column,
     Columns,
     ColumnWriter,
+    Nodes,
     TableError,
     obs_names,
+    read_ascii,
     read_matrix,
     read_obs,
     read_word,
@@ -46,9 +50,8 @@ from cellslide.types import (
     ModelSpec,
     RunRecord,
     SlideInfo,
-    concat,
 )
-from cellslide.uuids import make_uuids, pack_places, times_seen
+from cellslide.uuids import SeenPlaces, pack_places, uuid_bytes
 
 __all__ = [
     "Categorical",
@@ -62,7 +65,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = "1"
-BLOCK_ROWS = 65_536
+BLOCK_ROWS = CHUNK_ROWS
 POINT_RADIUS_UM = 3.0
 NUCLEUS = ClassSpec("Nucleus", (46, 204, 113))
 
@@ -99,14 +102,14 @@ class CellTableWriter:
 
     def _flush(self, keep_rest: bool) -> None:
         # Whole blocks only: however the cells come, the files are the same.
-        cells = concat(self.pending)
-        stop = len(cells) // BLOCK_ROWS * BLOCK_ROWS if keep_rest else len(cells)
+        n = sum(map(len, self.pending))
+        stop = n // BLOCK_ROWS * BLOCK_ROWS if keep_rest else n
         for first in range(0, stop, BLOCK_ROWS):
-            block = cells.take(np.arange(first, min(first + BLOCK_ROWS, stop)))
+            block = take_across(self.pending, np.arange(first, min(first + BLOCK_ROWS, stop)))
             self.columns.append(self._block(block))
             self.shapes.append(block, self.mpp)
             self.n += len(block)
-        self.pending = [cells.take(np.arange(stop, len(cells)))] if stop < len(cells) else []
+        self.pending = [take_across(self.pending, np.arange(stop, n))] if stop < n else []
 
     def _check(self, cells: Cells) -> None:
         k = 0 if cells.class_prob is None else cells.class_prob.shape[1]
@@ -124,7 +127,7 @@ class CellTableWriter:
             obsm["prob"] = cells.class_prob.astype(np.float32)
         if cells.embedding is not None:
             obsm["embedding"] = cells.embedding
-        return Columns({"_index": ids.astype(str), **self._obs(cells, ids)}, obsm, self._features(cells))
+        return Columns({"_index": ids.astype("S"), **self._obs(cells, ids)}, obsm, self._features(cells))
 
     def _obs(self, cells: Cells, ids: Int64) -> dict[str, Column]:
         index, prob = _top_class(cells)
@@ -216,16 +219,16 @@ def _write_uuids(group: zarr.Group, n: int, key: str, given: Column | None = Non
     Equal places are counted on.
     """
     writer = ColumnWriter(group)
-    seen: list[Int64] = []
-    for first in range(0, max(n, 1), BLOCK_ROWS):
+    blocks = range(0, max(n, 1), BLOCK_ROWS)
+    seen = SeenPlaces(np.asarray(read_obs(group, "y", first, first + BLOCK_ROWS)) for first in blocks)
+    for first in blocks:
         x, y = (np.asarray(read_obs(group, name, first, first + BLOCK_ROWS)) for name in ("x", "y"))
         place = pack_places(x, y)
-        uuid = make_uuids(key, place, times_seen(place, seen))
+        uuid: NDArray[Any] = uuid_bytes(key, place, seen.repeats(place))
         if isinstance(given, np.ndarray):
             source = given[first : first + len(uuid)]
-            uuid = np.where(source != "", source, uuid)
+            uuid = np.where(source != "", source, uuid.astype(str).astype(object))
         writer.append(Columns({"uuid": uuid}))
-        seen.append(np.sort(place))
     writer.close()
 
 
@@ -268,6 +271,7 @@ class CellTable:
         root = zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False)
         group: Any = root["tables/cells"]
         self.group: zarr.Group = group
+        self._nodes: Nodes = {}
         self.slide = _read_slide(read_word(group, "uns/slide"))
         self.kind: ModelKind = _read_kind(read_word(group, "uns/kind"))
         self.class_names = tuple(str(v) for v in np.asarray(read_matrix(group, "uns/class_names")))
@@ -298,7 +302,7 @@ class CellTable:
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> Column:
         """Return rows [start, stop) of one obs column; raises TableError where there is none of that name."""
-        return read_obs(self.group, name, start, stop)
+        return read_obs(self.group, name, start, stop, self._nodes)
 
     def vector(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return rows of a column that is not categorical; raises TableError otherwise."""
@@ -307,9 +311,13 @@ class CellTable:
             raise TableError(f"column {name} is categorical")
         return column
 
+    def ascii(self, name: str, start: int, stop: int) -> NDArray[np.bytes_]:
+        """Return rows [start, stop) of a text column as bytes; raises TableError where it is none or not ASCII."""
+        return read_ascii(self.group, name, start, stop, self._nodes)
+
     def matrix(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return rows [start, stop) of `obsm[name]`, or of the shape features for the name "X"."""
-        return read_matrix(self.group, name if name == "X" else f"obsm/{name}", start, stop)
+        return read_matrix(self.group, name if name == "X" else f"obsm/{name}", start, stop, self._nodes)
 
     def rings(self, start: int, stop: int) -> tuple[Float64, Int64] | None:
         """Return the outlines of rows [start, stop) as flat rings, or None where the model gives points."""

@@ -161,6 +161,7 @@ class ModelSpec:
     `classes` excludes background and is empty for a model that does not type nuclei. `tile_px` and `overlap_px` are
     defaults in plane pixels; read boxes are multiples of `multiple_px`. `decode` is for masks, `detect` for boxes and
     points. `embedding_dim` is the length of the vector that the model gives with each nucleus, 0 for none.
+    `bf16_on_cpu` says that the scores hold in bf16, so that a CPU which computes in it may.
     """
 
     name: str
@@ -178,6 +179,7 @@ class ModelSpec:
     licence: str = ""
     detect: DetectDecode = field(default_factory=DetectDecode)
     embedding_dim: int = 0
+    bf16_on_cpu: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha1
 from typing import Any
 from uuid import UUID
@@ -10,9 +10,11 @@ from uuid import UUID
 import numpy as np
 from numpy.typing import NDArray
 
+from cellslide import kernels
 from cellslide.types import Float64, Int64
 
 NAMESPACE = UUID("6f0c4f0e-6a35-5d0b-9d0c-2c1f5f7f3a11")
+_FAR = 2**31 - 1
 
 
 def pack_places(x: Float64, y: Float64) -> Int64:
@@ -31,11 +33,51 @@ def times_seen(place: Int64, seen: Sequence[Int64]) -> Int64:
     return before
 
 
+class SeenPlaces:
+    """Counts how often places came before, block by block, and forgets a block once no later one reaches up to it.
+
+    Cells in the order of a slide are sorted by their tile row, so a few blocks are in memory at a time.
+    """
+
+    def __init__(self, y_blocks: Iterable[Float64]) -> None:
+        """`y_blocks` are the y of all blocks to come, in level-0 pixels."""
+        lowest = [int(pack_places(y, y).astype(np.int32).min(initial=_FAR)) for y in y_blocks]
+        self._lowest = np.minimum.accumulate(np.array([*lowest, _FAR])[::-1])[::-1].tolist()
+        self._seen: list[tuple[int, Int64]] = []
+        self._n = 0
+
+    def repeats(self, place: Int64) -> Int64:
+        """Return `times_seen` of the next block (N,)."""
+        low = self._lowest[self._n]
+        self._n += 1
+        self._seen = [(top, block) for top, block in self._seen if top >= low]
+        before = times_seen(place, [block for _, block in self._seen])
+        self._seen.append((int(place.astype(np.int32).max(initial=-_FAR)), np.sort(place)))
+        return before
+
+
 def make_uuids(key: str, place: Int64, repeat: Int64) -> NDArray[Any]:
-    """Return uuid5(NAMESPACE, "key/x,y") as text (N,) for places packed as x << 32 | y in 0.01 px (RFC 9562, 5.5)."""
-    base = sha1(NAMESPACE.bytes + f"{key}/".encode(), usedforsecurity=False)
-    digests = bytearray()
+    """Return uuid5(NAMESPACE, "key/x,y") as text (N,) for places packed as x << 32 | y in 0.01 px (RFC 9562, 5.5).
+
+    A place that came `repeat` times before gets "/repeat" behind it.
+    """
+    return uuid_bytes(key, place, repeat).astype(str).astype(object)
+
+
+def uuid_bytes(key: str, place: Int64, repeat: Int64) -> NDArray[np.bytes_]:
+    """Return the same UUIDs as bytes (N,) of 36."""
+    prefix = NAMESPACE.bytes + f"{key}/".encode()
     x, y = place >> 32, (place << 32) >> 32
+    if kernels.available():
+        from cellslide.text_kernels import place_uuids
+
+        return np.asarray(place_uuids(np.frombuffer(prefix, np.uint8), x, y, repeat)).view("S36")[:, 0]
+    return _hashed(prefix, x, y, repeat)
+
+
+def _hashed(prefix: bytes, x: Int64, y: Int64, repeat: Int64) -> NDArray[np.bytes_]:
+    base = sha1(prefix, usedforsecurity=False)
+    digests = bytearray()
     for x_cpx, y_cpx, k in zip(x.tolist(), y.tolist(), repeat.tolist(), strict=True):
         name = f"{x_cpx / 100:.2f},{y_cpx / 100:.2f}"
         digest = base.copy()
@@ -48,4 +90,4 @@ def make_uuids(key: str, place: Int64, repeat: Int64) -> NDArray[Any]:
     text = np.full((len(raw), 36), ord("-"), np.uint8)
     nibbles = np.stack([raw >> 4, raw & 15], axis=2).reshape(-1, 32)
     text[:, [i for i in range(36) if i not in (8, 13, 18, 23)]] = digits[nibbles]
-    return text.view("S36")[:, 0].astype(str).astype(object)
+    return text.view("S36")[:, 0]

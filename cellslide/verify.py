@@ -26,8 +26,8 @@ from cellslide.export import CSV_NAME, PARQUET_NAME, arrow_blocks
 from cellslide.geojson import GZ_NAME, PROBABILITIES, ZIP_NAME, Profile
 from cellslide.record import RUN_FILE, differences, flatten, head_sha256, read_record, to_dict
 from cellslide.table import BLOCK_ROWS, CellTable, open_table
-from cellslide.types import Int64, RunRecord
-from cellslide.uuids import make_uuids, pack_places, times_seen
+from cellslide.types import RunRecord
+from cellslide.uuids import SeenPlaces, make_uuids, pack_places
 from cellslide.verify_geojson import compare_geojson
 
 TABLE = "cells.zarr"
@@ -181,9 +181,11 @@ def _length(table: CellTable, path: str) -> int:
 def _row_faults(table: CellTable) -> Iterator[str]:
     """Yield what is wrong in the rows: ids, places, classes, probabilities; and UUIDs that do not fit their places."""
     wrong = dict.fromkeys(("cell_id", "x, y", "class", "class_prob", "prob", "uuid"), 0)
-    ids, seen = set[str](), list[Int64]()
+    ids = set[str]()
+    blocks = range(0, len(table), BLOCK_ROWS)
+    seen = SeenPlaces(table.vector("y", first, min(first + BLOCK_ROWS, len(table))) for first in blocks)
     key, size = _uuid_key(table), (table.slide.width_px, table.slide.height_px)
-    for start in range(0, len(table), BLOCK_ROWS):
+    for start in blocks:
         stop = min(start + BLOCK_ROWS, len(table))
         xy = np.stack([table.vector(name, start, stop) for name in ("x", "y")], axis=1)
         uuid = table.vector("uuid", start, stop)
@@ -197,8 +199,7 @@ def _row_faults(table: CellTable) -> Iterator[str]:
             wrong["prob"] += int((np.abs(sums[np.isfinite(sums)] - 1) > 1e-3).sum())
         if key is not None:
             place = pack_places(xy[:, 0], xy[:, 1])
-            wrong["uuid"] += int((uuid != make_uuids(key, place, times_seen(place, seen))).sum())
-            seen.append(np.sort(place))
+            wrong["uuid"] += int((uuid != make_uuids(key, place, seen.repeats(place))).sum())
     yield from (f"{name} cannot be right in {count} rows" for name, count in wrong.items() if count)
     if len(ids) != len(table):
         yield f"{len(table) - len(ids)} UUIDs are given twice"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.browser import Chromium, started
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -26,6 +29,16 @@ def shared() -> Path:
             "no shared data here: set CELLSLIDE_SHARED to the folder, or put it at ../shared beside the checkout"
         )
     return folder
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Chromium]:
+    """Return a headless browser that reaches this machine alone; tests that need it are skipped without Chromium.
+
+    One for each file of tests: its event loop, which tests of other files must not find, ends with it.
+    """
+    with started() as browser:
+        yield browser
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from cellslide.models.cellvta import CellVTA, CellVTAConfig
+from cellslide.models.cellvta import CellVTA, CellVTAConfig, enlarged
 from tests.parity import (
     HEADS_ATOL,
     PYRAMID_ATOL,
@@ -87,6 +88,15 @@ def test_sides_may_differ_and_must_be_multiples_of_16() -> None:
     }
     with pytest.raises(ValueError, match="50 x 48 px"):
         model(torch.zeros(1, 3, 48, 50))
+
+
+@pytest.mark.parametrize("scale", [1, 2, 8])
+def test_maps_are_enlarged_as_torch_does(scale: int) -> None:
+    x = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    expected = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+    with torch.no_grad():
+        torch.testing.assert_close(enlarged(x, scale), expected, atol=1e-6, rtol=1e-6)
+    assert torch.equal(enlarged(x, scale), expected)  # where gradients are kept, torch's own
 
 
 def test_without_positions_a_shifted_image_gives_shifted_maps() -> None:

@@ -47,7 +47,7 @@ def test_one_slide_gives_its_folder(slide: Path, tmp_path: Path) -> None:
     result = run(slide, "-o", tmp_path / "out", *FLAGS, "--format", "zarr,geojson,csv")
     assert result.exit_code == 0, result.output
     names = {p.name for p in (tmp_path / "out" / "two").iterdir()}
-    assert names == {"cells.zarr", "cells.geojson.gz", "cells.csv.gz", "tissue.geojson", "run.json"}
+    assert names == {"cells.zarr", "cells.geojson.gz", "cells.csv.gz", "tissue.geojson", "run.json", "report.html"}
     assert open_table(tmp_path / "out" / "two" / "cells.zarr").n == 2
     assert "two" in result.stdout and "done" in result.stdout
     assert "skipped" in run(slide, "-o", tmp_path / "out", *FLAGS).stdout

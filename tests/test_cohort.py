@@ -20,6 +20,7 @@ from cellslide.cohort.page import page
 from cellslide.cohort.row import Row, outliers
 from cellslide.record import write_json
 from cellslide.slides import SlideInput
+from tests.browser import Chromium
 
 
 def record_of(folder: Path, status: str = "done", nuclei: int = 50, **more: object) -> None:
@@ -200,3 +201,47 @@ def test_a_folder_that_cannot_be_written_costs_no_slide(tmp_path: Path, caplog: 
     assert "cannot keep the row of a" in caplog.text
     ledger.write()
     assert read_rows(tmp_path) == []
+
+
+def many_rows(n: int) -> list[Row]:
+    files = ("report.html", "cells.zarr", "run.json")
+    rows = [Row(f"s{k:04d}", "done", 1000 + k * 7 % 5000, 1.5, 9, 0, folder=f"s{k:04d}", files=files) for k in range(n)]
+    rows[234] = Row("s0234", "failed", error="torn file", folder="s0234")
+    return rows
+
+
+@pytest.mark.parametrize(("n", "width", "dark"), [(5000, 1280, False), (1250, 1280, True), (1250, 400, False)])
+def test_a_large_cohort_is_sorted_and_searched_in_the_browser(
+    chromium: Chromium, tmp_path: Path, n: int, width: int, dark: bool
+) -> None:
+    rows = many_rows(n)
+    (tmp_path / "cohort.html").write_text(page(rows, outliers(rows), "out"))
+    with chromium.page(width_px=width, dark=dark) as browser:
+        browser.open(tmp_path / "cohort.html")
+        assert not browser.overflows()
+        assert (sum(browser.color_at(width - 4, 4)) < 150) == dark
+        assert browser.text("#shown") == f"{n} of {n} found, the first 200 shown"
+        seen = "tbody tr:not([hidden])"
+        assert browser.raw.locator(seen).count() == 200
+        assert browser.run("document.querySelector('td.name > a').getAttribute('href')") == "./s0000/report.html"
+        browser.click("#more")
+        assert browser.raw.locator(seen).count() == 1200
+        browser.raw.locator("th button", has_text="nuclei").click()
+        browser.raw.locator("th button", has_text="nuclei").click()
+        most = max(rows, key=lambda row: row.cells or 0)
+        assert browser.text(f"{seen} td.name > a") == most.slide
+        assert browser.run("document.querySelectorAll('th[aria-sort=descending]').length") == 1
+        browser.raw.fill("#find", "TORN")
+        assert browser.text("#shown") == f"1 of {n} found" and "torn file" in browser.text(seen)
+        browser.raw.fill("#find", "")
+        browser.raw.check("#only")
+        assert browser.text("#shown") == f"1 of {n} found"
+        browser.shot(f"cohort-{width}-{'dark' if dark else 'light'}")
+
+
+def test_a_cohort_is_a_table_without_scripts(chromium: Chromium, tmp_path: Path) -> None:
+    rows = many_rows(300)
+    (tmp_path / "cohort.html").write_text(page(rows, outliers(rows), "out"))
+    with chromium.page(scripts=False) as browser:
+        browser.open(tmp_path / "cohort.html")
+        assert browser.raw.locator("tbody tr").count() == 300 and browser.raw.locator("tr[hidden]").count() == 0

@@ -17,12 +17,13 @@ from cellslide.config import InferConfig, OutputConfig, SegmentConfig, TissueCon
 from cellslide.errors import UsageError, WeightsError
 from cellslide.infer import TorchEngine
 from cellslide.models import DETECTORS, build_model, kind_of
+from cellslide.models.celldetr_layout import MEAN, STD
 from cellslide.onnx import OnnxEngine
 from cellslide.pipeline import segment_array
 from cellslide.types import DetectDecode, Instances
 from cellslide.weights import LoadedModel, Manifest, add_weights, load_model
 from cellslide.weights.cache import file_sha256
-from cellslide.weights.load import check_task
+from cellslide.weights.load import IMAGENET_MEAN, IMAGENET_STD, check_task
 from cellslide.weights.manifest import parse_entry
 
 CLASSES = [{"name": name, "color": [i, 2, 3]} for i, name in enumerate(("a", "b", "c"))]
@@ -78,6 +79,17 @@ def test_a_training_output_is_loaded_added_and_found_by_id(tmp_path: Path, arch:
 def test_what_the_entry_does_not_say_is_as_published(tmp_path: Path, arch: str) -> None:
     detect = load_model(weights=output_of(tmp_path / "run", arch)).spec.detect
     assert detect == DetectDecode(0.4, 3.0 if arch == "muse_points" else 0.0)
+
+
+@ARCHS
+def test_a_file_without_an_entry_takes_the_image_norm_of_its_architecture(tmp_path: Path, arch: str) -> None:
+    path = tmp_path / "found.safetensors"
+    # The sizes of a backbone with a deep stem are read from no tensor.
+    config = CONFIGS[arch] | ({"backbone": "resnet18"} if arch == "celldetr" else {})
+    save_file({k: v.contiguous() for k, v in build_model(arch, config).state_dict().items()}, path)
+    spec = load_model(weights=path).spec
+    norms = {"celldetr": (MEAN, STD), "muse_points": (IMAGENET_MEAN, IMAGENET_STD)}
+    assert (spec.mean, spec.std) == norms[arch]
 
 
 def test_one_class_without_a_name_is_the_nucleus(tmp_path: Path) -> None:
@@ -161,7 +173,7 @@ def test_a_real_network_does_not_depend_on_the_batch(tmp_path: Path, arch: str) 
 
 @pytest.mark.slow
 def test_onnx_finds_the_points_that_torch_finds(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxscript", reason="needs the extra `export` (onnx, onnxscript)")
 
     loaded = load_model(weights=output_of(tmp_path / "run", "muse_points"))
     loaded = replace(loaded, spec=replace(loaded.spec, detect=DetectDecode(0.0, 0.0)))

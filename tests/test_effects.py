@@ -69,7 +69,7 @@ def test_command_prints_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> No
     result = CliRunner().invoke(cli, ["bench", "classify", *flags, "--json"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.output)["stages"]["classify"]
-    assert rows[0]["name"] == "plain: fp32" and rows[0]["cells"] == 12
+    assert rows[0]["form"] == "plain: fp32" and rows[0]["count"] == 12 and rows[0]["ratio"] == 1
     shown = CliRunner().invoke(cli, ["bench", "classify", *flags])
     assert shown.exit_code == 0 and "same class" in shown.output and "context grid 32 px" in shown.output
 

@@ -66,13 +66,16 @@ def slide(painted: Path) -> Iterator[Slide]:
 @pytest.fixture
 def folder(slide: Slide, tmp_path: Path) -> Path:
     """A folder of `segment` with a table of the discs as points."""
-    spec = fake_spec("point")
     n = len(CENTRES)
     zero, one = np.zeros(n, np.int32), np.ones(n, np.float32)
     out = tmp_path / "out" / "s"
+    return _table(out, slide, Cells(CENTRES, zero, zero, one, one))
+
+
+def _table(out: Path, slide: Slide, cells: Cells) -> Path:
     out.mkdir(parents=True)
-    writer = CellTableWriter(out / "cells.zarr", slide.info, spec)
-    writer.append(Cells(CENTRES, zero, zero, one, one))
+    writer = CellTableWriter(out / "cells.zarr", slide.info, fake_spec("point"))
+    writer.append(cells)
     writer.close(RunRecord("0", "done", {}, {}, [], "cpu", "torch", "fp32", 0, "2024-01-01T00:00:00Z"))
     return out
 
@@ -168,6 +171,16 @@ def test_files_beside_the_table(slide: Slide, folder: Path, to: str) -> None:
     with open_table(folder / "cells.zarr") as table:
         assert "embedding" not in table.matrices
     assert embed_slide(folder, slide, embedder(to=to))[1], "it is there already"
+
+
+@pytest.mark.parametrize("to", ["zarr", "parquet", "npz"])
+def test_a_slide_without_cells_has_its_vectors_too(slide: Slide, tmp_path: Path, to: str) -> None:
+    none = np.zeros(0, np.float32)
+    out = _table(tmp_path / "s", slide, Cells(np.zeros((0, 2)), none.astype(int), none.astype(int), none, none))
+    assert not embed_slide(out, slide, embedder(to=to))[1]
+    assert embed_slide(out, slide, embedder(to=to))[1], "it is there already"
+    if to == "parquet":
+        assert pq.read_table(out / "embedding.parquet").num_rows == 0
 
 
 def test_goes_on_where_it_stopped(slide: Slide, folder: Path) -> None:

@@ -126,6 +126,17 @@ def test_labels_are_ome_ngff(tmp_path: Path) -> None:
     assert array.metadata.dimension_names == ("y", "x") and array.shards[0] > array.chunks[0]
 
 
+def test_readers_of_ome_zarr_take_them_for_labels(tmp_path: Path) -> None:
+    reader = pytest.importorskip("ome_zarr.reader", reason="extra `test` is not installed")
+    from ome_zarr.io import parse_url
+
+    table = write_table(tmp_path, ellipses(20, width=3000, height=1100), slide=slide_info(width=3000, height=1100))
+    path = export_table(table, tmp_path, ("labels",))["labels"]
+    (node,) = reader.Reader(parse_url(path))()
+    assert [level.shape for level in node.data] == [(1100, 3000), (550, 1500), (275, 750)]
+    assert int(node.data[0].max()) == 20 and {type(spec).__name__ for spec in node.specs} >= {"Label", "Multiscales"}
+
+
 def test_no_cells_make_empty_labels(tmp_path: Path) -> None:
     table = write_table(tmp_path, ellipses(0), slide=slide_info(width=300, height=200))
     group: Any = zarr.open_group(export_table(table, tmp_path, ("labels",))["labels"], mode="r")
@@ -160,8 +171,8 @@ def test_command_takes_the_slides_folder_or_the_table(tmp_path: Path) -> None:
 def test_command_says_what_is_missing(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["export", str(tmp_path)])
     assert done.exit_code == 2 and "no cells.zarr" in done.output and "segment" in done.output
-    done = CliRunner().invoke(cli, ["export", str(tmp_path), "--format", "h5ad"])
-    assert done.exit_code == 2 and "h5ad" in done.output
+    done = CliRunner().invoke(cli, ["export", str(tmp_path), "--format", "xlsx"])
+    assert done.exit_code == 2 and "xlsx" in done.output and "h5ad" in done.output
 
 
 def test_one_broken_table_does_not_stop_the_others(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import shapely
 from shapely.geometry import shape
 
-from cellslide import geojson
+from cellslide import geojson, kernels
 from cellslide.geojson import write_geojson
 from cellslide.jsontext import decimals, vertices
 from cellslide.table import NUCLEUS, Columns, TableExtender, open_table
@@ -262,3 +264,35 @@ def test_outlines_keep_their_area(tmp_path: Path) -> None:
     rings = np.split(cells.contour_xy, cells.contour_start[1:-1])
     wanted = shapely.area([shapely.Polygon(ring) for ring in rings])
     assert np.allclose([shape(f["geometry"]).area for f in features], wanted, rtol=0.005)
+
+
+@pytest.mark.parametrize("kind", ["mask", "box", "point"])
+def test_without_compiled_loops_the_text_is_the_same(
+    tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = ellipses(200)
+    if kind == "mask":
+        cells = _with_rings(
+            cells, [BOW_TIE[:-1], SPIKE[:-1], [[5, 5], [9, 5], [7, 5]], [[-3.25, -2], [9, 0], [9, 9.1]]]
+        )
+    table = write_table(tmp_path, as_kind(cells, kind), model_spec(kind))
+    compiled = gzip.decompress(write_geojson(table, tmp_path, "level0").read_bytes())
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    assert gzip.decompress(write_geojson(table, tmp_path, "level0").read_bytes()) == compiled
+
+
+def test_zlib_serves_where_there_is_no_faster_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = write_table(tmp_path, ellipses(120))
+    text = gzip.decompress(write_geojson(table, tmp_path).read_bytes())
+    monkeypatch.setitem(sys.modules, "isal", None)
+    assert gzip.decompress(write_geojson(table, tmp_path).read_bytes()) == text
+    monkeypatch.setattr(geojson, "ENTRY_CELLS", 100)
+    monkeypatch.setattr(geojson, "BLOCK_CELLS", 20)
+    path = write_geojson(table, tmp_path)
+    assert file_faults(path) == [] and len(read_features(path)) == 120
+
+
+def test_a_place_too_large_for_a_slide_is_refused(tmp_path: Path) -> None:
+    table = write_table(tmp_path, _with_rings(ellipses(3), [[[0, 0], [1e9, 0], [0, 1e9]]]))
+    with pytest.raises(ValueError, match="too large"):
+        write_geojson(table, tmp_path)

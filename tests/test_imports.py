@@ -18,17 +18,29 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a module may import from its own layer and from those before it.
 LAYERS = (
     ("errors", "types"),
+    (
+        "across",
+        "kernels",
+        "gradient_kernels",
+        "hover_kernels",
+        "ring_kernels",
+        "text_kernels",
+        "shape_kernels",
+        "hover_energy",
+    ),
     ("config", "record", "csvtext", "jsontext", "device", "pixelsize", "resample"),
     ("lock", "staging", "uuids", "torchvision_ops"),
+    ("hover_plain", "hover_compiled"),
     ("readers", "tiles", "outlines", "models", "anndata_store", "demo"),
-    ("slide", "decode", "points", "weights", "parts", "spatial"),
-    ("gate", "taxonomy"),
+    ("slide", "decode", "points", "weights", "parts", "partial", "spatial"),
+    ("gate", "taxonomy", "published"),
     ("slides", "tissue", "tissue_detect", "merge", "table", "infer", "evaluate", "crops"),
-    ("geojson", "labels", "detect", "onnx", "overlay", "nuclei_files"),
+    ("geojson", "labels", "h5ad", "tissuumaps", "detect", "onnx", "overlay", "nuclei_files"),
     ("export", "segmenter"),
     ("pipeline", "verify", "verify_geojson"),
     ("classify", "localcopy"),
-    ("batch", "bench", "train", "pretrain", "calibrate", "explain", "embed", "probe"),
+    ("batch", "bench", "train", "pretrain", "calibrate", "explain", "embed", "probe", "report"),
+    ("view",),
     ("cohort", "devices", "devicework"),
     ("cluster",),
     ("cli",),
@@ -36,7 +48,8 @@ LAYERS = (
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NUMPY_ONLY = {
     "types", "errors", "config", "slide", "slides", "tissue", "tiles", "decode", "merge", "outlines", "table",
-    "geojson", "evaluate", "record", "parts", "gate", "taxonomy", "nuclei_files", "points",
+    "geojson", "evaluate", "record", "parts", "partial", "gate", "taxonomy", "nuclei_files", "points",
+    "hover_energy", "hover_plain", "hover_compiled", "published",
 }  # fmt: skip
 FORBIDDEN = {
     "models": {"slide", "slides", "tissue", "tiles", "table", "pipeline", "cli"},

@@ -200,6 +200,28 @@ def test_bf16_on_the_cpu_runs_in_autocast() -> None:
     assert 0 < np.abs(a.hv - b.hv).max() < 0.1
 
 
+def test_in_bf16_on_the_cpu_the_micro_batch_changes_nothing_at_all() -> None:
+    torch.manual_seed(0)
+    module, spec = CellVTA(TINY).eval(), fake_spec(classes=CLASSES)
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    single, pairs, whole = (
+        TorchEngine(module, spec, replace(CPU, precision="bf16", batch_size=n), 64).launch(images)() for n in (1, 2, 3)
+    )
+    for a, b, c in zip(single, pairs, whole, strict=True):
+        same(a, b)
+        same(a, c)
+
+
+def test_a_network_whose_scores_hold_in_bf16_takes_it_where_the_cpu_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for able, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr("cellslide.device.cpu_computes_bf16", lambda able=able: able)
+        assert TorchEngine(FakeMask(), fake_spec(bf16_on_cpu=True), CPU, 64).precision == expected
+        assert TorchEngine(FakeMask(), fake_spec(), CPU, 64).precision == "fp32"
+        assert resolve_precision("fp32", torch.device("cpu"), True) == "fp32"
+
+
 def test_devices_that_are_not_there_and_names_that_are_none() -> None:
     assert resolve_device("cpu").type == "cpu"
     for name in ("gpu", "cuda:x", "cpu:1"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cellslide import kernels
 from cellslide.models import layers
 from tests.parity import fill, load_fixture, max_error
 
@@ -82,14 +83,28 @@ def test_value_width_must_suit_the_heads() -> None:
         layers.MSDeformAttn(100, 1, 8, 4, 0.5)
 
 
+def test_the_compiled_loop_samples_as_torch_does(
+    arrays: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels.available():
+        pytest.skip("no compiled kernels here")
+    value, shapes = arrays["core_value"], _shapes(arrays["core_shapes"])
+    # Far outside as well, where a place must count for nothing.
+    places = (arrays["core_loc"] - 0.5) * 3 + 0.5
+    places[0, 0, 0, 0, 0] = torch.tensor([1e30, -1e30])
+    args = (value, shapes, places, arrays["core_attn"])
+    with torch.no_grad():
+        for threads in (1, 2, 5):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            compiled = layers.sample_deformable(*args)
+            assert max_error(layers.sample_deformable(*args), compiled.numpy()) == 0
+        monkeypatch.setattr(kernels, "available", lambda: False)
+        plain = layers.sample_deformable(*args)
+    assert 0 < max_error(compiled, plain.numpy()) < 2e-6  # another order of sums, so another form did it
+
+
 def test_sampling_is_bilinear_with_zeros_outside() -> None:
     value = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 4, 1, 1)
     places = torch.tensor([[0.25, 0.25], [0.5, 0.5], [5.0, 5.0]]).reshape(1, 3, 1, 1, 1, 2)
     out = layers.sample_deformable(value, [(2, 2)], places, torch.ones(1, 3, 1, 1, 1))
     assert np.allclose(out.flatten().numpy(), [1.0, 2.5, 0.0])
-
-
-def test_neighbourhood_mask_counts_rows_and_columns() -> None:
-    mask = layers.neighbourhood_mask((3, 5), 1, torch.device("cpu")).reshape(3, 5, 3, 5)
-    assert mask[1, 2].int().tolist() == [[0, 1, 1, 1, 0]] * 3
-    assert mask[0, 0].int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0] * 5]

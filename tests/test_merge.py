@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 from scipy.spatial import cKDTree
 
+from cellslide import kernels
 from cellslide.bench import FakeDetector, detect_cells, square_slide, synthetic_maps
 from cellslide.decode import decode_hover
 from cellslide.merge import BAND_UM, SAME_POINT_UM, SeamMerger, merge_stream, to_cells
@@ -368,3 +369,33 @@ def test_missing_tiles_leave_the_band_to_the_neighbour() -> None:
     band_px = BAND_UM / 0.25
     deep = hole & (x > own[0] + band_px) & (x < own[2] - band_px) & (y > own[1] + band_px) & (y < own[3] - band_px)
     assert hole.any() and not deep.any()
+
+
+@pytest.mark.parametrize("kind", ["mask", "box", "point"])
+def test_without_compiled_loops_the_merge_is_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernels.available():
+        pytest.skip(str(kernels.why_not()))
+    parts, grid = simulation()
+    for i, part in enumerate(parts):
+        if kind != "mask" and part.contour_xy is not None:
+            ring = part.contour_xy.reshape(-1, 24, 2)
+            box = np.concatenate([ring.min(axis=1), ring.max(axis=1)], axis=1) if kind == "box" else None
+            parts[i] = replace(part, contour_xy=None, contour_start=None, box_xyxy=box)
+    compiled = list(merge_stream(parts, grid))
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    plain = list(merge_stream(parts, grid))
+    assert len(plain) == len(compiled) > 3
+    for one, other in zip(plain, compiled, strict=True):
+        for field in fields(Cells):
+            np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name), err_msg=field.name)
+
+
+def test_equal_x_is_sorted_by_y_and_equal_places_keep_tile_order() -> None:
+    info = square_slide(1000)
+    grid = grid_over(info, 0.25, 1000, 64)
+    spots = [(100.0, 900.0), (300.0, 50.0), (100.0, 40.0), (50.0, 800.0), (100.0, 500.0), (300.0, 20.0)]
+    cells = to_cells(instances_at(grid.tile(0), spots, [4] * 6), grid.tile(0), grid.plane, info)
+    again = replace(cells, score=np.arange(6, dtype=np.float32))
+    kept = merged(iter([concat([again, again.take(np.array([2]))])]), grid)
+    assert kept.centroid_xy.tolist() == [[50, 800], [100, 40], [100, 40], [100, 500], [100, 900], [300, 20], [300, 50]]
+    assert kept.score[[0, 3, 4]].tolist() == [3, 4, 0]

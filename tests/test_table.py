@@ -17,6 +17,7 @@ import pytest
 import zarr
 
 from cellslide import anndata_store, spatial, table
+from cellslide.anndata_store import CHUNK_ROWS, ColumnWriter, read_ascii, read_obs
 from cellslide.outlines import SHAPE_FEATURES, ring_features
 from cellslide.table import (
     NUCLEUS,
@@ -29,7 +30,7 @@ from cellslide.table import (
     open_table,
 )
 from cellslide.types import Cells, ClassSpec
-from cellslide.uuids import NAMESPACE, make_uuids, pack_places, times_seen
+from cellslide.uuids import NAMESPACE, SeenPlaces, make_uuids, pack_places, times_seen
 from tests.random_cells import CLASSES, as_kind, ellipses, model_spec, run_record, slide_info, write_table
 
 CONTRACT_OBS = {"cell_id", "x", "y", "area_um2", "uuid", "score", "class", "class_prob", "region", "instance_id"}
@@ -326,3 +327,47 @@ def test_arrays_are_zarr_v3_in_whole_chunks(tmp_path: Path, small_blocks: None) 
     group: Any = zarr.open_group(tmp_path / "cells.zarr" / "tables" / "cells", mode="r", zarr_format=3)
     assert group["obs/x"].shape == (300,) and group["obs/x"].chunks[0] < 300
     assert group["obs/_index"][0] == "0" and group["obs/_index"][299] == "299"
+
+
+def test_ascii_columns_are_what_zarr_reads(tmp_path: Path) -> None:
+    group = zarr.open_group(tmp_path / "t", mode="w", zarr_format=3)
+    n = CHUNK_ROWS + 500
+    even = np.array([f"{i:06d}" for i in range(n)], "S6")
+    uneven = np.arange(n).astype("S")
+    writer = ColumnWriter(group)
+    for part in (slice(0, 300), slice(300, n)):
+        writer.append(Columns({"even": even[part], "uneven": uneven[part]}))
+    writer.close()
+    for name, wanted in (("even", even), ("uneven", uneven)):
+        read = read_obs(group, name)
+        assert isinstance(read, np.ndarray) and read.tolist() == wanted.astype(str).tolist()
+        for start, stop in ((0, n), (CHUNK_ROWS - 5, CHUNK_ROWS + 5), (n - 3, n), (7, 7)):
+            assert read_ascii(group, name, start, stop).tolist() == wanted[start:stop].tolist()
+    with pytest.raises(TableError, match="no column"):
+        read_ascii(group, "other", 0, 5)
+
+
+def test_a_column_may_turn_from_ascii_to_any_text(tmp_path: Path) -> None:
+    group = zarr.open_group(tmp_path / "t", mode="w", zarr_format=3)
+    writer = ColumnWriter(group)
+    writer.append(Columns({"a": np.array([b"one", b"two"])}))
+    writer.append(Columns({"a": np.array(["drei", "vier µ"], object)}))
+    writer.append(Columns({"a": np.array([b"five"])}))
+    writer.close()
+    read = read_obs(group, "a")
+    assert isinstance(read, np.ndarray) and read.tolist() == ["one", "two", "drei", "vier µ", "five"]
+    with pytest.raises(TableError, match="not ASCII"):
+        read_ascii(group, "a", 0, 5)
+
+
+def test_places_seen_are_forgotten_only_when_none_can_come_back() -> None:
+    rng = np.random.default_rng(3)
+    # Rows overlap a little, and the last block comes back to the first.
+    y = [rng.integers(40 * k, 40 * k + 60, 300).astype(float) for k in range(6)] + [np.zeros(50)]
+    places = [pack_places(rng.integers(0, 12, len(v)).astype(float), v) for v in y]
+    for last in (6, 7):
+        seen = SeenPlaces(y[:last])
+        counted = [seen.repeats(place) for place in places[:last]]
+        wanted = [times_seen(p, [np.sort(q) for q in places[:k]]) for k, p in enumerate(places[:last])]
+        np.testing.assert_array_equal(np.concatenate(counted), np.concatenate(wanted))
+        assert (len(seen._seen) < last) == (last == 6)

@@ -35,11 +35,12 @@ from cellslide.train.celldetr_losses import (
     set_losses,
 )
 from cellslide.train.celldetr_recipe import CellDETRRecipe, MatcherConfig, load_celldetr_recipe
-from cellslide.train.celldetr_run import build_celldetr, load_backbone, load_init, train_celldetr
+from cellslide.train.celldetr_run import build_celldetr, entry_of, load_backbone, load_init, train_celldetr
 from cellslide.train.celldetr_scores import BoxScores
 from cellslide.train.celldetr_slots import denoising_slots, noised_slots
 from cellslide.train.recipe import build
 from cellslide.train.run import RunOptions
+from cellslide.types import DetectDecode
 from tests.train_sets import write_set
 
 TINY = {
@@ -275,6 +276,28 @@ def test_validation_finds_each_nucleus_once_across_tiles() -> None:
     hidden[xy[20:, 1], xy[20:, 0]] = False
     scores.add(replace(half, known=hidden), _Painter(image))
     assert scores.take()["f1_set"] == 1
+
+
+def test_validation_counts_nuclei_found_twice_unless_the_best_is_kept() -> None:
+    image = np.full((64, 170, 3), 200, np.uint8)
+    # 2 µm apart at 0.5 µm/px, twice within a tile and twice across the seam of two (own boxes end at 56 and 104).
+    xy = np.array([[20, 20], [24, 20], [54, 40], [58, 40], [102, 30], [106, 30], [150, 50]])
+    image[xy[:, 1], xy[:, 0]] = 7
+    marked = MarkedImage("i", "set", image, xy[[0, 2, 4, 6]] + 0.5, np.zeros(4, np.int64), np.ones((64, 170), np.bool_))
+    found = {}
+    for nms_um in (0.0, 1.9, 2.0):
+        scores = BoxScores(_recipe(nms_um=nms_um))
+        scores.add(marked, _Painter(image))
+        found[nms_um] = scores.take()["f1_set"]
+    assert found == {0.0: pytest.approx(8 / 11), 1.9: pytest.approx(8 / 11), 2.0: 1.0}
+    with pytest.raises(UsageError, match="nms_um"):
+        _recipe(nms_um=-1)
+
+
+def test_the_entry_says_which_boxes_validation_kept() -> None:
+    entry = entry_of(_recipe(nms_um=2.5), [], {"val/threshold": 0.55, "val/f1": 0.81239, "train/loss": 3.0})
+    assert entry.detect == DetectDecode(0.55, 2.5)
+    assert entry.metrics == {"validation": {"threshold": 0.55, "f1": 0.8124}}
 
 
 def test_points_alone_validate_and_do_not_train(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from cellslide.errors import UsageError, WeightsError
 from cellslide.models import build_model
 from cellslide.models.point_head import PointOutput
 from cellslide.train.augment import crop_matrix
-from cellslide.train.cellvta import load_start, read_state
+from cellslide.train.cellvta import load_start
+from cellslide.train.export import read_state
 from cellslide.train.points import Found, PointsTraining, ScoreBoard, annotated, field_losses, find_points, follow
 from cellslide.train.points_data import (
     IGNORED,

@@ -52,7 +52,9 @@ def run_watched(
     places = {"HOME": folder, "CELLSLIDE_CACHE": folder / "cache", "TMPDIR": folder / "scratch"}
     (folder / "scratch").mkdir(exist_ok=True)
     environment = {**os.environ, **{name: str(place) for name, place in places.items()}, "PYTHONPATH": str(CHECKOUT)}
-    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    # Neither Python's nor numba's compiled code goes beside the source.
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "NUMBA_CACHE_DIR": str(places["CELLSLIDE_CACHE"] / "kernels")}
+    environment |= {"OMP_NUM_THREADS": "1"}
     environment.pop("HF_HUB_OFFLINE", None)  # nobody holds it back: it must not ask for the network by itself
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch sets it in a process that has compiled something
     done = subprocess.run(

@@ -98,6 +98,7 @@ def point_out(path: Path, folder: Path, to_stderr: bool) -> None:
         detail = densest_region(slide.info, table, DETAIL_PX)
         close = render_overlay(slide, table, folder / "overlay-detail.png", detail)
     for line in (
+        f"report      {folder / 'report.html'}",
         f"look at     {whole}",
         f"close up    {close}",
         f"in QuPath   open {path}, then drag {folder / 'cells.geojson.gz'} onto it",

@@ -27,8 +27,12 @@ MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "missing": ("MISSING
 REQUIRED: tuple[tuple[str, str, str], ...] = (
     ("click", "click", "8.1"),
     ("geopandas", "geopandas", "1.0"),
+    ("h5py", "h5py", "3.10"),
     ("huggingface_hub", "huggingface_hub", "0.27"),
     ("imagecodecs", "imagecodecs", "2024.1.1"),
+    ("isal", "isal", "1.6"),
+    ("jinja2", "jinja2", "3.1"),
+    ("numba", "numba", "0.60"),
     ("numpy", "numpy", "1.26"),
     ("onnxruntime-gpu|onnxruntime", "onnxruntime", "1.20"),
     ("opencv-python-headless|opencv-python", "cv2", "4.8"),
@@ -44,6 +48,7 @@ REQUIRED: tuple[tuple[str, str, str], ...] = (
     ("scikit-image", "skimage", "0.22"),
     ("scipy", "scipy", "1.11"),
     ("shapely", "shapely", "2.0.4"),
+    ("simplejpeg", "simplejpeg", "1.8"),
     ("tifffile", "tifffile", "2024.1.30"),
     ("timm", "timm", "1.0.20"),
     ("torch", "torch", "2.6"),
@@ -56,6 +61,7 @@ OPTIONAL: tuple[tuple[str, str], ...] = (
     ("spatialdata", "spatial"),
     ("scanpy", "spatial"),
     ("squidpy", "spatial"),
+    ("pydicom", "dicom"),
     ("onnx", "export"),
     ("onnxscript", "export"),
 )
@@ -111,6 +117,7 @@ def run_checks(online: bool = False) -> Iterator[Check]:
         ("codecs", "openslide", _openslide),
     ):
         yield _look(group, name, look)
+    yield _kernels()
     yield _cache()
     yield from _weights()
     yield from _gated(online)
@@ -221,6 +228,21 @@ def _openslide() -> str:
         with openslide.OpenSlide(path) as slide:
             slide.read_region((0, 0), 0, (8, 8))
     return f"library {openslide.__library_version__}"
+
+
+def _kernels() -> Check:
+    """Compile what decoding needs, so that no run has to; without it the same results take longer."""
+    from cellslide import kernels
+    from cellslide.decode import prepare
+
+    why = kernels.why_not()
+    if why is not None:
+        return Check("device", "compiled code", "note", f"none, decoding takes some four times as long: {why}")
+    try:
+        prepare()
+    except Exception as error:  # Whatever a compiler may say.
+        return Check("device", "compiled code", "missing", f"{type(error).__name__}: {error}; set NUMBA_DISABLE_JIT=1")
+    return Check("device", "compiled code", "ok", f"kept in {kernels.cache_folder()}")
 
 
 def _cache() -> Check:

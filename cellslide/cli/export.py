@@ -28,7 +28,8 @@ def command(folders: tuple[Path, ...], formats: tuple[str, ...], geojson_origin:
     \b
     Examples:
       cellslide export out/slide --format csv
-      cellslide export out --format parquet,labels
+      cellslide export out --format parquet,labels,h5ad
+      cellslide export out/slide --format tissuumaps
       cellslide export out/slide --format geojson --profile full --geojson-origin level0
     """
     from cellslide.config import OutputConfig

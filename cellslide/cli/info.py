@@ -56,7 +56,7 @@ def _show(header: SlideHeader, item: SlideInput, mpp: float | None, as_json: boo
     if as_json:
         click.echo(json.dumps(facts, indent=2 if single else None, ensure_ascii=False))
     else:
-        _print(facts, problem)
+        _print(facts, problem, header.read_by)
 
 
 def slide_facts(header: SlideHeader, mpp: float | None, source: str) -> tuple[dict[str, Any], str | None]:
@@ -91,7 +91,7 @@ def slide_facts(header: SlideHeader, mpp: float | None, source: str) -> tuple[di
     return facts, problem
 
 
-def _print(facts: dict[str, Any], problem: str | None) -> None:
+def _print(facts: dict[str, Any], problem: str | None, read_by: str) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -99,7 +99,7 @@ def _print(facts: dict[str, Any], problem: str | None) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in _rows(facts):
+    for name, value in [*_rows(facts), ("read by", read_by)]:
         table.add_row(name, Text(value))
     if problem:
         table.add_row("", Text(problem, style="yellow"))

@@ -35,7 +35,7 @@ ROWS_FOLDER = ".summary"
 # What the page leads to, where a slide has it.
 SHOWN_FILES = (
     "report.html", "cells.geojson.gz", "cells.geojson.zip", "cells.zarr", "cells.parquet", "cells.csv", "cells.csv.gz",
-    "labels.ome.zarr", "tissue.geojson", RUN_FILE,
+    "cells.h5ad", "cells.tmap", "labels.ome.zarr", "tissue.geojson", RUN_FILE,
 )  # fmt: skip
 # While a run goes on, the files are written anew at most this often: somebody may look in.
 EVERY_S = 60.0

@@ -14,26 +14,40 @@ from urllib.parse import quote
 from cellslide.cohort.row import Row
 
 MOST_CLASSES = 8
+REPORT = "report.html"
 
 STYLE = """
-:root{color-scheme:light}
-body{font:14px/1.4 system-ui,"DejaVu Sans",sans-serif;margin:16px 20px 60px;color:#1b1f24;background:#fff}
-h1{font-size:20px;margin:0 0 8px}.note{color:#57606a;max-width:1100px}
-.facts{display:flex;flex-wrap:wrap;gap:10px;margin:10px 0}.facts div{border:1px solid #d0d7de;border-radius:6px;
-padding:6px 12px}.facts b{display:block;font-size:18px;font-variant-numeric:tabular-nums}
-.find{display:flex;gap:14px;align-items:center;margin:12px 0}.find input[type=search]{font:inherit;padding:4px 8px;
-width:280px;border:1px solid #8c959f;border-radius:4px}
-table{border-collapse:collapse;font-size:12.5px}
-th{position:sticky;top:0;background:#f6f8fa;text-align:left;border-bottom:1px solid #8c959f}
-th button{font:inherit;font-weight:600;border:0;background:none;padding:5px 8px;cursor:pointer;white-space:nowrap}
+:root{color-scheme:light dark;--ink:#1b1f24;--dim:#57606a;--line:#d0d7de;--faint:#eaeef2;--ground:#fff;--head:#f6f8fa;
+--link:#0550ae;--bad:#b42318;--warn:#a04100;--odd:#7d4e00;--mark:#d4a72c}
+@media (prefers-color-scheme:dark){:root{--ink:#e6edf3;--dim:#9da7b3;--line:#3d444d;--faint:#21262d;--ground:#0d1117;
+--head:#161b22;--link:#79b8ff;--bad:#ff7b72;--warn:#f0883e;--odd:#e3b341;--mark:#e3b341}}
+*{box-sizing:border-box}
+body{font:14px/1.4 system-ui,"DejaVu Sans",sans-serif;margin:0;padding:16px 20px;color:var(--ink);
+background:var(--ground);display:flex;flex-direction:column;height:100vh;min-height:560px}
+h1{font-size:20px;margin:0 0 8px;overflow-wrap:anywhere}.note{color:var(--dim);max-width:1100px;margin:4px 0}
+.facts{display:flex;flex-wrap:wrap;gap:8px;margin:8px 0}.facts div{border:1px solid var(--line);border-radius:6px;
+padding:4px 12px;background:var(--head)}.facts b{display:block;font-size:18px;font-variant-numeric:tabular-nums}
+.find{display:flex;flex-wrap:wrap;gap:6px 14px;align-items:center;margin:8px 0}.find input[type=search]{font:inherit;
+padding:4px 8px;width:280px;max-width:100%;border:1px solid var(--dim);border-radius:4px;color:inherit;
+background:var(--ground)}
+:focus-visible{outline:3px solid var(--link);outline-offset:1px}
+.wide{overflow:auto;flex:1 1 auto;min-height:240px;border:1px solid var(--line)}
+table{border-collapse:separate;border-spacing:0;font-size:12.5px}
+th{position:sticky;top:0;z-index:1;background:var(--head);text-align:left;border-bottom:1px solid var(--dim)}
+th button{font:inherit;font-weight:600;border:0;background:none;color:inherit;padding:5px 8px;cursor:pointer;
+white-space:nowrap}
 th[aria-sort=ascending] button:after{content:" \\25B2"}th[aria-sort=descending] button:after{content:" \\25BC"}
-td{padding:3px 8px;border-bottom:1px solid #eaeef2;vertical-align:top}
+td{padding:3px 8px;border-bottom:1px solid var(--faint);vertical-align:top}
 td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td.name{max-width:320px;overflow-wrap:anywhere}td.words{max-width:420px;overflow-wrap:anywhere}
-tr.failed td:first-child{box-shadow:inset 4px 0 #cf222e}tr.other td:first-child{box-shadow:inset 4px 0 #57606a}
-tr.errors td:first-child{box-shadow:inset 4px 0 #bc4c00}tr.out td:first-child{box-shadow:inset 4px 0 #d4a72c}
-tr.failed .status{color:#cf222e}tr.errors .status{color:#bc4c00}tr.out .why{color:#7d4e00}
-.why,.error{display:block}.error{color:#cf222e}a{color:#0550ae}
+td.name{min-width:250px;max-width:320px;overflow-wrap:anywhere}td.name small a{white-space:nowrap}
+td.words{min-width:200px;max-width:420px;overflow-wrap:anywhere}
+tr.failed td:first-child{box-shadow:inset 4px 0 var(--bad)}tr.other td:first-child{box-shadow:inset 4px 0 var(--dim)}
+tr.errors td:first-child{box-shadow:inset 4px 0 var(--warn)}tr.out td:first-child{box-shadow:inset 4px 0 var(--mark)}
+tr.failed .status{color:var(--bad)}tr.errors .status{color:var(--warn)}tr.out .why{color:var(--odd)}
+.why,.error{display:block}.error{color:var(--bad)}a{color:var(--link)}
+@media (max-width:520px){body{padding:10px;height:auto}.wide{max-height:90vh}.facts div{padding:3px 8px}}
+@media print{:root{--ink:#000;--dim:#444;--line:#bbb;--faint:#ddd;--ground:#fff;--head:#fff;--link:#000}
+body{height:auto;padding:0}.wide{overflow:visible;border:0}.find{display:none}th{position:static}}
 """
 
 SCRIPT = """
@@ -52,13 +66,19 @@ var keyed=rows.map(function(r,i){return [key(r,k,number),i,r];});
 keyed.sort(function(a,b){var x=a[0],y=b[0];
 if(number){var nx=x!==x,ny=y!==y;if(nx||ny)return nx===ny?a[1]-b[1]:nx?1:-1;}
 return x<y?(up?-1:1):x>y?(up?1:-1):a[1]-b[1];});
-var all=document.createDocumentFragment();keyed.forEach(function(e){all.appendChild(e[2]);});body.appendChild(all);}
+var all=document.createDocumentFragment();keyed.forEach(function(e){all.appendChild(e[2]);});
+body.appendChild(all);filter();}
 heads.forEach(function(th,k){th.firstChild.addEventListener('click',function(){sort(th,k);});});
-function filter(){var text=find.value.toLowerCase(),n=0;
-rows.forEach(function(r,i){var see=(!only.checked||r.className!=='')&&
-(text===''||texts[i].indexOf(text)>=0);
-r.hidden=!see;if(see)n++;});shown.textContent=n+' of '+rows.length+' shown';}
-find.addEventListener('input',filter);only.addEventListener('change',filter);filter();
+var step=200,limit=step,more=document.getElementById('more');
+function filter(){var text=find.value.toLowerCase(),n=0,k=0;
+[].forEach.call(body.rows,function(r){var see=(!only.checked||r.className!=='')&&
+(text===''||texts[r.place].indexOf(text)>=0);
+if(see)n++;see=see&&n<=limit;if(see)k++;if(r.hidden===see)r.hidden=!see;});
+shown.textContent=n+' of '+rows.length+' found'+(k<n?', the first '+k+' shown':'');more.hidden=k===n;}
+function anew(){limit=step;filter();}
+rows.forEach(function(r,i){r.place=i;});
+find.addEventListener('input',anew);only.addEventListener('change',anew);
+more.addEventListener('click',function(){limit+=step*5;filter();});filter();
 })();
 """
 
@@ -101,9 +121,11 @@ def page(rows: Sequence[Row], why: Sequence[Sequence[str]], title: str) -> str:
     head = "".join(_heading(column) for column in columns)
     name = html.escape(f"{title}: {len(rows):,} slides")
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{name}</title>'
         f"<style>{STYLE}</style></head><body><h1>{name}</h1>{_facts(rows, why)}{_NOTE}{_FIND}"
-        f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table><script>{SCRIPT}</script></body></html>\n"
+        f'<div class="wide" tabindex="0" role="region" aria-label="Slides"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>\n{body}\n</tbody></table></div><script>{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -114,7 +136,8 @@ _NOTE = (
 _FIND = (
     '<div class="find"><input type="search" id="find" placeholder="find a slide, an organ, an error" '
     'aria-label="find"><label><input type="checkbox" id="only"> only what failed or stands out</label>'
-    '<span id="shown" class="note"></span></div>'
+    '<span id="shown" class="note" role="status"></span>'
+    '<button type="button" id="more" hidden>show 1,000 more</button></div>'
 )
 
 
@@ -168,8 +191,15 @@ def _name(row: Row) -> str:
     value = html.escape(row.slide, quote=True)
     if not row.files:
         return f'<td class="name" data-v="{value}">{name}</td>'
-    links = " ".join(f'<a href="./{folder}/{quote(file)}">{html.escape(file)}</a>' for file in row.files)
-    return f'<td class="name" data-v="{value}"><a href="./{folder}/">{name}</a><br><small>{links}</small></td>'
+    links = " ".join(f'<a href="./{folder}/{quote(file)}">{html.escape(_short(file))}</a>' for file in row.files)
+    # The name leads to what a reader wants first; the folder lists everything.
+    first = REPORT if REPORT in row.files else ""
+    return f'<td class="name" data-v="{value}"><a href="./{folder}/{first}">{name}</a><br><small>{links}</small></td>'
+
+
+def _short(file: str) -> str:
+    """Return what a link says of a file, short enough that all of a slide stand on one line."""
+    return file.removeprefix("cells.").removesuffix(".html").removesuffix(".json").removesuffix(".geojson") or file
 
 
 def _number(value: float | None, form: str) -> str:

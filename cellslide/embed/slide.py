@@ -82,14 +82,17 @@ def _run_network(slide: Slide, table: CellTable, store: PartialVectors, embedder
     windows: Windows = embedder.lay_windows(slide, places[todo])
     watch.progress.begin(slide.info.slide_id, len(windows), 0)
     watch.progress.stage("windows")
-    with closing(embed_cells(slide, windows, embedder)) as results:
-        for done, (rows, vectors) in enumerate(results, 1):
-            store.add(todo[rows], vectors)
-            watch.progress.advance(len(rows))
-            if done % FLUSH_WINDOWS == 0:
-                store.flush()
-            watch.check()
-    store.flush()
+    try:
+        with closing(embed_cells(slide, windows, embedder)) as results:
+            for done, (rows, vectors) in enumerate(results, 1):
+                store.put(todo[rows], vectors)
+                watch.progress.advance(len(rows))
+                if done % FLUSH_WINDOWS == 0:
+                    store.flush()
+                watch.check()
+    finally:
+        # A run that is asked to stop keeps what it has.
+        store.flush()
 
 
 def _note(record: RunRecord, embedder: Embedder, settings: dict[str, str]) -> None:
@@ -101,7 +104,9 @@ def _note(record: RunRecord, embedder: Embedder, settings: dict[str, str]) -> No
 
 
 def _write(folder: Path, table: CellTable, store: PartialVectors, record: RunRecord, to: str) -> None:
-    blocks = (store.block(start, min(start + BLOCK_ROWS, len(table))) for start in range(0, len(table), BLOCK_ROWS))
+    # One block at least: a slide without cells has its vectors too, none.
+    n = len(table)
+    blocks = (store.block(start, min(start + BLOCK_ROWS, n)) for start in range(0, max(n, 1), BLOCK_ROWS))
     if to == "zarr":
         _extend(table, blocks, record)
     elif to == "parquet":

@@ -23,10 +23,10 @@ from cellslide.models.layers import (
     HoverBranch,
     MSDeformAttn,
     PatchEmbed,
-    neighbourhood_mask,
     reference_points,
     resample_abs_pos_embed,
 )
+from cellslide.models.windows import Windows
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -191,7 +191,7 @@ class InteractionBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor, blocks: Sequence[nn.Module], grid: AdapterGrid) -> tuple[Tensor, Tensor]:
         x = self.injector(x, c, grid.x_reference, grid.c_shapes)
         for block in blocks:
-            x = block(x, grid.mask)
+            x = block(x, grid.near)
         for extractor in (self.extractor, *(self.extra_extractors or ())):
             c = extractor(c, x, grid.c_reference, grid.x_shape, grid.c_shapes)
         return x, c
@@ -201,14 +201,14 @@ class InteractionBlock(nn.Module):
 class AdapterGrid:
     """Shapes and reference points of one input size: tokens at 1/16, adapter grids at 1/4, 1/8, 1/16.
 
-    mask  bool (N, N), which token sees which; None: each sees all.
+    near  which token sees which; None: each sees all.
     """
 
     x_shape: Shapes
     c_shapes: Shapes
     x_reference: Tensor
     c_reference: Tensor
-    mask: Tensor | None = None
+    near: Windows | None = None
 
     @classmethod
     def of(cls, height: int, width: int, like: Tensor, attention_radius: int = 0) -> AdapterGrid:
@@ -216,8 +216,8 @@ class AdapterGrid:
         c_shapes = [(height // s, width // s) for s in (4, 8, 16)]
         x_shape = c_shapes[-1:]
         x_ref, c_ref = (reference_points(s, like.device, like.dtype) for s in (x_shape, c_shapes))
-        mask = neighbourhood_mask(x_shape[0], attention_radius, like.device) if attention_radius else None
-        return cls(x_shape, c_shapes, x_ref, c_ref, mask)
+        near = Windows.of(x_shape[0], attention_radius, like.device) if attention_radius else None
+        return cls(x_shape, c_shapes, x_ref, c_ref, near)
 
 
 class AdapterEncoder(nn.Module):
@@ -274,17 +274,32 @@ class AdapterEncoder(nn.Module):
     def _pyramid(self, c1: Tensor, c: Tensor, outs: list[Tensor], grid: AdapterGrid) -> tuple[Tensor, ...]:
         parts = c.split([h * w for h, w in grid.c_shapes], dim=1)
         c2, c3, c4 = (_to_map(p, shape) for p, shape in zip(parts, grid.c_shapes, strict=True))
-        c1 = self.up(c2) + c1
-        levels = [
-            c + (x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False))
-            for c, x, scale in zip((c1, c2, c3, c4), outs, (8, 4, 2, 1), strict=True)
-        ]
+        c1 = self.up(c2).add_(c1)  # the largest maps: a sum of their own would cost more than the convolution
+        levels = [c + enlarged(x, scale) for c, x, scale in zip((c1, c2, c3, c4), outs, (8, 4, 2, 1), strict=True)]
         return self.norm1(levels[0]), self.norm2(levels[1]), self.norm3(levels[2]), self.norm4(levels[3])
 
     def _tissue(self, x: Tensor, pos: Tensor | None) -> Tensor | None:
         if self.head is None or self.norm is None or self.cls_token is None or pos is None:
             return None
         return self.head(self.norm((self.cls_token + pos[:, :1]).expand(x.shape[0], -1, -1))[:, 0])
+
+
+def enlarged(x: Tensor, scale: int) -> Tensor:
+    """Enlarge maps (B, C, h, w) bilinearly by a whole factor.
+
+    Without a gradient to keep on a CPU, by a product with each axis' weights, which is several times as fast as
+    torch's own filter and differs by rounding.
+    """
+    if scale == 1:
+        return x
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+    down, across = (
+        F.interpolate(torch.eye(n)[None], scale_factor=scale, mode="linear", align_corners=False)[0].t().to(x.dtype)
+        for n in x.shape[-2:]
+    )
+    rows = down @ x.permute(0, 2, 3, 1).flatten(2)  # (B, scale * h, w * C)
+    return (across @ rows.unflatten(2, (x.shape[-1], -1))).permute(0, 3, 1, 2)
 
 
 def _to_map(tokens: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -6,10 +6,15 @@ Names and shapes of parameters follow the published checkpoints, so that state d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cellslide import kernels
+from cellslide.models.windows import Windows
 
 # Queries are independent, so they are sampled in chunks: the sampled tensor of 86,016 queries (a 1024² tile) would
 # take 704 MB in float32, twice over.
@@ -43,7 +48,7 @@ class LayerScale(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens (B, N, C); `mask` bool (N, N) says which key a query sees, None: all."""
+    """Multi-head self-attention over tokens (B, N, C); `near` says which keys a query sees, None: all."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -51,10 +56,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, near: Windows | None = None) -> Tensor:
         b, n, c = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = F.scaled_dot_product_attention(q, k, v) if near is None else near.attend(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(b, n, c))
 
 
@@ -91,18 +96,9 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), mask)))
+    def forward(self, x: Tensor, near: Windows | None = None) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), near)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
-
-
-def neighbourhood_mask(grid_hw: tuple[int, int], radius: int, device: torch.device) -> Tensor:
-    """Return bool (N, N) for N = H * W tokens, row-major: True within `radius` rows and columns of each other."""
-    h, w = grid_hw
-    rows, cols = (torch.arange(n, device=device) for n in (h, w))
-    near_rows = (rows[:, None] - rows).abs() <= radius
-    near_cols = (cols[:, None] - cols).abs() <= radius
-    return (near_rows[:, None, :, None] & near_cols[None, :, None, :]).reshape(h * w, h * w)
 
 
 class PatchEmbed(nn.Module):
@@ -138,13 +134,42 @@ def sample_deformable(value: Tensor, shapes: Sequence[tuple[int, int]], location
     value      (B, S, heads, d), S = sum of H * W over `shapes`, level by level, row-major.
     locations  (B, Q, heads, levels, points, 2), (x, y) in [0, 1]; outside is zero.
     weights    (B, Q, heads, levels, points).
-    Returns (B, Q, heads * d).
+    Returns (B, Q, heads * d). On a CPU, where no gradient is asked for, a compiled loop does it.
     """
+    if _compiled_here(value):
+        return _sample_compiled(value, shapes, locations, weights)
     chunks = [
         _sample_chunk(value, shapes, loc, weight)
         for loc, weight in zip(locations.split(QUERY_CHUNK, 1), weights.split(QUERY_CHUNK, 1), strict=True)
     ]
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
+
+
+def _compiled_here(value: Tensor) -> bool:
+    traced = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+    return value.device.type == "cpu" and not traced and kernels.available()
+
+
+def _sample_compiled(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    from cellslide.models.deform_kernels import sample
+
+    b, q = locations.shape[:2]
+    out = np.empty((b, q, *value.shape[2:]), np.float32)
+    values, places, shares = (t.float().contiguous().numpy() for t in (value, locations, weights))
+    sizes = np.array(shapes, np.int64)
+
+    def fill(begin: int, end: int) -> None:
+        sample(values, sizes, places, shares, out, begin, end)
+
+    # Queries are independent, so the threads of torch share them, and any number of threads gives the same.
+    threads = torch.get_num_threads()
+    cuts = [q * i // threads for i in range(threads + 1)]
+    if threads == 1:
+        fill(0, q)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, cuts[:-1], cuts[1:]))
+    return torch.from_numpy(out).flatten(2).to(value.dtype)
 
 
 def _sample_chunk(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:

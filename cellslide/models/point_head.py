@@ -200,7 +200,9 @@ class MusePoints(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         features: MuseFeatures = self.backbone(x)
-        found = found_points(self.head(features.map, size_of(x)), size_of(x), keep=self.config.head.keep)
+        # The mask beside the points is for training only.
+        output = PointOutput(*self.head.regress((features.map,), size_of(x)))
+        found = found_points(output, size_of(x), keep=self.config.head.keep)
         if self.config.head.embedding:
             found["embedding"] = self.backbone.nucleus_features(features.map, found["points"])
         return found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,16 +14,16 @@ from cellslide.errors import UsageError
 from cellslide.models import build_model
 from cellslide.models.celldetr import CellDETR, DetrOutput, Found
 from cellslide.pretrain.data import BoxCrops, BoxedCrops
-from cellslide.pretrain.fields import FieldRules, FieldSet, Sources, load_fields
-from cellslide.pretrain.module import Feed, Pretraining, check_devices, say_fields
+from cellslide.pretrain.fields import FieldSet, Sources
+from cellslide.pretrain.module import Feed, Pretraining, begin
 from cellslide.pretrain.recipe import CellDETRPretrainRecipe
 from cellslide.pretrain.watch import Reading, spread_of
-from cellslide.train.callbacks import ModelWriter
 from cellslide.train.celldetr_losses import info_nce, match, set_losses
 from cellslide.train.celldetr_run import load_init
 from cellslide.train.celldetr_slots import noised_slots
-from cellslide.train.export import licences, write_files
-from cellslide.train.run import Outcome, RunOptions, find_start, fit
+from cellslide.train.export import ModelWriter, model_writer, trained_entry
+from cellslide.train.run import Outcome, RunOptions, fit
+from cellslide.weights.manifest import WeightsEntry
 
 
 class CellDETRPretraining(Pretraining):
@@ -82,12 +82,7 @@ def pretrain_celldetr(
     `options.init` holds weights of a whole network to start from. Raises UsageError for sources or a recipe that do not
     fit, WeightsError for weights that do not, CollapseError if asked to, Interrupted on a signal.
     """
-    check_devices(recipe.batch_size, options.devices)
-    start = find_start(options, recipe)
-    rules = FieldRules(recipe.mpp, recipe.field_px, recipe.min_nuclei, recipe.slides_weight, dict(recipe.datasets))
-    sets = load_fields(sources, rules)
-    say_fields(sets)
-    torch.manual_seed(recipe.seed)
+    start, sets = begin(sources, recipe, options)
     model = build_model(recipe.model.arch, network_config(recipe))
     if not isinstance(model, CellDETR) or not hasattr(model, "contrastive_project"):
         raise UsageError("recipe model: arch must be celldetr, and config.repr_layers 1 or more")
@@ -107,29 +102,13 @@ def network_config(recipe: CellDETRPretrainRecipe) -> dict[str, Any]:
 
 def writer(recipe: CellDETRPretrainRecipe, sets: Sequence[FieldSet], sources: Sources) -> ModelWriter:
     """Return what writes the whole network, which `train celldetr --init` starts from."""
-    used = [s.as_dict() for s in sets]
-
-    def write(folder: Path, state: Mapping[str, Tensor], metrics: Mapping[str, float], step: int) -> None:
-        card = {"metrics": dict(metrics), "step": step, "recipe": recipe.as_dict(), "data": used}
-        entry = entry_of(recipe, sources)
-        write_files(folder, state, lambda sha256, size: {**entry, "sha256": sha256, "size_bytes": size}, card)
-
-    return write
+    return model_writer(recipe, [s.as_dict() for s in sets], lambda _: entry_of(recipe, sources))
 
 
-def entry_of(recipe: CellDETRPretrainRecipe, sources: Sources) -> dict[str, Any]:
+def entry_of(recipe: CellDETRPretrainRecipe, sources: Sources) -> WeightsEntry:
     """Return the manifest entry of a pretrained network, without what its file tells."""
-    return {
-        "id": recipe.id,
-        "task": "backbone",
-        "arch": recipe.model.arch,
-        "config": network_config(recipe),
-        "file": "model.safetensors",
-        "licence": "Apache-2.0",
-        "gated": False,
-        "mpp": recipe.mpp,
-        "mean": list(recipe.model.mean),
-        "std": list(recipe.model.std),
-        "trained_on": [{"dataset": p.resolve().name, "licence": "; ".join(licences(p))} for p in sources.datasets],
-        "citation": "CellDETR (method); weights trained with cellslide",
-    }
+    return replace(
+        trained_entry(recipe, "backbone", recipe.model.arch, recipe.model, sources.named, {}),
+        config=network_config(recipe),
+        citation="CellDETR (method); weights trained with cellslide",
+    )

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from cellslide.pretrain.fields import Box, Field, FieldSet
 from cellslide.pretrain.recipe import CellDETRPretrainRecipe, MuseRecipe, ViewConfig
 from cellslide.train.augment import recolor
-from cellslide.train.data import start_worker
+from cellslide.train.loaders import Draws
 from cellslide.train.recipe import AugmentConfig, Range
 from cellslide.types import Bool, Float64, Int64, UInt8
 
@@ -112,7 +112,7 @@ class MuseViews(Dataset[Views]):
     """Samples by draw number: a field by the weight of its set, a window about one of its nuclei, views inside it."""
 
     def __init__(self, sets: Sequence[FieldSet], recipe: MuseRecipe) -> None:
-        self.fields = Draws(sets)
+        self.fields = Draws((s.weight, s.fields) for s in sets)
         self.recipe = recipe
 
     def __getitem__(self, draw: int) -> Views:
@@ -169,26 +169,11 @@ def table_of(views: Sequence[View], n: int) -> tuple[Float64, Bool]:
     return xy, seen
 
 
-class Draws:
-    """The fields of several sets: a set by its weight, then each of its fields alike."""
-
-    def __init__(self, sets: Sequence[FieldSet]) -> None:
-        weight = np.array([s.weight for s in sets], np.float64)
-        self.cumulative = np.cumsum(weight / weight.sum())
-        self.fields = [s.fields for s in sets]
-
-    def draw(self, rng: np.random.Generator) -> Field:
-        """Draw a field."""
-        chosen = min(int(np.searchsorted(self.cumulative, rng.random(), side="right")), len(self.fields) - 1)
-        fields = self.fields[chosen]
-        return fields[int(rng.integers(len(fields)))]
-
-
 class BoxCrops(Dataset[BoxedCrops]):
     """Crops by draw number with the boxes that they show."""
 
     def __init__(self, sets: Sequence[FieldSet], recipe: CellDETRPretrainRecipe) -> None:
-        self.fields = Draws(sets)
+        self.fields = Draws((s.weight, s.fields) for s in sets)
         self.recipe = recipe
 
     def __getitem__(self, draw: int) -> BoxedCrops:
@@ -251,18 +236,3 @@ class ShardedDraws(Sampler[int]):
 
     def __len__(self) -> int:
         return self.steps * (self.batch // self.world)
-
-
-def draw_loader(dataset: Dataset[Any], sampler: ShardedDraws, workers: int, first_epoch: int) -> DataLoader[Any]:
-    """Return the loader of a device's part of each batch; `workers` processes prepare it (0: in this one)."""
-    sampler.set_epoch(first_epoch)
-    return DataLoader(
-        dataset,
-        batch_size=sampler.batch // sampler.world,
-        sampler=sampler,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=start_worker,
-        drop_last=True,
-    )

@@ -23,7 +23,7 @@ from cellslide.readers import open_reader
 from cellslide.slide import Slide
 from cellslide.spatial import ring_boxes
 from cellslide.table import open_table
-from cellslide.train.data import choose_samples, pixel_size
+from cellslide.train.data import IGNORE_LABEL, choose_samples, pixel_size
 from cellslide.train.recipe import DatasetConfig
 from cellslide.types import Float64, Int32, Int64, Plane, SlideInfo, UInt8
 
@@ -46,6 +46,11 @@ class Sources:
     def datasets(self) -> tuple[Path, ...]:
         """The folders that are data sets."""
         return tuple(Path(p) for p in self.paths if (Path(p) / MANIFEST).is_file())
+
+    @property
+    def named(self) -> list[tuple[str, Path]]:
+        """Name and folder of each data set."""
+        return [(path.resolve().name, path) for path in self.datasets]
 
 
 class Pixels(Protocol):
@@ -177,13 +182,9 @@ def of_sample(sample: Sample, config: DatasetConfig) -> Field:
     return Field(f"{sample.dataset}/{sample.stem}", InMemory(image), sample.width, sample.height, mpp, xy, box)
 
 
-# The value that masks give to pixels of which nothing is known.
-_IGNORED = 65535
-
-
 def places_of(mask: Int32) -> tuple[Float64, Float64]:
     """Return centres of mass (N, 2) and half-open boxes xyxy (N, 4) of the nuclei of a mask (H, W)."""
-    labels = np.where(mask == _IGNORED, 0, mask)
+    labels = np.where(mask == IGNORE_LABEL, 0, mask)
     # Numbers may leave gaps; each is a nucleus of its own.
     slices = ndimage.find_objects(labels)
     present = [k for k, where in enumerate(slices, 1) if where is not None]

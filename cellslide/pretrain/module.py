@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cellslide.errors import UsageError
-from cellslide.pretrain.data import ShardedDraws, draw_loader
+from cellslide.pretrain.data import ShardedDraws
 from cellslide.pretrain.distill import cosine_between, mean_of_devices
-from cellslide.pretrain.fields import FieldSet
+from cellslide.pretrain.fields import FieldRules, FieldSet, Sources, load_fields
 from cellslide.pretrain.recipe import CellDETRPretrainRecipe, MuseRecipe
 from cellslide.pretrain.watch import Watch
-from cellslide.train.module import Training
+from cellslide.train.loaders import batch_loader
+from cellslide.train.module import Training, adamw, groups_of
+from cellslide.train.run import RunOptions, Start, find_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,24 +67,17 @@ class Pretraining(Training):
         """Return the loader of this device's part; Lightning asks once the devices know of each other."""
         steps, batch = self.recipe.epoch_steps, self.recipe.batch_size
         sampler = ShardedDraws(steps, batch, self.trainer.global_rank, self.trainer.world_size)
-        return draw_loader(self.feed.data, sampler, self.feed.workers, self.feed.first_epoch)
+        sampler.set_epoch(self.feed.first_epoch)
+        return batch_loader(self.feed.data, sampler, batch // sampler.world, self.feed.workers)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW; biases, norms and other vectors have no weight decay, the backbone its own rate."""
-        optim = self.recipe.optim
-        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-        for name, parameter in self._student[0].named_parameters():
-            if parameter.requires_grad:
-                scale = optim.backbone_lr_scale if self.is_backbone(name) else 1.0
-                groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
-        return torch.optim.AdamW(
-            [
-                {"params": p, "lr_scale": scale, "decays": decays, "weight_decay": optim.weight_decay * decays}
-                for (scale, decays), p in groups.items()
-            ],
-            lr=optim.lr,
-            betas=optim.betas,
-        )
+        scale = self.recipe.optim.backbone_lr_scale
+        groups = groups_of(self._student[0], lambda name: scale if self.is_backbone(name) else 1.0)
+        optimizer = adamw(groups, self.recipe.optim)
+        for group, made in zip(groups, optimizer.param_groups, strict=True):
+            made["decays"] = group.decays
+        return optimizer
 
     def is_backbone(self, name: str) -> bool:
         """Whether a parameter of the student belongs to its backbone."""
@@ -132,13 +127,19 @@ class Pretraining(Training):
             print(*lines, sep="\n", flush=True)
 
 
-def check_devices(batch_size: int, devices: int) -> None:
-    """Raise UsageError where a batch cannot be cut into equal parts."""
-    if devices < 1 or batch_size % devices:
-        raise UsageError(f"--devices {devices}: must divide batch_size {batch_size} of the recipe")
+def begin(
+    sources: Sources, recipe: MuseRecipe | CellDETRPretrainRecipe, options: RunOptions
+) -> tuple[Start, list[FieldSet]]:
+    """Return where a pretraining begins and what it learns from, and say so; chance is seeded.
 
-
-def say_fields(sets: Sequence[FieldSet]) -> None:
-    """Print what is learned from."""
+    Raises UsageError for sources, a recipe or --devices that do not fit.
+    """
+    if options.devices < 1 or recipe.batch_size % options.devices:
+        raise UsageError(f"--devices {options.devices}: must divide batch_size {recipe.batch_size} of the recipe")
+    start = find_start(options, recipe)
+    rules = FieldRules(recipe.mpp, recipe.field_px, recipe.min_nuclei, recipe.slides_weight, dict(recipe.datasets))
+    sets = load_fields(sources, rules)
     for s in sets:
         print(f"data {s.name}: {len(s.fields)} fields, {s.n_nuclei} nuclei, weight {s.weight:g}", flush=True)
+    torch.manual_seed(recipe.seed)
+    return start, sets

@@ -9,6 +9,7 @@ import copy
 import io
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +29,13 @@ from cellslide.pretrain.distill import (
     image_loss,
     nucleus_loss,
 )
-from cellslide.pretrain.fields import FieldRules, FieldSet, Sources, load_fields
-from cellslide.pretrain.module import Feed, Pretraining, check_devices, say_fields
+from cellslide.pretrain.fields import FieldSet, Sources
+from cellslide.pretrain.module import Feed, Pretraining, begin
 from cellslide.pretrain.recipe import HeadConfig, MuseRecipe
 from cellslide.pretrain.watch import read
-from cellslide.train.callbacks import ModelWriter
-from cellslide.train.export import WEIGHTS, licences, write_files
-from cellslide.train.run import Outcome, RunOptions, find_start, fit
+from cellslide.train.export import ModelWriter, model_writer, trained_entry, weights_in
+from cellslide.train.run import Outcome, RunOptions, fit
+from cellslide.weights.manifest import WeightsEntry
 
 # What the published checkpoints call the backbone of their `teacher`.
 PUBLISHED_PREFIX = "module."
@@ -154,17 +155,12 @@ def pretrain_muse(
     `options.init` is a backbone to start from: what an earlier run wrote, or a published checkpoint.
     Raises UsageError for sources or a recipe that do not fit, CollapseError if asked to, Interrupted on a signal.
     """
-    check_devices(recipe.batch_size, options.devices)
-    start = find_start(options, recipe)
-    rules = FieldRules(recipe.mpp, recipe.field_px, recipe.min_nuclei, recipe.slides_weight, dict(recipe.datasets))
-    sets = load_fields(sources, rules)
-    say_fields(sets)
-    torch.manual_seed(recipe.seed)
+    start, sets = begin(sources, recipe, options)
     backbone = build_model(recipe.model.arch, recipe.model.config)
     if not isinstance(backbone, MuseBackbone):
         raise UsageError(f"recipe model.arch: {recipe.model.arch} must be muse, muse_vit_s, muse_vit_b or muse_r50")
     if options.init is not None and start.checkpoint is None:
-        fill_backbone(backbone, options.init / WEIGHTS if options.init.is_dir() else options.init)
+        fill_backbone(backbone, weights_in(options.init))
     feed = Feed(MuseViews(sets, recipe), options.workers, start.first_epoch)
     module = MuseTraining(recipe, backbone, feed, stop_on_collapse)
     outcome = Outcome(writer(recipe, sets, sources), "", 0.0, recipe.optim.grad_clip)
@@ -174,13 +170,10 @@ def pretrain_muse(
 
 def writer(recipe: MuseRecipe, sets: Sequence[FieldSet], sources: Sources) -> ModelWriter:
     """Return what writes the teacher: its backbone as a model of its own, and whole in the published layout."""
-    used = [s.as_dict() for s in sets]
+    write_backbone = model_writer(recipe, [s.as_dict() for s in sets], lambda _: entry_of(recipe, sources))
 
     def write(folder: Path, state: Mapping[str, Tensor], metrics: Mapping[str, float], step: int) -> None:
-        card = {"metrics": dict(metrics), "step": step, "recipe": recipe.as_dict(), "data": used}
-        entry = entry_of(recipe, sources)
-        backbone = backbone_state(state, str(folder))
-        write_files(folder, backbone, lambda sha256, size: {**entry, "sha256": sha256, "size_bytes": size}, card)
+        write_backbone(folder, backbone_state(state, str(folder)), metrics, step)
         write_published(folder / TEACHER, state)
 
     return write
@@ -196,19 +189,10 @@ def write_published(path: Path, state: Mapping[str, Tensor]) -> None:
     os.replace(temporary, path)
 
 
-def entry_of(recipe: MuseRecipe, sources: Sources) -> dict[str, Any]:
+def entry_of(recipe: MuseRecipe, sources: Sources) -> WeightsEntry:
     """Return the manifest entry of a pretrained backbone, without what its file tells."""
-    return {
-        "id": recipe.id,
-        "task": "backbone",
-        "arch": recipe.model.arch,
-        "config": dict(recipe.model.config),
-        "file": "model.safetensors",
-        "licence": "Apache-2.0",
-        "gated": False,
-        "mpp": recipe.mpp,
-        "mean": list(recipe.model.mean),
-        "std": list(recipe.model.std),
-        "trained_on": [{"dataset": p.resolve().name, "licence": "; ".join(licences(p))} for p in sources.datasets],
-        "citation": "MUSE, Yang et al. 2026 (method); weights trained with cellslide",
-    }
+    return replace(
+        trained_entry(recipe, "backbone", recipe.model.arch, recipe.model, sources.named, {}),
+        config=recipe.model.config,
+        citation="MUSE, Yang et al. 2026 (method); weights trained with cellslide",
+    )

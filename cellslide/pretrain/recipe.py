@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cellslide.models import celldetr_layout
 from cellslide.train.celldetr_recipe import MatcherConfig
 from cellslide.train.recipe import AugmentConfig, DatasetConfig, Range, RunLength, build, read_document, require
-
-Size = tuple[float, float, float]
+from cellslide.weights.load import IMAGENET_MEAN, IMAGENET_STD
+from cellslide.weights.manifest import Triple
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ class BackboneChoice:
 
     arch: str = "muse_vit_s"
     config: Mapping[str, Any] = field(default_factory=dict)
-    mean: Size = (0.485, 0.456, 0.406)
-    std: Size = (0.229, 0.224, 0.225)
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,8 @@ class DetrChoice(BackboneChoice):
     """The same for CellDETR, with its published image norm."""
 
     arch: str = "celldetr"
-    mean: Size = (0.70478431, 0.57330757, 0.74134993)
-    std: Size = (0.1786614, 0.22592805, 0.19027899)
+    mean: Triple = celldetr_layout.MEAN
+    std: Triple = celldetr_layout.STD
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ import torch
 from torch import Tensor
 
 from cellslide.errors import Interrupted
+from cellslide.train.export import ModelWriter
 from cellslide.train.framework import L
 from cellslide.train.module import Training
-
-# Writes a state dict as a model into a folder, with the metrics and the step that it comes from.
-ModelWriter = Callable[[Path, Mapping[str, Tensor], Mapping[str, float], int], None]
 
 
 class AveragedWeights(L.Callback):

@@ -24,7 +24,8 @@ from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import Sample
 from cellslide.slide import slide_from_array
 from cellslide.train.augment import crop_matrix, recolor
-from cellslide.train.data import DrawSampler, choose_samples, start_worker
+from cellslide.train.data import choose_samples
+from cellslide.train.loaders import draw_loader
 from cellslide.train.nuclass_recipe import CellSetConfig, NuClassRecipe
 from cellslide.train.recipe import AugmentConfig
 from cellslide.types import CropSpec, Float64, Int64, Plane, UInt8
@@ -242,19 +243,8 @@ class ExactCells(Dataset[CellCrops]):
 def cell_loader(
     images: Sequence[CellImage], recipe: NuClassRecipe, context: bool, workers: int, first_epoch: int = 0
 ) -> DataLoader[CellCrops]:
-    """Return the loader of augmented batches; `workers` processes prepare them (0: in this one)."""
-    sampler = DrawSampler(recipe.epoch_steps * recipe.batch_size)
-    sampler.set_epoch(first_epoch)
-    return DataLoader(
-        CellDataset(images, recipe, context),
-        batch_size=recipe.batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=start_worker,
-        drop_last=True,
-    )
+    """Return the loader of augmented batches; see `draw_loader`."""
+    return draw_loader(CellDataset(images, recipe, context), recipe, workers, first_epoch)
 
 
 def exact_loader(images: Sequence[CellImage], recipe: NuClassRecipe, context: bool) -> DataLoader[CellCrops]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,17 +24,17 @@ from cellslide.train.celldetr_losses import (
 from cellslide.train.celldetr_recipe import CellDETRRecipe
 from cellslide.train.celldetr_scores import BoxScores
 from cellslide.train.celldetr_slots import NEAR, denoising_slots, noised_slots
-from cellslide.train.module import Training
+from cellslide.train.module import ImageTraining
 
 
-class CellDETRTraining(Training):
+class CellDETRTraining(ImageTraining):
     """Trains CellDETR on crops with boxes; validation counts what its inference finds within 3 µm."""
 
+    whole = MarkedImage
+    recipe: CellDETRRecipe
+
     def __init__(self, recipe: CellDETRRecipe, model: CellDETR) -> None:
-        super().__init__(recipe, model.to(memory_format=torch.channels_last) if recipe.channels_last else model)
-        self.recipe = recipe
-        self.register_buffer("mean", 255 * torch.tensor(recipe.model.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(recipe.model.std).view(1, 3, 1, 1), persistent=False)
+        super().__init__(recipe, model)
         self._scores = BoxScores(recipe)
 
     @property
@@ -44,24 +43,9 @@ class CellDETRTraining(Training):
         assert isinstance(self.model, CellDETR)
         return self.model
 
-    def normalise(self, image: Tensor) -> Tensor:
-        """Return uint8 images (B, 3, H, W) as the network takes them."""
-        x: Tensor = (image.float() - self.mean) / self.std
-        return x.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else x
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW; biases, norms and other vectors have no weight decay, backbone and sampling their own rate."""
-        optim = self.recipe.optim
-        groups: dict[tuple[float, float], list[Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                decay = optim.weight_decay if parameter.ndim > 1 else 0.0
-                groups.setdefault((rate_share(name, self.recipe), decay), []).append(parameter)
-        return torch.optim.AdamW(
-            [{"params": p, "lr_scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()],
-            lr=optim.lr,
-            betas=optim.betas,
-        )
+    def rate_share(self, name: str) -> float:
+        """Return the share of the learning rate of a parameter: backbone and sampling have their own."""
+        return rate_share(name, self.recipe)
 
     def training_step(self, batch: BoxCrops, batch_idx: int) -> Tensor:
         """Return the loss of one batch and log its parts; raises FloatingPointError if it is not finite."""
@@ -72,10 +56,7 @@ class CellDETRTraining(Training):
             parts["label"] = weights.label * self.class_loss(output, batch, pairs)
         if weights.contrastive > 0:
             parts["contrastive"] = weights.contrastive * self.contrastive_loss(output, batch)
-        total = self.check_finite(torch.stack(list(parts.values())).sum())
-        shown = {f"train/{name}": value.detach() for name, value in parts.items()} | {"train/loss": total.detach()}
-        self.log_dict(shown, on_step=False, on_epoch=True, batch_size=len(batch.image))
-        return total
+        return self.log_losses(torch.stack(list(parts.values())).sum(), parts, len(batch.image))
 
     def detection_loss(self, output: DetrOutput, batch: BoxCrops) -> tuple[dict[str, Tensor], list[Pairs]]:
         """Return the weighted terms by name, summed over the decoder's layers, and the pairs of its last layer."""
@@ -126,12 +107,6 @@ class CellDETRTraining(Training):
         weights = self.recipe.loss
         slots = noised_slots(batch.boxes, *weights.noise)
         return info_nce(self.net.contrast(output, slots).logits, slots.counts, weights.temperature)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move crops; a validation image stays, since it is cut into tiles first."""
-        if isinstance(batch, MarkedImage):
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def validation_step(self, item: MarkedImage, batch_idx: int) -> None:
         """Score one whole image."""

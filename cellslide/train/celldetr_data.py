@@ -16,16 +16,8 @@ from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import Sample
 from cellslide.evaluate.detection import centroids
 from cellslide.train.celldetr_recipe import CellDETRRecipe
-from cellslide.train.data import (
-    CropDataset,
-    DrawSampler,
-    TrainImage,
-    TrainSet,
-    choose_samples,
-    prepare,
-    start_worker,
-    supervision_of,
-)
+from cellslide.train.data import CropDataset, ImageSet, TrainImage, prepare, read_sets, supervision_of
+from cellslide.train.loaders import draw_loader
 from cellslide.train.recipe import DatasetConfig
 from cellslide.types import Bool, Float32, Float64, Int32, Int64, UInt8
 
@@ -47,12 +39,7 @@ class MarkedImage:
     known: Bool
 
 
-@dataclass(frozen=True, slots=True)
-class BoxSet:
-    """One data set: the images that crops are drawn from, and those that validate."""
-
-    drawn: TrainSet
-    val: tuple[MarkedImage, ...]
+BoxSet = ImageSet[TrainImage, MarkedImage]
 
 
 def load_box_sets(paths: Sequence[Path], recipe: CellDETRRecipe) -> list[BoxSet]:
@@ -60,19 +47,11 @@ def load_box_sets(paths: Sequence[Path], recipe: CellDETRRecipe) -> list[BoxSet]
 
     A patient that validates in one set trains in none.
     """
-    chosen = choose_samples(paths, recipe.datasets, DatasetConfig())
-    sets = []
-    for path, samples in zip(paths, chosen, strict=True):
-        name = path.resolve().name
-        config = recipe.datasets.get(name, DatasetConfig())
-        # A set that is never drawn is there to validate.
-        train = samples.train if config.weight > 0 else []
-        items = tuple(_outlined(sample, config, recipe) for sample in train)
-        val = tuple(marked(sample, config, recipe) for sample in samples.val)
-        sets.append(BoxSet(TrainSet(name, path, config.weight, items, ()), val))
-    if not any(s.drawn.trains for s in sets):
-        raise UsageError("DATASET: no image is left to train on")
-    return sets
+
+    def outlined(sample: Sample, config: DatasetConfig) -> TrainImage:
+        return _outlined(sample, config, recipe)
+
+    return read_sets(paths, recipe.datasets, outlined, lambda sample, config: marked(sample, config, recipe))
 
 
 def _outlined(sample: Sample, config: DatasetConfig, recipe: CellDETRRecipe) -> TrainImage:
@@ -119,7 +98,7 @@ class BoxDataset(Dataset[BoxCrop]):
     """Crops by draw number: item d is a function of (seed, d) alone."""
 
     def __init__(self, sets: Sequence[BoxSet], recipe: CellDETRRecipe) -> None:
-        self.crops = CropDataset([s.drawn for s in sets], recipe.crops())
+        self.crops = CropDataset(sets, recipe.crops())
         self.min_box_px = recipe.min_box_px
 
     def __getitem__(self, draw: int) -> BoxCrop:
@@ -174,28 +153,6 @@ def collate(items: Sequence[BoxCrop]) -> BoxCrops:
 
 def box_loader(
     sets: Sequence[BoxSet], recipe: CellDETRRecipe, workers: int, first_epoch: int = 0
-) -> DataLoader[BoxCrop]:
-    """Return the loader of training batches; `workers` processes prepare them (0: in this one)."""
-    sampler = DrawSampler(recipe.epoch_steps * recipe.batch_size)
-    sampler.set_epoch(first_epoch)
-    return DataLoader(
-        BoxDataset(sets, recipe),
-        batch_size=recipe.batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=start_worker,
-        collate_fn=collate,
-        drop_last=True,
-    )
-
-
-def marked_loader(sets: Sequence[BoxSet]) -> DataLoader[MarkedImage]:
-    """Return the validation images, whole and one at a time."""
-    images = [item for s in sets for item in s.val]
-    return DataLoader(images, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
-
-
-def _as_it_is(item: MarkedImage) -> MarkedImage:
-    return item
+) -> DataLoader[BoxCrops]:
+    """Return the loader of training batches; see `draw_loader`."""
+    return draw_loader(BoxDataset(sets, recipe), recipe, workers, first_epoch, collate)

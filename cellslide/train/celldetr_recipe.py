@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from cellslide.models.celldetr_layout import MEAN, STD
 from cellslide.train.recipe import (
     AugmentConfig,
     DatasetConfig,
@@ -32,8 +33,8 @@ class DetrModelConfig:
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
-    mean: tuple[float, float, float] = (0.70478431, 0.57330757, 0.74134993)
-    std: tuple[float, float, float] = (0.1786614, 0.22592805, 0.19027899)
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
     classes: tuple[str, ...] = ()
     encoder_weights: str | None = None
 
@@ -114,6 +115,8 @@ class CellDETRRecipe(RunLength):
     score_threshold, thresholds
              least score of a nucleus; validation picks it among `thresholds` where some are given, and the network
              itself keeps all from `score_threshold` on.
+    nms_um   of two boxes whose centres lie no farther apart (µm) the surer one is kept, in validation and in the
+             entry of the manifest; 0, as published, keeps all.
     """
 
     id: str = "celldetr"
@@ -132,6 +135,7 @@ class CellDETRRecipe(RunLength):
     min_box_px: float = 3.0
     score_threshold: float = 0.4
     thresholds: tuple[float, ...] = ()
+    nms_um: float = 0.0
     tile_px: int = 512
     monitor: str = "val/f1"
     datasets: Mapping[str, DatasetConfig] = field(default_factory=dict)
@@ -149,6 +153,7 @@ class CellDETRRecipe(RunLength):
         require(0 < self.score_threshold < 1, "score_threshold", self.score_threshold, "between 0 and 1")
         within = all(self.score_threshold <= t < 1 for t in self.thresholds)
         require(within, "thresholds", self.thresholds, f"between score_threshold {self.score_threshold} and 1")
+        require(0 <= self.nms_um <= 50, "nms_um", self.nms_um, "0 to 50 µm")
 
     def crops(self) -> Recipe:
         """Return what reading and drawing of crops asks of a recipe."""

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cellslide.errors import UsageError, WeightsError
 from cellslide.models import build_model
 from cellslide.models.celldetr import CellDETR
 from cellslide.models.celldetr_layout import own_names
 from cellslide.models.checkpoint import check_fit
-from cellslide.train.callbacks import ModelWriter
 from cellslide.train.celldetr import CellDETRTraining
-from cellslide.train.celldetr_data import BoxSet, box_loader, load_box_sets, marked_loader
+from cellslide.train.celldetr_data import BoxSet, MarkedImage, box_loader, load_box_sets
 from cellslide.train.celldetr_recipe import CellDETRRecipe
-from cellslide.train.cellvta import read_state
-from cellslide.train.export import WEIGHTS, color_of, licences, write_files
+from cellslide.train.data import TrainImage
+from cellslide.train.export import ModelWriter, class_specs, drawn_from, model_writer, read_state, trained_entry, used
+from cellslide.train.loaders import whole_loader
 from cellslide.train.run import Outcome, RunOptions, find_start, fit
+from cellslide.types import DetectDecode
+from cellslide.weights.manifest import WeightsEntry
 
 ARCH = "celldetr"
 # What one training has and another has not: heads of the classes, and of the contrast.
@@ -44,7 +47,8 @@ def train_celldetr(paths: Sequence[Path], recipe: CellDETRRecipe, options: RunOp
         if options.init is not None:
             load_init(model, options.init)
     module = CellDETRTraining(recipe, model)
-    loaders = box_loader(sets, recipe, options.workers, start.first_epoch), marked_loader(sets)
+    validated = whole_loader([item for s in sets for item in s.val])
+    loaders = box_loader(sets, recipe, options.workers, start.first_epoch), validated
     outcome = Outcome(writer(recipe, sets), recipe.monitor, recipe.optim.ema, recipe.optim.grad_clip)
     fit(module, loaders, options, start, outcome)
     return module
@@ -74,7 +78,6 @@ def load_init(model: nn.Module, path: Path) -> None:
     A head is that of the classes or of the contrast: a contrastive checkpoint lacks the first. Raises WeightsError for
     anything else that does not fit, UsageError if there is no file.
     """
-    path = path / WEIGHTS if path.is_dir() else path
     state, wanted = own_names(read_state(path)), model.state_dict()
     shapes = [{name: value.shape for name, value in names.items()} for names in (state, wanted)]
     other = tuple(h for h in HEADS if _under(h, shapes[0]) != _under(h, shapes[1]))
@@ -95,7 +98,6 @@ def load_backbone(model: CellDETR, path: Path) -> None:
 
     Counters of batch norms, which constants have not, do not matter.
     """
-    path = path / WEIGHTS if path.is_dir() else path
     state = read_state(path)
     body = model.detr.backbone[0].body
     wanted = {name: value for name, value in body.state_dict().items() if not name.endswith("num_batches_tracked")}
@@ -110,59 +112,36 @@ def load_backbone(model: CellDETR, path: Path) -> None:
 
 def writer(recipe: CellDETRRecipe, sets: Sequence[BoxSet]) -> ModelWriter:
     """Return what writes a detector's weights, its manifest entry and its card."""
-
-    def write(folder: Path, state: Mapping[str, Tensor], metrics: Mapping[str, float], step: int) -> None:
-        said = {"metrics": dict(metrics), "step": step, "recipe": recipe.as_dict()}
-        card = {**said, "data": [_used(s) for s in sets]}
-        write_files(folder, state, lambda sha256, size: entry_of(recipe, sets, metrics, sha256, size), card)
-
-    return write
+    return model_writer(recipe, [_used(s) for s in sets], lambda metrics: entry_of(recipe, sets, metrics))
 
 
-def entry_of(
-    recipe: CellDETRRecipe, sets: Sequence[BoxSet], metrics: Mapping[str, float], sha256: str, size_bytes: int
-) -> dict[str, Any]:
-    """Return the entry of `weights_manifest.yaml` for these weights."""
-    model = recipe.model
-    scores = {name[4:]: round(value, 4) for name, value in metrics.items() if name.startswith("val/")}
+def entry_of(recipe: CellDETRRecipe, sets: Sequence[BoxSet], metrics: Mapping[str, float]) -> WeightsEntry:
+    """Return the entry of `weights_manifest.yaml` for these weights, without what their file tells."""
     threshold = round(metrics.get("val/threshold", recipe.score_threshold), 4)
-    return {
-        "id": recipe.id,
-        "task": "detect",
-        "arch": ARCH,
-        "config": network_config(recipe),
-        "file": WEIGHTS,
-        "sha256": sha256,
-        "size_bytes": size_bytes,
-        "licence": "Apache-2.0",
-        "gated": False,
-        "mpp": recipe.mpp,
-        "tile_px": recipe.tile_px,
-        "overlap_px": recipe.tile_px // 4,
-        "mean": list(model.mean),
-        "std": list(model.std),
-        "classes": [{"name": name, "color": list(color_of(i))} for i, name in enumerate(model.classes)],
-        "organs": [],
-        "trained_on": [
-            {"dataset": s.drawn.name, "licence": "; ".join(licences(s.drawn.path))} for s in sets if s.drawn.trains
-        ],
-        "metrics": {"validation": scores},
-        "detect": {"score_threshold": threshold, "nms_um": 0.0},
-        "citation": "CellDETR (architecture); weights trained with cellslide",
-    }
+    return replace(
+        trained_entry(recipe, "detect", ARCH, recipe.model, drawn_from(sets), metrics),
+        config=network_config(recipe),
+        tile_px=recipe.tile_px,
+        overlap_px=recipe.tile_px // 4,
+        classes=class_specs(recipe.model.classes),
+        detect=DetectDecode(threshold, recipe.nms_um),
+        citation="CellDETR (architecture); weights trained with cellslide",
+    )
 
 
 def _used(box_set: BoxSet) -> dict[str, Any]:
-    drawn = box_set.drawn
-    nuclei = sum(len(item.label_class) - 1 for item in drawn.train)
-    return {"name": drawn.name, "weight": drawn.weight, "licences": licences(drawn.path),
-            "train": {"images": len(drawn.train), "nuclei": nuclei},
-            "val": {"images": len(box_set.val), "nuclei": sum(len(item.xy) for item in box_set.val)},
-            "val_images": [item.name for item in box_set.val]}  # fmt: skip
+    def told(images: Sequence[TrainImage | MarkedImage]) -> dict[str, int]:
+        return {"images": len(images), "nuclei": sum(_count(image) for image in images)}
+
+    return used(box_set, told)
+
+
+def _count(image: TrainImage | MarkedImage) -> int:
+    return len(image.xy) if isinstance(image, MarkedImage) else len(image.label_class) - 1
 
 
 def _say_sets(sets: Sequence[BoxSet]) -> None:
     for s in sets:
-        used = _used(s)
-        counts = ", ".join(f"{used[p]['images']} {p} ({used[p]['nuclei']} nuclei)" for p in ("train", "val"))
-        print(f"data {s.drawn.name}: {counts}, weight {s.drawn.weight:g}", flush=True)
+        told = _used(s)
+        counts = ", ".join(f"{told[p]['images']} {p} ({told[p]['nuclei']} nuclei)" for p in ("train", "val"))
+        print(f"data {s.name}: {counts}, weight {s.weight:g}", flush=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cellslide.evaluate.detection import RADIUS_UM, Tally, class_tallies, pair_points, tally
+from cellslide.points import point_nms
 from cellslide.tiles import TileGrid
 from cellslide.train.celldetr_data import MarkedImage
 from cellslide.train.celldetr_recipe import CellDETRRecipe
@@ -83,7 +84,8 @@ class FoundBoxes(NamedTuple):
 def find(image: UInt8, infer: Infer, recipe: CellDETRRecipe) -> FoundBoxes:
     """Return the boxes found in an image (H, W, 3).
 
-    Tiles of the crops' size overlap by a quarter; beyond the image they are white, as beyond a slide.
+    Tiles of the crops' size overlap by a quarter; beyond the image they are white, as beyond a slide. Of centres within
+    `nms_um` the best stays, whatever tiles they are of; as the best comes first, a higher threshold changes none of it.
     """
     height, width = image.shape[:2]
     size = recipe.crop_px
@@ -98,7 +100,11 @@ def find(image: UInt8, infer: Infer, recipe: CellDETRRecipe) -> FoundBoxes:
         xy = boxes.xy + (x, y)
         own = ((xy >= tile.own_xyxy[:2]) & (xy < tile.own_xyxy[2:])).all(1)
         found.append(FoundBoxes(xy[own], boxes.score[own], boxes.label[own]))
-    return FoundBoxes(*(np.concatenate(column) for column in zip(*found, strict=True)))
+    boxes = FoundBoxes(*(np.concatenate(column) for column in zip(*found, strict=True)))
+    if recipe.nms_um == 0:
+        return boxes
+    rows = point_nms(boxes.xy, boxes.score, recipe.nms_um / recipe.mpp)
+    return FoundBoxes(*(column[rows] for column in boxes))
 
 
 def _kept(outputs: Mapping[str, Tensor], threshold: float) -> FoundBoxes:

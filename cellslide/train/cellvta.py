@@ -12,52 +12,37 @@ import torch
 from torch import Tensor, nn
 
 from cellslide.decode import hover_instances
-from cellslide.errors import UsageError
-from cellslide.evaluate.detection import centroids, pair_points, tally
+from cellslide.evaluate.detection import RADIUS_UM, centroids, pair_points, tally
 from cellslide.evaluate.matching import overlaps, panoptic_quality
 from cellslide.models.checkpoint import check_fit
 from cellslide.train.data import Crops, TrainImage
+from cellslide.train.export import read_state
 from cellslide.train.losses import hover_losses
-from cellslide.train.module import Training
+from cellslide.train.module import ImageTraining
 from cellslide.train.recipe import Recipe
 from cellslide.types import HoverDecode, HoverMaps, Int32, UInt8
 
-DETECTION_RADIUS_UM = 3.0
 
-
-class CellVTATraining(Training):
+class CellVTATraining(ImageTraining):
     """Trains a model that maps images (B, 3, H, W) to raw logits by published name."""
 
+    whole = TrainImage
+    recipe: Recipe
+
     def __init__(self, recipe: Recipe, model: nn.Module) -> None:
-        super().__init__(recipe, model.to(memory_format=torch.channels_last) if recipe.channels_last else model)
-        self.recipe = recipe
-        self.register_buffer("mean", 255 * torch.tensor(recipe.model.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(recipe.model.std).view(1, 3, 1, 1), persistent=False)
+        super().__init__(recipe, model)
         self._scores: list[dict[str, float]] = []
         if recipe.model.freeze_encoder:
             freeze_encoder(model)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Return raw logits of uint8 images (B, 3, H, W)."""
-        x = (image.float() - self.mean) / self.std
-        if self.recipe.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        outputs: dict[str, Tensor] = self.model(x)
+        outputs: dict[str, Tensor] = self.model(self.normalise(image))
         return outputs
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW; biases, norms and other vectors have no weight decay, the ViT its own rate."""
-        optim = self.recipe.optim
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                scale = optim.encoder_lr_scale if is_encoder(name) else 1.0
-                groups.setdefault((scale, optim.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
-        return torch.optim.AdamW(
-            [{"params": p, "lr_scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()],
-            lr=optim.lr,
-            betas=optim.betas,
-        )
+    def rate_share(self, name: str) -> float:
+        """Return the share of the learning rate of a parameter: the ViT has its own."""
+        return self.recipe.optim.encoder_lr_scale if is_encoder(name) else 1.0
 
     def train(self, mode: bool = True) -> CellVTATraining:
         """Switch modes, leaving a frozen encoder in evaluation mode."""
@@ -70,17 +55,7 @@ class CellVTATraining(Training):
     def training_step(self, batch: Crops, batch_idx: int) -> Tensor:
         """Return the loss of one batch and log its parts; raises FloatingPointError if it is not finite."""
         parts = hover_losses(self(batch.image), batch, self.recipe.loss)
-        total = self.check_finite(parts.total)
-        shown = {f"train/{name}": value.detach() for name, value in parts._asdict().items()}
-        shown["train/loss"] = total.detach()
-        self.log_dict(shown, on_step=False, on_epoch=True, batch_size=len(batch.image))
-        return total
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move crops; a validation image stays, since it is decoded on the CPU."""
-        if isinstance(batch, TrainImage):
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return self.log_losses(parts.total, parts._asdict(), len(batch.image))
 
     def validation_step(self, item: TrainImage, batch_idx: int) -> None:
         """Score one whole image."""
@@ -118,7 +93,7 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def load_start(model: nn.Module, path: Path, encoder_only: bool = False) -> None:
-    """Load weights to start from (.safetensors, or a state dict saved by torch); WeightsError if they do not fit.
+    """Load weights to start from (a file, or the folder of a run); raises as `read_state`, and if they do not fit.
 
     `encoder_only` takes ViT weights with or without the prefix `encoder.` and leaves everything else as it is.
     """
@@ -132,27 +107,13 @@ def load_start(model: nn.Module, path: Path, encoder_only: bool = False) -> None
     model.load_state_dict(state, strict=not encoder_only)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict without running code from the file; raises UsageError if there is none."""
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file of weights")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    document = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("model_state_dict", "state_dict", "model"):
-        document = document.get(key, document)
-    return {name.removeprefix("model."): value for name, value in document.items()}
-
-
 @torch.no_grad()
 def score_image(training: CellVTATraining, item: TrainImage) -> dict[str, float]:
     """Return loss-free scores of one image: bPQ where instances are trusted, detection F1 within 3 µm where known."""
     maps = predict_maps(training, item.image)
     found = instances_of(maps, training.recipe)
     mpp = training.recipe.mpp
-    radius_px = DETECTION_RADIUS_UM / mpp
+    radius_px = RADIUS_UM / mpp
     scores: dict[str, float] = {}
     if item.label_hover.all():
         unknown = item.labels < 0
@@ -169,9 +130,8 @@ def score_image(training: CellVTATraining, item: TrainImage) -> dict[str, float]
 
 
 def _detection_f1(true_xy: Any, found_xy: Any, radius_px: float) -> float:
-    counts = tally(pair_points(true_xy, found_xy, radius_px), len(true_xy), len(found_xy))
-    total = 2 * counts.tp + counts.fp + counts.fn
-    return 2 * counts.tp / total if total else float("nan")
+    f1 = tally(pair_points(true_xy, found_xy, radius_px), len(true_xy), len(found_xy)).f1
+    return math.nan if f1 is None else f1
 
 
 def _dice(true: Any, found: Any) -> float:

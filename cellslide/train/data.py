@@ -5,22 +5,22 @@ Every crop is a function of (seed, draw number) alone, so neither workers nor re
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import cv2
 import numpy as np
 import torch
 from skimage.measure import label as connected_labels
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import Sample, read_dataset
 from cellslide.train.augment import crop_matrix, pale_nuclei, recolor, warp
+from cellslide.train.loaders import Draws, draw_loader
 from cellslide.train.recipe import DatasetConfig, Recipe, Supervision, ValConfig
 from cellslide.train.targets import IGNORE, hover_map, point_labels, single_nuclei
 from cellslide.types import Bool, Float64, Int32, UInt8
@@ -50,20 +50,27 @@ class TrainImage:
     mpp: float
 
 
+TrainT = TypeVar("TrainT")
+ValT = TypeVar("ValT")
+
+
 @dataclass(frozen=True, slots=True)
-class TrainSet:
+class ImageSet(Generic[TrainT, ValT]):
     """The images of one data set that train, those that validate, and how often it is drawn."""
 
     name: str
     path: Path
     weight: float
-    train: tuple[TrainImage, ...]
-    val: tuple[TrainImage, ...]
+    train: tuple[TrainT, ...]
+    val: tuple[ValT, ...]
 
     @property
     def trains(self) -> bool:
         """Whether crops are drawn from it."""
         return bool(self.train) and self.weight > 0
+
+
+TrainSet = ImageSet[TrainImage, TrainImage]
 
 
 class Crops(NamedTuple):
@@ -82,8 +89,31 @@ def load_sets(paths: Sequence[Path], recipe: Recipe) -> list[TrainSet]:
 
     A patient that validates in one set trains in none.
     """
-    chosen = choose_samples(paths, recipe.datasets, DatasetConfig())
-    sets = [_prepare_set(path, samples, recipe) for path, samples in zip(paths, chosen, strict=True)]
+
+    def prepared(sample: Sample, config: DatasetConfig) -> TrainImage:
+        return prepare(sample, config, recipe)
+
+    return read_sets(paths, recipe.datasets, prepared, prepared)
+
+
+def read_sets(
+    paths: Sequence[Path],
+    configs: Mapping[str, DatasetConfig],
+    train: Callable[[Sample, DatasetConfig], TrainT],
+    val: Callable[[Sample, DatasetConfig], ValT],
+) -> list[ImageSet[TrainT, ValT]]:
+    """Return the data sets, `configs` by the folders' names, each image as `train` or `val` makes it of its sample.
+
+    Raises UsageError as `choose_samples` does, and if nothing is left to train.
+    """
+    sets = []
+    for path, chosen in zip(paths, choose_samples(paths, configs, DatasetConfig()), strict=True):
+        name = path.resolve().name
+        config = configs.get(name, DatasetConfig())
+        # A set that is never drawn is there to validate.
+        drawn = chosen.train if config.weight > 0 else []
+        images = tuple(train(s, config) for s in drawn), tuple(val(s, config) for s in chosen.val)
+        sets.append(ImageSet(name, path, config.weight, *images))
     if not any(s.trains for s in sets):
         raise UsageError("DATASET: no image is left to train on")
     return sets
@@ -130,15 +160,6 @@ def _choose(path: Path, config: SetConfig) -> Chosen:
         name = path.resolve().name
         raise UsageError(f"{path}: recipe datasets.{name}.val.patients: no such patient {', '.join(missing)}")
     return Chosen([s for s in samples if s not in val and config.split in (None, s.split)], val)
-
-
-def _prepare_set(path: Path, chosen: Chosen, recipe: Recipe) -> TrainSet:
-    name = path.resolve().name
-    config = recipe.datasets.get(name, DatasetConfig())
-    # A set that is never drawn is there to validate.
-    train = chosen.train if config.weight > 0 else []
-    prepared = (tuple(prepare(s, config, recipe) for s in part) for part in (train, chosen.val))
-    return TrainSet(name, path, config.weight, *prepared)
 
 
 def _validates(sample: Sample, val: ValConfig) -> bool:
@@ -263,12 +284,8 @@ def mirror_pad(item: TrainImage, pad_px: int = PAD_PX) -> TrainImage:
 class CropDataset(Dataset[Crops]):
     """Crops by draw number: item d is drawn with the generator of (seed, d) from a set by weight and an image in it."""
 
-    def __init__(self, sets: Sequence[TrainSet], recipe: Recipe) -> None:
-        drawn = [s for s in sets if s.trains]
-        weights = np.array([s.weight for s in drawn], np.float64)
-        self.cumulative = np.cumsum(weights / weights.sum())
-        self.images = [[mirror_pad(item) for item in s.train] for s in drawn]
-        self.centres = [[_centres(item) for item in images] for images in self.images]
+    def __init__(self, sets: Sequence[ImageSet[TrainImage, Any]], recipe: Recipe) -> None:
+        self.images = Draws((s.weight, [_padded(item) for item in s.train]) for s in sets if s.trains)
         self.recipe = recipe
 
     def __getitem__(self, draw: int) -> Crops:
@@ -279,14 +296,18 @@ class CropDataset(Dataset[Crops]):
     def draw(self, draw: int) -> tuple[UInt8, Int32, TrainImage]:
         """Return draw `draw` as image (H, W, 3) and labels (H, W), augmented, and the image it was cut from."""
         rng = np.random.default_rng([self.recipe.seed, draw])
-        chosen = min(int(np.searchsorted(self.cumulative, rng.random(), side="right")), len(self.images) - 1)
-        index = int(rng.integers(len(self.images[chosen])))
-        item, crop = self.images[chosen][index], self.recipe.crop_px
-        centre = _draw_centre(rng, item, self.centres[chosen][index], self.recipe)
+        (item, centres), crop = self.images.draw(rng), self.recipe.crop_px
+        centre = _draw_centre(rng, item, centres, self.recipe)
         matrix = crop_matrix(rng, self.recipe.augment, centre, crop)
         image, labels = warp(item.image, item.labels, matrix, crop)
         image = pale_nuclei(rng, self.recipe.augment, image, labels)
         return recolor(rng, self.recipe.augment, image), labels, item
+
+
+def _padded(item: TrainImage) -> tuple[TrainImage, Float64]:
+    """Return an image with its mirrored border, and the centres of its nuclei (N, 2) in its pixels."""
+    padded = mirror_pad(item)
+    return padded, _centres(padded)
 
 
 def _centres(item: TrainImage) -> Float64:
@@ -324,55 +345,6 @@ def targets_of(image: UInt8, labels: Int32, label_class: Int32, label_hover: Boo
     )
 
 
-class DrawSampler(Sampler[int]):
-    """The draw numbers of an epoch: epoch e draws e * n .. e * n + n - 1, so they never repeat and need no state."""
-
-    def __init__(self, n: int) -> None:
-        self.n, self.epoch = n, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; Lightning calls this."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.epoch * self.n, (self.epoch + 1) * self.n))
-
-    def __len__(self) -> int:
-        return self.n
-
-
 def train_loader(sets: Sequence[TrainSet], recipe: Recipe, workers: int, first_epoch: int = 0) -> DataLoader[Crops]:
-    """Return the loader of training batches; `workers` processes prepare them (0: in this one).
-
-    Lightning starts the workers before it tells the sampler its epoch, so a resumed run gives `first_epoch` here.
-    """
-    sampler = DrawSampler(recipe.epoch_steps * recipe.batch_size)
-    sampler.set_epoch(first_epoch)
-    return DataLoader(
-        CropDataset(sets, recipe),
-        batch_size=recipe.batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=start_worker,
-        drop_last=True,
-    )
-
-
-def start_worker(_: int) -> None:
-    """Keep a worker to one thread, and let the process that trains decide how to end."""
-    # `timeout` and schedulers signal the whole group; a worker that dies first would turn a clean stop into an error.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-
-
-def val_loader(sets: Sequence[TrainSet]) -> DataLoader[TrainImage]:
-    """Return the validation images, whole and one at a time."""
-    images = [item for s in sets for item in s.val]
-    return DataLoader(images, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
-
-
-def _as_it_is(item: TrainImage) -> TrainImage:
-    return item
+    """Return the loader of training batches; see `draw_loader`."""
+    return draw_loader(CropDataset(sets, recipe), recipe, workers, first_epoch)

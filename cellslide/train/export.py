@@ -1,4 +1,4 @@
-"""Writing a trained model: safetensors, its manifest entry, and a card of what made it."""
+"""Writing a trained model: safetensors, its manifest entry, a card of what made it; and reading one to begin with."""
 
 from __future__ import annotations
 
@@ -6,87 +6,114 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import yaml
 from safetensors.torch import save
 from torch import Tensor
 
+from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import MANIFEST
-from cellslide.train.data import TrainImage, TrainSet
-from cellslide.train.recipe import Recipe
+from cellslide.models.checkpoint import read_tensors
+from cellslide.train.data import ImageSet
+from cellslide.train.recipe import RunLength
+from cellslide.types import ClassSpec
+from cellslide.weights.manifest import ENTRY_FILE, Task, TrainedOn, Triple, WeightsEntry
 
 WEIGHTS = "model.safetensors"
+CARD = "card.json"
+LICENCE = "Apache-2.0"
+COLORS = ((255, 0, 0), (34, 221, 77), (35, 92, 236), (254, 255, 0), (255, 159, 68), (35, 255, 255))
+
+# Writes a state dict as a model into a folder, with the metrics and the step that it comes from.
+ModelWriter = Callable[[Path, Mapping[str, Tensor], Mapping[str, float], int], None]
+Metrics = Mapping[str, float]
 
 
-def write_model(
-    folder: Path,
-    state: Mapping[str, Tensor],
-    recipe: Recipe,
-    sets: Sequence[TrainSet],
-    metrics: Mapping[str, float],
-    step: int,
-) -> None:
-    """Write the three files of a segmentation model to `folder`."""
-    card = {"metrics": dict(metrics), "step": step, "recipe": recipe.as_dict(), "data": [_used(s) for s in sets]}
-    write_files(folder, state, lambda sha256, size: manifest_entry(recipe, sets, metrics, sha256, size), card)
+class Norm(Protocol):
+    """Mean and standard deviation of a network's images."""
+
+    @property
+    def mean(self) -> Triple: ...
+    @property
+    def std(self) -> Triple: ...
 
 
-def write_files(
-    folder: Path, state: Mapping[str, Tensor], entry_of: Callable[[str, int], dict[str, Any]], card: Mapping[str, Any]
-) -> None:
+def model_writer(
+    recipe: RunLength, data: Sequence[Mapping[str, Any]], entry_of: Callable[[Metrics], WeightsEntry], **said: Any
+) -> ModelWriter:
+    """Return what writes weights, their manifest entry, and a card with the metrics, `said`, the recipe and `data`."""
+
+    def write(folder: Path, state: Mapping[str, Tensor], metrics: Metrics, step: int) -> None:
+        card = {"metrics": dict(metrics), "step": step, **said, "recipe": recipe.as_dict(), "data": data}
+        write_files(folder, state, entry_of(metrics), card)
+
+    return write
+
+
+def write_files(folder: Path, state: Mapping[str, Tensor], entry: WeightsEntry, card: Mapping[str, Any]) -> None:
     """Write `model.safetensors`, `model.yaml` (one manifest entry) and `card.json` to `folder`, each by a rename.
 
-    entry_of  gives the entry from the weights' sha256 and size in bytes; the card holds it too.
+    The entry gets the hash and the size of the weights; the card holds it too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = save({name: value.detach().cpu().contiguous() for name, value in state.items()})
     _replace(folder / WEIGHTS, data)
-    entry = entry_of(hashlib.sha256(data).hexdigest(), len(data))
-    _replace(folder / "model.yaml", yaml.safe_dump(entry, sort_keys=False).encode())
-    _replace(folder / "card.json", json.dumps({"entry": entry, **card}, indent=1).encode())
+    known = replace(entry, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data)).as_dict()
+    _replace(folder / ENTRY_FILE, yaml.safe_dump(known, sort_keys=False).encode())
+    _replace(folder / CARD, json.dumps({"entry": known, **card}, indent=1).encode())
 
 
-def manifest_entry(
-    recipe: Recipe, sets: Sequence[TrainSet], metrics: Mapping[str, float], sha256: str, size_bytes: int
-) -> dict[str, Any]:
-    """Return the entry of `weights_manifest.yaml` for these weights."""
-    model = recipe.model
-    return {
-        "id": recipe.id,
-        "task": "segment",
-        "arch": model.arch,
-        "config": dict(model.config),
-        "file": WEIGHTS,
-        "sha256": sha256,
-        "size_bytes": size_bytes,
-        "licence": "Apache-2.0",
-        "gated": False,
-        "mpp": recipe.mpp,
-        "tile_px": 512,
-        "mean": list(model.mean),
-        "std": list(model.std),
-        "classes": [{"name": name, "color": list(color_of(i))} for i, name in enumerate(model.classes)],
-        "organs": [],
-        "trained_on": [{"dataset": s.name, "licence": "; ".join(licences(s.path))} for s in sets if s.trains],
-        "metrics": {
-            "validation": {name[4:]: round(value, 4) for name, value in metrics.items() if name.startswith("val/")}
-        },
-        "decode": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe.decode).items()},
-        "citation": "CellVTA, Yang et al. 2025 (architecture); weights trained from scratch with cellslide",
-    }
+def weights_in(path: Path) -> Path:
+    """Return the file of weights that a path means: itself, or that of a run's folder; UsageError if there is none."""
+    path = path / WEIGHTS if path.is_dir() else path
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file of weights")
+    return path
 
 
-COLORS = ((255, 0, 0), (34, 221, 77), (35, 92, 236), (254, 255, 0), (255, 159, 68), (35, 255, 255))
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file of weights, or of a run's folder, without Lightning's prefix.
+
+    Raises UsageError if there is no file, WeightsError if it holds no tensors or would run code.
+    """
+    state, _ = read_tensors(weights_in(path))
+    return {name.removeprefix("model."): value for name, value in state.items()}
 
 
-def color_of(index: int) -> tuple[int, int, int]:
-    """Return a class colour, those of PanNuke first."""
-    return COLORS[index % len(COLORS)]
+def trained_entry(
+    recipe: RunLength, task: Task, arch: str, norm: Norm, seen: Iterable[tuple[str, Path]], metrics: Metrics
+) -> WeightsEntry:
+    """Return what the manifest entries of all trainings have in common; each adds its own by `replace`.
+
+    seen  the data sets that were learned from, by name and folder.
+    """
+    scores = {name[4:]: round(value, 4) for name, value in metrics.items() if name.startswith("val/")}
+    return WeightsEntry(
+        id=recipe.id,
+        task=task,
+        arch=arch,
+        licence=LICENCE,
+        file=WEIGHTS,
+        mpp=recipe.mpp,
+        mean=norm.mean,
+        std=norm.std,
+        trained_on=tuple(TrainedOn(name, "; ".join(licences(path))) for name, path in seen),
+        metrics={"validation": scores} if scores else {},
+    )
+
+
+def drawn_from(sets: Iterable[ImageSet[Any, Any]]) -> list[tuple[str, Path]]:
+    """Return name and folder of the sets that train."""
+    return [(s.name, s.path) for s in sets if s.trains]
+
+
+def class_specs(names: Sequence[str]) -> tuple[ClassSpec, ...]:
+    """Return classes with their colours, those of PanNuke first."""
+    return tuple(ClassSpec(name, COLORS[k % len(COLORS)]) for k, name in enumerate(names))
 
 
 def licences(path: Path) -> list[str]:
@@ -95,15 +122,16 @@ def licences(path: Path) -> list[str]:
         return sorted({row["licence"] for row in csv.DictReader(file) if row.get("licence")})
 
 
-def _used(train_set: TrainSet) -> dict[str, Any]:
-    counts = {part: {"images": len(items), "nuclei": sum(_count(i) for i in items)}
-              for part, items in (("train", train_set.train), ("val", train_set.val))}  # fmt: skip
-    return {"name": train_set.name, "weight": train_set.weight, "licences": licences(train_set.path), **counts,
-            "val_images": [item.name for item in train_set.val]}  # fmt: skip
-
-
-def _count(item: TrainImage) -> int:
-    return len(np.unique(item.labels[item.labels > 0]))
+def used(images: ImageSet[Any, Any], told: Callable[[Sequence[Any]], Any]) -> dict[str, Any]:
+    """Return what a card says of a data set; `told` gives that of the images that train, or validate."""
+    return {
+        "name": images.name,
+        "weight": images.weight,
+        "licences": licences(images.path),
+        "train": told(images.train),
+        "val": told(images.val),
+        "val_images": [image.name for image in images.val],
+    }
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cellslide.models.nuclass import NuClass
 from cellslide.train.cell_data import CellCrops, CellDataset, CellImage, exact_loader, normalise
-from cellslide.train.data import DrawSampler, start_worker
+from cellslide.train.loaders import DrawSampler, start_worker
 from cellslide.train.nuclass_recipe import NuClassRecipe
 
 

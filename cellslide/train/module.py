@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cellslide.train.framework import L
 
@@ -28,6 +29,17 @@ class Schedule(Protocol):
     def warmup_steps(self) -> int: ...
     @property
     def final_lr(self) -> float: ...
+
+
+class Adam(Protocol):
+    """Settings of AdamW."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def weight_decay(self) -> float: ...
 
 
 class Course(Protocol):
@@ -97,11 +109,81 @@ class Training(L.LightningModule):
         """Go on with the time used before."""
         self.elapsed_s = float(checkpoint["cellslide"]["elapsed_s"])
 
-    def check_finite(self, loss: torch.Tensor) -> torch.Tensor:
+    def check_finite(self, loss: Tensor) -> Tensor:
         """Return `loss`; raises FloatingPointError if it is not finite."""
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss is {loss.item()} at step {self.global_step}: lower optim.lr in the recipe")
         return loss
+
+    def log_losses(self, total: Tensor, parts: Mapping[str, Tensor], n: int) -> Tensor:
+        """Log the mean over the epoch of a loss and its parts, over `n` samples; returns the loss as `check_finite`."""
+        total = self.check_finite(total)
+        shown = {f"train/{name}": value.detach() for name, value in {**parts, "loss": total}.items()}
+        self.log_dict(shown, on_step=False, on_epoch=True, batch_size=n)
+        return total
+
+
+class ImageTraining(Training):
+    """A training on crops of images, uint8 (B, 3, H, W), that validates on whole images, which stay on the host.
+
+    whole  type of a validation image; `recipe` is the course with its own type.
+    """
+
+    whole: type[Any]
+    recipe: Any
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, recipe: Any, model: nn.Module) -> None:
+        super().__init__(recipe, model.to(memory_format=torch.channels_last) if recipe.channels_last else model)
+        self.recipe = recipe
+        for name, value in (("mean", recipe.model.mean), ("std", recipe.model.std)):
+            self.register_buffer(name, 255 * torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """Return uint8 images (B, 3, H, W) as the network takes them."""
+        x = (image.float() - self.mean) / self.std
+        return x.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else x
+
+    def rate_share(self, name: str) -> float:
+        """Return the share of the learning rate of a parameter by its name."""
+        return 1.0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW; biases, norms and other vectors have no weight decay, parameters their share of the rate."""
+        return adamw(groups_of(self.model, self.rate_share), self.recipe.optim)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move crops; a whole image stays where it is."""
+        if isinstance(batch, self.whole):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+
+class Group(NamedTuple):
+    """Parameters that learn at one share of the rate, with weight decay or without."""
+
+    parameters: Sequence[nn.Parameter]
+    lr_scale: float
+    decays: bool
+
+
+def groups_of(model: nn.Module, share: Callable[[str], float]) -> list[Group]:
+    """Return the parameters of a model that learn, by their share of the rate; vectors, of one axis, do not decay."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((share(name), parameter.ndim > 1), []).append(parameter)
+    return [Group(parameters, *key) for key, parameters in groups.items()]
+
+
+def adamw(groups: Iterable[Group], optim: Adam) -> torch.optim.AdamW:
+    """Return AdamW over groups of parameters, each with its `lr_scale`."""
+    made = [
+        {"params": g.parameters, "lr_scale": g.lr_scale, "weight_decay": optim.weight_decay if g.decays else 0.0}
+        for g in groups
+    ]
+    return torch.optim.AdamW(made, lr=optim.lr, betas=optim.betas)
 
 
 def learning_rate_factor(course: Course, step: int, minutes: float = 0.0) -> float:

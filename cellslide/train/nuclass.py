@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cellslide.models.nuclass import NuClass, ParameterGroup, Part
 from cellslide.train.cell_data import CellCrops, normalise
 from cellslide.train.features import FeatureBatch
-from cellslide.train.module import Training
+from cellslide.train.module import Group, Training, adamw
 from cellslide.train.nuclass_losses import balanced_cross_entropy, gate_loss, global_loss
 from cellslide.train.nuclass_recipe import CellOptimConfig, NuClassRecipe
 from cellslide.types import Float32, Int64
@@ -72,10 +72,7 @@ class PathTraining(Training):
     def training_step(self, batch: CellCrops, batch_idx: int) -> Tensor:
         """Return the loss of one batch and log its parts; raises FloatingPointError if it is not finite."""
         parts = self._local_step(batch) if self.stage == "local" else self._global_step(batch)
-        total = self.check_finite(torch.stack(list(parts.values())).sum())
-        shown = {f"train/{name}": value.detach() for name, value in parts.items()} | {"train/loss": total.detach()}
-        self.log_dict(shown, on_step=False, on_epoch=True, batch_size=len(batch.label))
-        return total
+        return self.log_losses(torch.stack(list(parts.values())).sum(), parts, len(batch.label))
 
     def _per_cell(self, logits: Tensor, label: Tensor) -> Tensor:
         return balanced_cross_entropy(logits, label, self.class_weight, self.recipe.loss.smoothing)
@@ -130,9 +127,8 @@ def make_optimizer(groups: Sequence[ParameterGroup], optim: CellOptimConfig) -> 
         for decays in (True, False):
             chosen = [p for p in group.parameters if (p.ndim > 1) == decays]
             if chosen:
-                decay = optim.weight_decay if decays else 0.0
-                made.append({"params": chosen, "lr_scale": scale, "weight_decay": decay})
-    return torch.optim.AdamW(made, lr=optim.lr, betas=optim.betas)
+                made.append(Group(chosen, scale, decays))
+    return adamw(made, optim)
 
 
 class GateTraining(Training):
@@ -186,10 +182,7 @@ class GateTraining(Training):
         heads_train = self.freeze_parts()
         local, global_, gate = self(batch)
         parts = gate_loss(local, global_, gate, batch.label, self.recipe.gate, heads_train)
-        total = self.check_finite(parts.total)
-        shown = {f"train/{name}": value.detach() for name, value in parts._asdict().items()}
-        self.log_dict(shown | {"train/loss": total.detach()}, on_step=False, on_epoch=True, batch_size=len(batch.label))
-        return total
+        return self.log_losses(parts.total, parts._asdict(), len(batch.label))
 
     def validation_step(self, batch: FeatureBatch, batch_idx: int) -> None:
         """Collect the mix and both paths."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from cellslide.errors import UsageError
 from cellslide.train.recipe import AugmentConfig, Range, RunLength, ValConfig, build, read_document, require
 from cellslide.types import CropSpec
+from cellslide.weights.load import IMAGENET_MEAN, IMAGENET_STD
 
 Stage = Literal["local", "global", "gate"]
 
@@ -158,8 +159,8 @@ class NuClassRecipe(RunLength):
     classes: tuple[str, ...] = ()
     organs: tuple[str, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
     unknown_organ_p: float = 0.1
     jitter_px: float = 0.0
     batch_size: int = 64

@@ -6,6 +6,7 @@ Each stage writes the network as far as it goes: the local path; both paths; bot
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,14 @@ from cellslide.models import build_model
 from cellslide.models.backbones import to_timm
 from cellslide.models.checkpoint import check_fit
 from cellslide.models.nuclass import NuClass
-from cellslide.train.callbacks import ModelWriter
 from cellslide.train.cell_data import CellImage, CellSet, cell_loader, class_counts, exact_loader, load_cell_sets
-from cellslide.train.cellvta import read_state
-from cellslide.train.export import WEIGHTS, color_of, licences, write_files
+from cellslide.train.export import WEIGHTS, ModelWriter, class_specs, licences, model_writer, read_state, trained_entry
 from cellslide.train.features import feature_loaders, kept_features
 from cellslide.train.nuclass import GateTraining, PathStage, PathTraining
 from cellslide.train.nuclass_losses import effective_number_weights
 from cellslide.train.nuclass_recipe import NuClassRecipe, Stage, load_nuclass_recipe
 from cellslide.train.run import Outcome, RunOptions, accelerator_of, find_start, fit
+from cellslide.weights.manifest import WeightsEntry
 
 
 def train_local(paths: Sequence[Path], recipe: NuClassRecipe, options: RunOptions) -> PathTraining:
@@ -134,7 +134,6 @@ def begin_with_local(model: NuClass, run: Path, recipe: NuClassRecipe) -> None:
 
 def load_path(model: NuClass, path: Path) -> None:
     """Fill a network from one of the same stage (a file or a run's folder), or its crop backbone from a file of one."""
-    path = path / WEIGHTS if path.is_dir() else path
     state = read_state(path)
     if any(name.startswith("modelA.") for name in state):
         _load(model, state, path)
@@ -175,41 +174,22 @@ def outcome_of(recipe: NuClassRecipe, sets: Sequence[CellSet], stage: Stage) -> 
 
 def writer(recipe: NuClassRecipe, sets: Sequence[CellSet], stage: Stage) -> ModelWriter:
     """Return what writes a classifier's weights, its manifest entry and its card."""
-
-    def write(folder: Path, state: Mapping[str, Tensor], metrics: Mapping[str, float], step: int) -> None:
-        said = {"metrics": dict(metrics), "step": step, "stage": stage, "recipe": recipe.as_dict()}
-        card = {**said, "data": [_used(s, recipe) for s in sets]}
-        write_files(folder, state, lambda sha256, size: entry_of(recipe, sets, stage, metrics, sha256, size), card)
-
-    return write
+    data = [_used(s, recipe) for s in sets]
+    return model_writer(recipe, data, lambda metrics: entry_of(recipe, sets, stage, metrics), stage=stage)
 
 
 def entry_of(
-    recipe: NuClassRecipe, sets: Sequence[CellSet], stage: Stage, metrics: Mapping[str, float], sha256: str, size: int
-) -> dict[str, Any]:
-    """Return the entry of `weights_manifest.yaml` for the weights of a stage."""
-    plain = recipe.as_dict()
-    crops = {"crops": {"local": plain["local"], "context": plain["context"]}}
-    scores = {name[4:]: round(value, 4) for name, value in metrics.items() if name.startswith("val/")}
-    return {
-        "id": recipe.id,
-        "task": "classify",
-        "arch": "nuclass",
-        "config": {**stage_config(recipe, stage), **crops},
-        "file": WEIGHTS,
-        "sha256": sha256,
-        "size_bytes": size,
-        "licence": "Apache-2.0",
-        "gated": False,
-        "mpp": recipe.mpp,
-        "mean": list(recipe.mean),
-        "std": list(recipe.std),
-        "classes": [{"name": name, "color": list(color_of(i))} for i, name in enumerate(recipe.classes)],
-        "organs": list(recipe.organs),
-        "trained_on": [{"dataset": s.name, "licence": "; ".join(licences(s.path))} for s in sets if s.train],
-        "metrics": {"validation": scores},
-        "citation": "NuClass, Xu et al. 2025 (architecture); weights trained with cellslide",
-    }
+    recipe: NuClassRecipe, sets: Sequence[CellSet], stage: Stage, metrics: Mapping[str, float]
+) -> WeightsEntry:
+    """Return the entry of `weights_manifest.yaml` for the weights of a stage, without what their file tells."""
+    crops = {"local": asdict(recipe.local), "context": asdict(recipe.context)}
+    return replace(
+        trained_entry(recipe, "classify", "nuclass", recipe, [(s.name, s.path) for s in sets if s.train], metrics),
+        config={**stage_config(recipe, stage), "crops": crops},
+        classes=class_specs(recipe.classes),
+        organs=recipe.organs,
+        citation="NuClass, Xu et al. 2025 (architecture); weights trained with cellslide",
+    )
 
 
 def _used(cell_set: CellSet, recipe: NuClassRecipe) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from cellslide.evaluate.detection import Tally
 from cellslide.evaluate.protocols import BRCA_M2C, OPTIMAL, Marks
 from cellslide.models.point_head import Keep, MusePoints, PointOutput, found_points
 from cellslide.points import point_nms
-from cellslide.train.module import Training
+from cellslide.train.module import ImageTraining
 from cellslide.train.points_data import SUPERVISED, UNLABELLED, Fields, PointImage
 from cellslide.train.points_losses import (
     PointLosses,
@@ -33,17 +33,17 @@ from cellslide.types import Bool, Float64, Int64, UInt8
 ENCODER = "backbone.encoder."
 
 
-class PointsTraining(Training):
+class PointsTraining(ImageTraining):
     """Trains a model whose `raw` maps images (B, 3, H, W) to a PointOutput.
 
     The teacher, there only if the recipe asks for consistency, is a slower average of the weights; checkpoints keep it.
     """
 
+    whole = PointImage
+    recipe: PointsRecipe
+
     def __init__(self, recipe: PointsRecipe, model: nn.Module) -> None:
-        super().__init__(recipe, model.to(memory_format=torch.channels_last) if recipe.channels_last else model)
-        self.recipe = recipe
-        self.register_buffer("mean", 255 * torch.tensor(recipe.model.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(recipe.model.std).view(1, 3, 1, 1), persistent=False)
+        super().__init__(recipe, model)
         self.teacher = _frozen_copy(model) if recipe.consistency.weight > 0 else None
         self._scores = ScoreBoard(len(recipe.model.classes), recipe.mpp)
         if recipe.model.freeze_encoder:
@@ -54,11 +54,6 @@ class PointsTraining(Training):
     def keep(self) -> Keep:
         """Which points count: as in use, where the model's head says so."""
         return self.model.config.head.keep if isinstance(self.model, MusePoints) else "argmax"
-
-    def normalise(self, image: Tensor) -> Tensor:
-        """Return the network's input from uint8 images (B, 3, H, W)."""
-        x = (image.float() - self.mean) / self.std
-        return x.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else x
 
     def forward(self, image: Tensor) -> PointOutput:
         """Return what the head says of uint8 images (B, 3, H, W)."""
@@ -74,36 +69,21 @@ class PointsTraining(Training):
             self.model.get_submodule(ENCODER.rstrip(".")).eval()
         return self
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW; biases, norms and other vectors have no weight decay, the encoder its own rate."""
-        optim = self.recipe.optim
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                scale = optim.encoder_lr_scale if name.startswith(ENCODER) else 1.0
-                groups.setdefault((scale, optim.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
-        return torch.optim.AdamW(
-            [{"params": p, "lr_scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()],
-            lr=optim.lr,
-            betas=optim.betas,
-        )
+    def rate_share(self, name: str) -> float:
+        """Return the share of the learning rate of a parameter: the encoder has its own."""
+        return self.recipe.optim.encoder_lr_scale if name.startswith(ENCODER) else 1.0
 
     def training_step(self, batch: Fields, batch_idx: int) -> Tensor:
         """Return the loss of one batch and log its parts; raises FloatingPointError if it is not finite."""
         output = self(batch.image)
         parts = field_losses(output, batch, self.recipe)
-        shown = {name: value.detach() for name, value in parts._asdict().items()}
-        total = parts.total
+        shown, total = parts._asdict(), parts.total
         if self.teacher is not None:
             weight = self.consistency_now()
             agreement = self.consistency_loss(output, batch)
             total = total + weight * agreement
-            shown |= {"consistency": agreement.detach(), "consistency_weight": torch.tensor(weight)}
-        total = self.check_finite(total)
-        shown["loss"] = total.detach()
-        logged = {f"train/{name}": value for name, value in shown.items()}
-        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(batch.image))
-        return total
+            shown |= {"consistency": agreement, "consistency_weight": torch.tensor(weight)}
+        return self.log_losses(total, shown, len(batch.image))
 
     def consistency_now(self) -> float:
         """Return the weight of the consistency loss at this step."""
@@ -141,12 +121,6 @@ class PointsTraining(Training):
         super().on_train_batch_end(outputs, batch, batch_idx)
         if self.teacher is not None:
             follow(self.teacher, self.model, self.recipe.consistency.ema, self.global_step)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move fields; a validation image stays, since its points are scored on the host."""
-        if isinstance(batch, PointImage):
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def validation_step(self, item: PointImage, batch_idx: int) -> None:
         """Score one whole image."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -25,13 +26,13 @@ from cellslide.evaluate.detection import centroids
 from cellslide.train.augment import crop_matrix, recolor
 from cellslide.train.data import (
     IGNORE_LABEL,
-    DrawSampler,
-    choose_samples,
+    ImageSet,
     pixel_size,
+    read_sets,
     resample_image,
     resample_labels,
-    start_worker,
 )
+from cellslide.train.loaders import Draws, draw_loader
 from cellslide.train.points_losses import UNKNOWN
 from cellslide.train.points_recipe import PointsRecipe
 from cellslide.train.recipe import DatasetConfig
@@ -69,20 +70,7 @@ class PointImage:
     mpp: float
 
 
-@dataclass(frozen=True, slots=True)
-class PointSet:
-    """The images of one data set that train, those that validate, and how often it is drawn."""
-
-    name: str
-    path: Path
-    weight: float
-    train: tuple[PointImage, ...]
-    val: tuple[PointImage, ...]
-
-    @property
-    def trains(self) -> bool:
-        """Whether fields are drawn from it."""
-        return bool(self.train) and self.weight > 0
+PointSet = ImageSet[PointImage, PointImage]
 
 
 class Fields(NamedTuple):
@@ -108,17 +96,15 @@ def load_point_sets(paths: Sequence[Path], recipe: PointsRecipe) -> list[PointSe
 
     A patient that validates in one set trains in none.
     """
-    chosen = choose_samples(paths, recipe.datasets, DatasetConfig())
-    sets = []
-    for path, samples in zip(paths, chosen, strict=True):
-        config = recipe.datasets.get(path.resolve().name, DatasetConfig())
-        around = surroundings(path)
-        train = samples.train if config.weight > 0 else []
-        parts = (tuple(prepare(s, config, recipe, around) for s in part) for part in (train, samples.val))
-        sets.append(PointSet(path.resolve().name, path, config.weight, *parts))
-    if not any(s.trains for s in sets):
-        raise UsageError("DATASET: no image is left to train on")
-    return sets
+
+    @cache
+    def around() -> dict[Path, Surroundings]:
+        return {image: wide for path in paths for image, wide in surroundings(path).items()}
+
+    def prepared(sample: Sample, config: DatasetConfig) -> PointImage:
+        return prepare(sample, config, recipe, around())
+
+    return read_sets(paths, recipe.datasets, prepared, prepared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,19 +218,14 @@ class FieldDataset(Dataset[Fields]):
     """
 
     def __init__(self, sets: Sequence[PointSet], recipe: PointsRecipe) -> None:
-        drawn = [s for s in sets if s.trains]
-        weights = np.array([s.weight for s in drawn], np.float64)
-        self.cumulative = np.cumsum(weights / weights.sum())
-        self.images = [s.train for s in drawn]
+        self.images = Draws((s.weight, s.train) for s in sets if s.trains)
         self.recipe = recipe
         self.plain = recipe.consistency.weight > 0
 
     def __getitem__(self, draw: int) -> Fields:
         """Return draw `draw` as a batch of one."""
         rng = np.random.default_rng([self.recipe.seed, draw])
-        chosen = min(int(np.searchsorted(self.cumulative, rng.random(), side="right")), len(self.images) - 1)
-        item = self.images[chosen][int(rng.integers(len(self.images[chosen])))]
-        size = self.recipe.field_px
+        item, size = self.images.draw(rng), self.recipe.field_px
         matrix = crop_matrix(rng, self.recipe.augment, draw_centre(rng, item, self.recipe), size)
         return cut_field(rng, item, matrix, self.recipe, self.plain)
 
@@ -309,30 +290,5 @@ def join(batch: Sequence[Fields]) -> Fields:
 def field_loader(
     sets: Sequence[PointSet], recipe: PointsRecipe, workers: int, first_epoch: int = 0
 ) -> DataLoader[Fields]:
-    """Return the loader of training batches; `workers` processes prepare them (0: in this one).
-
-    Lightning starts the workers before it tells the sampler its epoch, so a resumed run gives `first_epoch` here.
-    """
-    sampler = DrawSampler(recipe.epoch_steps * recipe.batch_size)
-    sampler.set_epoch(first_epoch)
-    return DataLoader(
-        FieldDataset(sets, recipe),
-        batch_size=recipe.batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=start_worker,
-        collate_fn=join,
-        drop_last=True,
-    )
-
-
-def whole_loader(sets: Sequence[PointSet]) -> DataLoader[Any]:
-    """Return the validation images, whole and one at a time."""
-    images: list[Any] = [item for s in sets for item in s.val]
-    return DataLoader(images, batch_size=None, collate_fn=_as_it_is)
-
-
-def _as_it_is(item: PointImage) -> PointImage:
-    return item
+    """Return the loader of training batches; see `draw_loader`."""
+    return draw_loader(FieldDataset(sets, recipe), recipe, workers, first_epoch, join)

@@ -20,10 +20,11 @@ from cellslide.train.recipe import (
     read_document,
     require,
 )
+from cellslide.weights.load import IMAGENET_MEAN, IMAGENET_STD
 
 FIELD_MULTIPLE = 32
 # What a recipe need not say of its model: MUSE takes ImageNet's mean and standard deviation.
-MODEL = {"arch": "muse_points", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+MODEL = {"arch": "muse_points", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
 @dataclass(frozen=True, slots=True)

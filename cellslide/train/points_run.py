@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cellslide.errors import UsageError
 from cellslide.models import build_model
 from cellslide.models.muse_layout import fill_backbone
 from cellslide.train.cellvta import load_start
-from cellslide.train.export import WEIGHTS, color_of, licences, write_files
+from cellslide.train.export import ModelWriter, class_specs, drawn_from, model_writer, trained_entry, used, weights_in
+from cellslide.train.loaders import whole_loader
 from cellslide.train.points import PointsTraining
-from cellslide.train.points_data import PointImage, PointSet, field_loader, load_point_sets, whole_loader
+from cellslide.train.points_data import PointImage, PointSet, field_loader, load_point_sets
 from cellslide.train.points_losses import UNKNOWN
 from cellslide.train.points_recipe import PointsRecipe
 from cellslide.train.run import Outcome, RunOptions, find_start, fit
+from cellslide.types import DetectDecode
+from cellslide.weights.manifest import WeightsEntry
 
 
 def train_points(
@@ -39,16 +43,12 @@ def train_points(
         if recipe.model.encoder_weights is not None:
             load_backbone(model, Path(recipe.model.encoder_weights))
         if options.init is not None:
-            load_start(model, options.init / WEIGHTS if options.init.is_dir() else options.init)
+            load_start(model, options.init)
     module = PointsTraining(recipe, model)
-
-    def write(folder: Path, state: Mapping[str, Tensor], metrics: Mapping[str, float], step: int) -> None:
-        card = {"metrics": dict(metrics), "step": step, "recipe": recipe.as_dict()}
-        card["data"] = [_used(s, recipe) for s in sets]
-        write_files(folder, state, lambda sha256, size: points_entry(recipe, sets, metrics, sha256, size), card)
-
-    loaders = field_loader(sets, recipe, options.workers, start.first_epoch), whole_loader(sets)
-    fit(module, loaders, options, start, Outcome(write, recipe.monitor, recipe.optim.ema, recipe.optim.grad_clip))
+    validated = whole_loader([item for s in sets for item in s.val])
+    loaders = field_loader(sets, recipe, options.workers, start.first_epoch), validated
+    outcome = Outcome(writer(recipe, sets), recipe.monitor, recipe.optim.ema, recipe.optim.grad_clip)
+    fit(module, loaders, options, start, outcome)
     return module
 
 
@@ -67,36 +67,25 @@ def load_backbone(model: nn.Module, path: Path) -> None:
 
     Heads in the file are left out; raises WeightsError where a tensor of the backbone is missing or of another shape.
     """
-    fill_backbone(model.get_submodule("backbone"), path / WEIGHTS if path.is_dir() else path)
+    fill_backbone(model.get_submodule("backbone"), weights_in(path))
 
 
-def points_entry(
-    recipe: PointsRecipe, sets: Sequence[PointSet], metrics: Mapping[str, float], sha256: str, size: int
-) -> dict[str, Any]:
-    """Return the entry of `weights_manifest.yaml` for these weights."""
+def writer(recipe: PointsRecipe, sets: Sequence[PointSet]) -> ModelWriter:
+    """Return what writes a detector's weights, its manifest entry and its card."""
+    return model_writer(recipe, [_used(s, recipe) for s in sets], lambda metrics: entry_of(recipe, sets, metrics))
+
+
+def entry_of(recipe: PointsRecipe, sets: Sequence[PointSet], metrics: Mapping[str, float]) -> WeightsEntry:
+    """Return the entry of `weights_manifest.yaml` for these weights, without what their file tells."""
     model = recipe.model
-    scores = {name[4:]: round(value, 4) for name, value in metrics.items() if name.startswith("val/")}
-    return {
-        "id": recipe.id,
-        "task": "detect",
-        "arch": model.arch,
-        "config": model_config(recipe),
-        "file": WEIGHTS,
-        "sha256": sha256,
-        "size_bytes": size,
-        "licence": "Apache-2.0",
-        "gated": False,
-        "mpp": recipe.mpp,
-        "tile_px": 512,
-        "mean": list(model.mean),
-        "std": list(model.std),
-        "classes": [{"name": name, "color": list(color_of(i))} for i, name in enumerate(model.classes)],
-        "organs": [],
-        "trained_on": [{"dataset": s.name, "licence": "; ".join(licences(s.path))} for s in sets if s.trains],
-        "metrics": {"validation": scores},
-        "detect": {"score_threshold": recipe.detect.score_threshold, "nms_um": recipe.detect.nms_um},
-        "citation": "MUSE (backbone) and DPA-P2PNet (head), the latter as cellslide builds it; trained with cellslide",
-    }
+    return replace(
+        trained_entry(recipe, "detect", model.arch, model, drawn_from(sets), metrics),
+        config=model_config(recipe),
+        tile_px=512,
+        classes=class_specs(model.classes),
+        detect=DetectDecode(recipe.detect.score_threshold, recipe.detect.nms_um),
+        citation="MUSE (backbone) and DPA-P2PNet (head), the latter as cellslide builds it; trained with cellslide",
+    )
 
 
 def _used(point_set: PointSet, recipe: PointsRecipe) -> dict[str, Any]:
@@ -105,9 +94,7 @@ def _used(point_set: PointSet, recipe: PointsRecipe) -> dict[str, Any]:
         nuclei = {name: int((labels == k).sum()) for k, name in enumerate(recipe.model.classes)}
         return {"images": len(images), "nuclei": nuclei | {"of unknown class": int((labels == UNKNOWN).sum())}}
 
-    return {"name": point_set.name, "weight": point_set.weight, "licences": licences(point_set.path),
-            "train": told(point_set.train), "val": told(point_set.val),
-            "val_images": [image.name for image in point_set.val]}  # fmt: skip
+    return used(point_set, told)
 
 
 def _say_sets(sets: Sequence[PointSet], recipe: PointsRecipe) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from cellslide.errors import UsageError
+from cellslide.weights.manifest import is_id
 
 Supervision = Literal["auto", "instances", "foreground", "points"]
 Range = tuple[float, float]
@@ -176,13 +177,15 @@ class RunLength:
     """What the recipes of all trainings share: pixel size, length and plain form."""
 
     __slots__ = ()
+    id: str
     mpp: float
     batch_size: int
     epochs: int
     epoch_samples: int
 
     def check_length(self, least_batch: int) -> None:
-        """Raise UsageError for a pixel size or a length that cannot be."""
+        """Raise UsageError for an id, a pixel size or a length that cannot be."""
+        require(is_id(self.id), "id", repr(self.id), "letters, digits, dots, hyphens and underscores")
         require(0.05 <= self.mpp <= 2, "mpp", self.mpp, "0.05 to 2 µm/px")
         require(self.batch_size >= least_batch, "batch_size", self.batch_size, f"{least_batch} or more")
         require(self.epochs >= 1, "epochs", self.epochs, "1 or more")

@@ -5,22 +5,27 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
+from cellslide.device import cpu_computes_bf16
 from cellslide.errors import MissingDependencyError, UsageError
-from cellslide.train.callbacks import AveragedWeights, Keeper, ModelWriter, Progress, StopRequest
+from cellslide.train.callbacks import AveragedWeights, Keeper, Progress, StopRequest
 from cellslide.train.cellvta import CellVTATraining, load_start
-from cellslide.train.data import TrainSet, load_sets, train_loader, val_loader
-from cellslide.train.export import write_model
+from cellslide.train.data import TrainImage, TrainSet, load_sets, train_loader
+from cellslide.train.export import ModelWriter, class_specs, drawn_from, model_writer, trained_entry, used
 from cellslide.train.framework import CSVLogger, L, Logger, TensorBoardLogger
+from cellslide.train.loaders import whole_loader
 from cellslide.train.module import Course, Training
 from cellslide.train.recipe import Recipe
+from cellslide.types import HoverDecode
+from cellslide.weights.manifest import WeightsEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +66,34 @@ def train(
     if options.init is not None and start.checkpoint is None:
         load_start(model, options.init)
     module = CellVTATraining(recipe, model)
-
-    def write(folder: Path, state: Mapping[str, Tensor], metrics: Mapping[str, float], step: int) -> None:
-        write_model(folder, state, recipe, sets, metrics, step)
-
-    loaders = train_loader(sets, recipe, options.workers, start.first_epoch), val_loader(sets)
-    fit(module, loaders, options, start, Outcome(write, "val/bpq", recipe.optim.ema, recipe.optim.grad_clip))
+    validated = whole_loader([item for s in sets for item in s.val])
+    loaders = train_loader(sets, recipe, options.workers, start.first_epoch), validated
+    outcome = Outcome(writer(recipe, sets), "val/bpq", recipe.optim.ema, recipe.optim.grad_clip)
+    fit(module, loaders, options, start, outcome)
     return module
+
+
+def writer(recipe: Recipe, sets: Sequence[TrainSet]) -> ModelWriter:
+    """Return what writes a segmentation model's weights, its manifest entry and its card."""
+
+    def told(images: Sequence[TrainImage]) -> dict[str, int]:
+        nuclei = sum(len(np.unique(item.labels[item.labels > 0])) for item in images)
+        return {"images": len(images), "nuclei": nuclei}
+
+    return model_writer(recipe, [used(s, told) for s in sets], lambda metrics: entry_of(recipe, sets, metrics))
+
+
+def entry_of(recipe: Recipe, sets: Sequence[TrainSet], metrics: Mapping[str, float]) -> WeightsEntry:
+    """Return the entry of `weights_manifest.yaml` for these weights, without what their file tells."""
+    model = recipe.model
+    return replace(
+        trained_entry(recipe, "segment", model.arch, model, drawn_from(sets), metrics),
+        config=model.config,
+        tile_px=512,
+        classes=class_specs(model.classes),
+        decode=HoverDecode(**asdict(recipe.decode)),
+        citation="CellVTA, Yang et al. 2025 (architecture); weights trained from scratch with cellslide",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +171,8 @@ def precision_of(recipe: Course, accelerator: str) -> str:
         return "32-true"
     if recipe.precision == "bf16":
         return "bf16-mixed"
-    quick = torch.cuda.is_bf16_supported() if accelerator == "cuda" else accelerator == "cpu" and _cpu_bf16()
+    quick = torch.cuda.is_bf16_supported() if accelerator == "cuda" else accelerator == "cpu" and cpu_computes_bf16()
     return "bf16-mixed" if quick else "32-true"
-
-
-def _cpu_bf16() -> bool:
-    # oneDNN emulates bf16 on other AVX-512 CPUs, slower than float32; torch has no public question for it.
-    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 def loggers(folder: Path, first_epoch: int) -> list[Logger]:

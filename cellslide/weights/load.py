@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cellslide.errors import UsageError, WeightsError
 from cellslide.types import DetectDecode, HoverDecode, ModelSpec
 from cellslide.weights.cache import file_sha256, require_file, verify_file
-from cellslide.weights.manifest import ENTRY_FILE, Manifest, Source, WeightsEntry, read_entry
+from cellslide.weights.manifest import ENTRY_FILE, Manifest, Source, Triple, WeightsEntry, read_entry
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +32,10 @@ DETECT = {
     # A class that beats the background is enough.
     "dpa_p2pnet": DetectDecode(0.0, 3.0),
 }
+# Means and deviations of images: what pretrained encoders of photographs take, and what CellViT is trained with.
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+HALVES: Triple = (0.5, 0.5, 0.5)
 # Edges of tiles are multiples of the coarsest stride of a detector.
 DETECTOR_MULTIPLE_PX = 32
 
@@ -127,7 +131,8 @@ def describe(path: Path, checkpoint: Checkpoint, sha256: str, manifest: Manifest
     known = known if known is not None and known.arch == checkpoint.arch else None
     kind = kind_of(checkpoint.arch)
     blank = WeightsEntry("blank", "segment" if kind == "mask" else "detect", checkpoint.arch, source=Source())
-    mean, std = normalisation_of(checkpoint.config) or ((known or blank).mean, (known or blank).std)
+    told = (known.mean, known.std) if known is not None else usual_norm(checkpoint.arch)
+    mean, std = normalisation_of(checkpoint.config) or told
     classes = classes_of(checkpoint.config, config["num_nuclei_classes"]) if kind == "mask" else ()
     return replace(
         known or blank,
@@ -142,6 +147,15 @@ def describe(path: Path, checkpoint: Checkpoint, sha256: str, manifest: Manifest
         std=std,
         classes=classes,
     )
+
+
+def usual_norm(arch: str) -> tuple[Triple, Triple]:
+    """Return mean and std that networks of an architecture (short name) are trained with, if nothing says otherwise."""
+    from cellslide.models import celldetr_layout
+
+    if arch == "celldetr":
+        return celldetr_layout.MEAN, celldetr_layout.STD
+    return (IMAGENET_MEAN, IMAGENET_STD) if arch in ("muse_points", "dpa_p2pnet") else (HALVES, HALVES)
 
 
 def slug(stem: str) -> str:
@@ -203,6 +217,7 @@ def spec_of(entry: WeightsEntry, config: Mapping[str, Any], sha256: str) -> Mode
         weights_id=entry.id,
         weights_sha256=sha256,
         licence=entry.licence or "",
+        bf16_on_cpu=entry.bf16_on_cpu,
     )
 
 

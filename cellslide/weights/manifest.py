@@ -71,6 +71,7 @@ class WeightsEntry:
     gated       the source asks for an account and for consent.
     page, published_as  where a person finds the file and its terms, and its name there.
     decode      how maps become masks; detect: which queries of a box or point model count.
+    bf16_on_cpu scores hold in bf16, which CPUs that compute in it then take.
     calibration, safe_gate  for classifiers.
     root        folder that `file` is relative to; not a key.
     """
@@ -99,13 +100,14 @@ class WeightsEntry:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     decode: HoverDecode | None = None
     detect: DetectDecode | None = None
+    bf16_on_cpu: bool = False
     calibration: Mapping[str, Any] | None = None
     safe_gate: Mapping[str, Any] | None = None
     citation: str = ""
     root: Path = PACKAGE
 
     def __post_init__(self) -> None:
-        if not _ID.fullmatch(self.id):
+        if not is_id(self.id):
             raise ValueError(f"id {self.id!r}: letters, digits, dots, hyphens and underscores only")
         if self.task not in get_args(Task):
             raise ValueError(f"task {self.task!r}: must be one of {', '.join(get_args(Task))}")
@@ -162,6 +164,11 @@ def _check_inside(path: str | None, key: str) -> None:
     pure = PurePosixPath(path.replace("\\", "/"))
     if pure.is_absolute() or ".." in pure.parts or ":" in path or not pure.parts:
         raise ValueError(f"{key} {path!r}: must be a path below the manifest's folder")
+
+
+def is_id(text: str) -> bool:
+    """Tell whether weights may be called so: letters, digits, dots, hyphens and underscores, no sign first."""
+    return _ID.fullmatch(text) is not None
 
 
 def parse_entry(raw: Any, root: Path, where: str) -> WeightsEntry:
@@ -241,6 +248,7 @@ _CONVERT: dict[str, Any] = {
     "classes": _classes, "organs": _strings, "trained_on": _trained_on, "metrics": _mapping, "decode": _decode,
     "detect": _detect,
     "calibration": _mapping, "safe_gate": _mapping, "gated": bool, "size_bytes": int, "tile_px": int, "overlap_px": int,
+    "bf16_on_cpu": bool,
 }  # fmt: skip
 
 

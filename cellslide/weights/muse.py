@@ -9,18 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from cellslide.errors import UsageError, WeightsError
 from cellslide.weights.cache import file_sha256, require_file, verify_file
-from cellslide.weights.load import DEFAULT_MPP, entry_beside, resolve_path, slug
-from cellslide.weights.manifest import Manifest, Source, WeightsEntry
+from cellslide.weights.load import DEFAULT_MPP, IMAGENET_MEAN, IMAGENET_STD, entry_beside, resolve_path, slug
+from cellslide.weights.manifest import Manifest, Source, Triple, WeightsEntry
 
 if TYPE_CHECKING:
     from cellslide.models.muse import MuseBackbone
 
 # What a backbone is read from: its own weights, or a detector that stands on one.
 TASKS = ("backbone", "detect")
-Triple = tuple[float, float, float]
-# What published backbones were trained with.
-IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
-IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, slots=True)

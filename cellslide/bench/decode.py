@@ -1,46 +1,21 @@
-"""What `cellslide bench` times: synthetic inputs, the plain published decode as a baseline, and CPU clocks around both.
-
-CPU time is reported because wall time on a shared machine says little.
-"""
+"""HoVer decode: maps of a drawn tile to nuclei, ours beside the published steps done plainly."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellslide.merge import merge_stream, to_cells
-from cellslide.tiles import TileGrid, tile_grid
-from cellslide.types import (
-    Bool,
-    Cells,
-    Float32,
-    Float64,
-    HoverDecode,
-    HoverMaps,
-    Instances,
-    Int32,
-    Int64,
-    Level,
-    Plane,
-    SlideInfo,
-    Tile,
-)
+from cellslide.bench.rows import BenchOptions, Form, Row, Target, row
+from cellslide.types import Bool, Float32, HoverDecode, HoverMaps, Int32
 
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Median and least CPU milliseconds of one measured form, and what it produced."""
-
-    name: str
-    cpu_ms: float
-    cpu_ms_min: float
-    count: int
+STAGE = "decode"
+OURS = "published, cellslide"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +60,13 @@ def _draw_ellipses(rng: np.random.Generator, n: int, size_px: int, radius_px: tu
     centres = (np.stack(np.divmod(places, side), axis=1) + 0.5 + rng.uniform(-0.3, 0.3, (n, 2))) * pitch
     labels = np.zeros((size_px, size_px), np.int32)
     reach = int(np.ceil(radius_px[1]))
-    for label, (row, col) in enumerate(centres, start=1):
+    for label, (y0, x0) in enumerate(centres, start=1):
         a, b = rng.uniform(*radius_px, 2)
         turn = rng.uniform(0, np.pi)
-        top, left = max(int(row) - reach, 0), max(int(col) - reach, 0)
-        crop = labels[top : int(row) + reach + 1, left : int(col) + reach + 1]
+        top, left = max(int(y0) - reach, 0), max(int(x0) - reach, 0)
+        crop = labels[top : int(y0) + reach + 1, left : int(x0) + reach + 1]
         rows, cols = np.indices(crop.shape)
-        y, x = rows + top + 0.5 - row, cols + left + 0.5 - col
+        y, x = rows + top + 0.5 - y0, cols + left + 0.5 - x0
         u, v = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
         crop[((u / a) ** 2 + (v / b) ** 2 <= 1) & (crop == 0)] = label
     return labels
@@ -178,125 +153,98 @@ def _plain_nucleus(mask: Bool, type_map: NDArray[Any]) -> PlainNucleus:
     )
 
 
-def cpu_ms(call: Callable[[], Any], rounds: int) -> list[float]:
-    """Return CPU milliseconds of each of `rounds` calls."""
-    times = []
-    for _ in range(rounds):
-        begin = time.process_time()
-        call()
-        times.append((time.process_time() - begin) * 1e3)
-    return times
+@dataclass(frozen=True, slots=True)
+class LibraryNuclei:
+    """Nuclei as scikit-image measures them: its table, a contour and the class shares of each."""
+
+    table: dict[str, NDArray[Any]]
+    contours: list[NDArray[Any]]
+    shares: NDArray[Any]
 
 
-def timing(name: str, call: Callable[[], int], rounds: int) -> Timing:
-    """Measure one form that returns how many nuclei it gave; a first call, not counted, loads what it needs."""
-    count = call()
-    times = cpu_ms(call, rounds)
-    return Timing(name, float(np.median(times)), min(times), count)
+def library_hover(raw: RawMaps, kernel_px: int = 21, min_marker_px: int = 10) -> LibraryNuclei:
+    """Do the published steps and measure each nucleus in its box with scikit-image and OpenCV."""
+    import cv2
+    from skimage.measure import regionprops, regionprops_table
+
+    labels = _plain_labels(raw, kernel_px, min_marker_px)
+    type_map = np.argmax(raw.types, axis=0)
+    measured = ("label", "area", "centroid", "perimeter", "axis_major_length", "axis_minor_length", "eccentricity")
+    contours, shares = [], []
+    for region in regionprops(labels):
+        mask = region.image.astype(np.uint8)
+        found, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+        contours.append(found[0].reshape(-1, 2) + region.bbox[1::-1])
+        shares.append(np.bincount(type_map[region.slice][region.image], minlength=len(raw.types)) / region.area)
+    return LibraryNuclei(regionprops_table(labels, properties=measured), contours, np.array(shares))
 
 
-def bench_decode(n: int = 800, size_px: int = 1024, rounds: int = 5, seed: int = 0) -> list[Timing]:
-    """Time the plain published form, then both modes of ours with outlines and class probabilities, on one tile."""
+def rows(options: BenchOptions) -> Iterator[Row]:
+    """Time the plain published form, one of libraries, then ours with outlines, classes and shape features.
+
+    A round runs each form once, so that what else the machine does slows all of them.
+    """
     import cv2
 
-    from cellslide.decode import decode_hover
-
     cv2.setNumThreads(1)
-    raw = synthetic_maps(n, size_px, seed)
+    raw = synthetic_maps(options.nuclei or 800)
+    forms = _forms(raw, options.nuclei in (None, 800))
+    counts = [form.call() for form in forms]  # not timed: it loads what they need
+    times: list[list[float]] = [[] for _ in forms]
+    for _ in range(options.rounds):
+        for form, taken in zip(forms, times, strict=True):
+            begin = time.process_time()
+            form.call()
+            taken.append((time.process_time() - begin) * 1e3)
+    first, libraries = median(times[0]), median(times[1])
+    for form, taken, count in zip(forms, times, counts, strict=True):
+        note = f"{libraries / median(taken):.1f} × scikit-image and OpenCV" if form.target.ratio else ""
+        if form.name == OURS:
+            note += f", {_identical_share(raw):.2%} of the plain form's nuclei identical"
+        yield row(STAGE, form.name, taken, "CPU ms", count, first, form.target, note.removeprefix(", "))
+
+
+def _forms(raw: RawMaps, usual: bool) -> list[Form]:
+    from cellslide import kernels
+
     maps = raw.hover_maps()
     published, fixed = HoverDecode(mode="published"), HoverDecode(mode="fixed")
+    target = Target(30, 15) if usual else Target()
+
+    def without_kernels() -> int:
+        with kernels.left_out():
+            return _decode_and_measure(maps, fixed)
+
     return [
-        timing("published, plain form", lambda: len(plain_hover(raw)[1]), rounds),
-        timing("published, cellslide", lambda: len(decode_hover(maps, published)), rounds),
-        timing("fixed, cellslide", lambda: len(decode_hover(maps, fixed)), rounds),
+        Form("published, plain form", lambda: len(plain_hover(raw)[1])),
+        Form("published, scikit-image and OpenCV", lambda: len(library_hover(raw).contours)),
+        Form(OURS, lambda: _decode_and_measure(maps, published), target),
+        Form("fixed, cellslide", lambda: _decode_and_measure(maps, fixed), target),
+        Form("fixed, cellslide without numba", without_kernels, Target(150) if usual else Target()),
     ]
 
 
-def scattered(n: int, size_px: int, seed: int, radius_px: tuple[float, float] = (5.0, 16.0)) -> tuple[Float64, Float64]:
-    """Return centres (N, 2) and radii (N,) of about `n` nuclei on a shaken grid over a square plane; few of them
-    overlap."""
-    rng = np.random.default_rng(seed)
-    side = int(np.ceil(np.sqrt(n)))
-    pitch = size_px / side
-    rows, cols = np.divmod(np.arange(side * side), side)
-    shaken = np.stack([cols, rows], axis=1) + 0.5 + rng.uniform(-0.25, 0.25, (side * side, 2))
-    return shaken * pitch, np.minimum(rng.uniform(*radius_px, side * side), pitch * 0.45)
+def _identical_share(raw: RawMaps) -> float:
+    from cellslide.decode import hover_instances
+
+    return identical(plain_hover(raw)[0], hover_instances(raw.hover_maps(), HoverDecode(mode="published")))
 
 
-@dataclass(frozen=True, slots=True)
-class FakeDetector:
-    """Sees discs, each tile on its own: `jitter_px` moves them (sd), `miss` of them are not seen; clipped at the read
-    box.
+def _decode_and_measure(maps: HoverMaps, config: HoverDecode) -> int:
+    from cellslide.decode import decode_hover
+    from cellslide.outlines import ring_features
 
-    centre (N, 2) and radius (N,) are in plane pixels, sorted by y.
-    """
-
-    centre: Float64
-    radius: Float64
-    jitter_px: float = 0.0
-    miss: float = 0.0
-    seed: int = 0
-
-    @classmethod
-    def over(cls, size_px: int, n: int, jitter_px: float = 0.0, miss: float = 0.0, seed: int = 0) -> FakeDetector:
-        """Return a detector of about `n` discs scattered over a square plane."""
-        centre, radius = scattered(n, size_px, seed)
-        order = np.argsort(centre[:, 1], kind="stable")
-        return cls(centre[order], radius[order], jitter_px, miss, seed)
-
-    def seen(self, tile: Tile) -> Int64:
-        """Return the nuclei that this tile reports."""
-        x0, y0, x1, y1 = tile.read_xyxy
-        reach = float(self.radius.max())
-        first, last = np.searchsorted(self.centre[:, 1], [y0 - reach, y1 + reach])
-        near = np.arange(first, last)
-        x, y, r = self.centre[near, 0], self.centre[near, 1], self.radius[near]
-        near = near[(x + r > x0 + 1) & (x - r < x1 - 1) & (y + r > y0 + 1) & (y - r < y1 - 1)]
-        rng = np.random.default_rng((self.seed, tile.index))
-        return np.asarray(near[rng.random(len(near)) >= self.miss])
-
-    def detect(self, tile: Tile) -> Instances:
-        """Return the tile's nuclei with outlines of 24 vertices, in tile pixels."""
-        seen = self.seen(tile)
-        rng = np.random.default_rng((self.seed, tile.index, 1))
-        centre = self.centre[seen] - tile.read_xyxy[:2] + rng.normal(0, 1, (len(seen), 2)) * self.jitter_px
-        turn = np.arange(24) * (np.pi / 12)
-        circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
-        ring = centre[:, None] + self.radius[seen, None, None] * circle
-        clipped = np.clip(ring, 0, tile.size_px)
-        cut = (ring != clipped).any(axis=(1, 2))
-        # A clipped disc's centroid moves inwards, as that of a clipped mask does.
-        centroid = np.where(cut[:, None], clipped.mean(axis=1), centre)
-        return Instances(
-            centroid_xy=centroid,
-            score=np.ones(len(seen), np.float32),
-            area_px=(np.pi * self.radius[seen] ** 2).astype(np.float32),
-            cut=cut,
-            contour_xy=clipped.reshape(-1, 2).astype(np.float32),
-            contour_start=np.arange(len(seen) + 1, dtype=np.int64) * 24,
-        )
+    found = decode_hover(maps, config)
+    assert found.contour_xy is not None and found.contour_start is not None
+    return len(ring_features(found.contour_xy, found.contour_start, 0.25, 0.25))
 
 
-def square_slide(size_px: int, mpp: float = 0.25) -> SlideInfo:
-    """Describe a slide that exists only as numbers."""
-    level = Level(size_px, size_px, 1.0)
-    return SlideInfo("synthetic", Path("synthetic.tif"), "synthetic", size_px, size_px, mpp, mpp, "flag", (level,))
-
-
-def detect_cells(detector: FakeDetector, grid: TileGrid, info: SlideInfo) -> Iterator[Cells]:
-    """Yield each tile's cells, in tile order, as the pipeline stores them."""
-    for tile in grid.tiles():
-        yield to_cells(detector.detect(tile), tile, grid.plane, info)
-
-
-def bench_merge(n: int = 1_000_000, tile_px: int = 1024, overlap_px: int = 128, rounds: int = 1) -> list[Timing]:
-    """Time the merge of `n` nuclei at 5,000 per mm2 (0.25 µm/px), outlines of 24 vertices carried along."""
-    size_px = int(np.sqrt(n / 5000) * 4000)
-    info = square_slide(size_px)
-    grid = tile_grid(Plane.of(info, 0.25), tile_px, overlap_px)
-    parts = list(detect_cells(FakeDetector.over(size_px, n, jitter_px=0.6, miss=0.005), grid, info))
-
-    def merge() -> int:
-        return sum(len(block) for block in merge_stream(parts, grid))
-
-    return [timing(f"merge of {sum(map(len, parts)):,} reports", merge, rounds)]
+def identical(want: Int32, got: Int32) -> float:
+    """Return the share of the nuclei of a label map that another has pixel for pixel, under whatever number."""
+    number = np.zeros(int(want.max()) + 1, np.int64)
+    number[want] = got  # of a nucleus any pixel will do: if it is the same, all of them have one number
+    area, other = np.bincount(want.ravel()), np.bincount(got.ravel())
+    agree = np.bincount(want[number[want] == got], minlength=len(area))
+    ids = np.flatnonzero(area[1:]) + 1
+    same = (agree[ids] == area[ids]) & (number[ids] > 0) & (other[number[ids]] == area[ids])
+    return float(same.mean()) if len(ids) else 1.0

@@ -1,0 +1,162 @@
+"""Networks: the models that ship as `segment` runs them, beside the same networks run plainly in torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cellslide.bench.flow import flow_rows
+from cellslide.bench.rows import BenchOptions, Row, Target, row
+from cellslide.config import InferConfig, Precision
+from cellslide.device import resolve_device
+from cellslide.infer import TileNet, TorchEngine
+from cellslide.models import cellvta, layers
+from cellslide.models.cellvta import CellVTA, CellVTAConfig
+from cellslide.models.windows import Windows
+from cellslide.types import ModelSpec, UInt8
+from cellslide.weights import LoadedModel, load_model
+
+STAGE = "infer"
+SHIPPED = ("segment", "detect")
+# Of the slide, where what tiles overlap counts once.
+UNIT = "mm2 a core-minute"
+CPU_TARGET = Target(ratio=2, more=True)
+FASTER = Target(more=True)
+GPU_TARGET = Target(0.7)
+# The published CellVTA on UNI, with random weights: what it costs does not depend on them.
+FULL = ModelSpec("CellVTA-UNI, random weights", "mask", 0.25, 1024, 128, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def rows(options: BenchOptions) -> Iterator[Row]:
+    """Time one tile of each network on the CPU, the overlap of the stages, and a network of full size on a GPU."""
+    named = options.model is not None or options.weights is not None
+    tasks = ("segment",) if named else SHIPPED
+    models = [load_model(options.model if named else None, options.weights, task) for task in tasks]
+    # All of them before the first engine, which changes for good how this process takes memory.
+    plain = [plain_row(model, options.rounds) for model in models]
+    yield from plain
+    for model, first in zip(models, plain, strict=True):
+        yield from engine_rows(model, first, options.rounds)
+    yield from flow_rows()
+    yield gpu_row(options)
+
+
+def plain_row(model: LoadedModel, rounds: int) -> Row:
+    """Return the speed of a network run plainly."""
+    net, tile = TileNet(model.module, model.spec).eval(), torch.from_numpy(picture(model.spec.tile_px))
+
+    def run() -> object:
+        with plainly(), torch.inference_mode():
+            return net(tile)
+
+    return speed_row(model.spec, "plain torch fp32", run, rounds)
+
+
+def engine_rows(model: LoadedModel, first: Row, rounds: int) -> Iterator[Row]:
+    """Yield a network as `segment` runs it, in fp32 and in the precision that it takes by itself."""
+    spec, image = model.spec, picture(model.spec.tile_px)
+    asked: tuple[Precision, ...] = ("fp32", "auto")
+    engines = [TorchEngine(model.module, spec, on_cpu(precision), spec.tile_px) for precision in asked]
+    if engines[1].precision == "fp32":
+        del engines[0]
+    for engine in engines:
+        run, name = partial(_launched, engine, image), engine.precision
+        if engine is engines[-1]:
+            yield speed_row(spec, f"{name} (default)", run, rounds, first.value, CPU_TARGET)
+        else:
+            yield speed_row(spec, name, run, rounds, first.value)
+
+
+def _launched(engine: TorchEngine, image: UInt8) -> object:
+    return engine.launch(image)()
+
+
+def speed_row(
+    spec: ModelSpec,
+    name: str,
+    call: Callable[[], object],
+    rounds: int,
+    first: float | None = None,
+    target: Target = FASTER,
+) -> Row:
+    """Return how much of a slide a form gets through, for one tile a call."""
+    speeds = [covered_mm2(spec) * 60 / seconds for seconds in timed(call, rounds, time.process_time)]
+    return row(STAGE, f"{spec.name}, {name}", speeds, UNIT, 1, first, target)
+
+
+def on_cpu(precision: Precision) -> InferConfig:
+    """Return settings for one tile at a time on the CPU."""
+    return InferConfig(device="cpu", batch_size=1, precision=precision)
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Let networks do as their publications say: a mask over all pairs of tokens, and torch's own filters."""
+    with (
+        patch.object(layers, "_compiled_here", lambda value: False),
+        patch.object(cellvta, "enlarged", enlarged_plainly),
+        patch.object(Windows, "of", Masked),
+    ):
+        yield
+
+
+def enlarged_plainly(x: Tensor, scale: int) -> Tensor:
+    """Enlarge maps (B, C, h, w) by torch's filter."""
+    return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+
+
+class Masked:
+    """Attention within a radius as a mask over all pairs of tokens."""
+
+    def __init__(self, grid_hw: Sequence[int], radius: int, device: torch.device) -> None:
+        places = torch.meshgrid(*(torch.arange(n, device=device) for n in grid_hw), indexing="ij")
+        rows, cols = (place.flatten() for place in places)
+        near = torch.maximum((rows[:, None] - rows).abs(), (cols[:, None] - cols).abs())
+        self.mask = near <= radius
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend with queries, keys and values (B, heads, N, d)."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+
+
+def gpu_row(options: BenchOptions) -> Row:
+    """Return seconds per mm2 of CellVTA at its full size on a GPU; not measured where there is none."""
+    device = resolve_device(options.device if options.device.startswith("cuda") else "auto")
+    name = f"{FULL.name}, cuda bf16"
+    if device.type != "cuda":
+        return row(STAGE, name, [], "s a mm2", 0, None, GPU_TARGET)
+    config = InferConfig(device=str(device), precision="bf16", batch_size=options.batch_size)
+    engine = TorchEngine(CellVTA(CellVTAConfig()), FULL, config, FULL.tile_px)
+    images = np.repeat(picture(FULL.tile_px), engine.batch_size, axis=0)
+    seconds = timed(lambda: engine.launch(images)(), options.rounds, time.perf_counter)
+    covered = covered_mm2(FULL) * len(images)
+    return row(STAGE, name, [s / covered for s in seconds], "s a mm2", len(images), None, GPU_TARGET)
+
+
+def timed(call: Callable[[], object], rounds: int, clock: Callable[[], float]) -> list[float]:
+    """Return the seconds of each round; a first call, not counted, loads what it needs."""
+    call()
+    seconds = []
+    for _ in range(rounds):
+        begin = clock()
+        call()
+        seconds.append(clock() - begin)
+    return seconds
+
+
+def picture(size_px: int) -> UInt8:
+    """Return a tile uint8 (1, H, W, 3) of noise: what a network costs does not depend on what it sees."""
+    return np.random.default_rng(0).integers(0, 256, (1, size_px, size_px, 3), np.uint8)
+
+
+def covered_mm2(spec: ModelSpec) -> float:
+    """Return the area of the slide that one tile adds."""
+    return ((spec.tile_px - spec.overlap_px) * spec.mpp / 1000) ** 2

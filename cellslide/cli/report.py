@@ -1,0 +1,53 @@
+"""`cellslide report`: one page per slide that tells whether to trust the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cellslide.cli.options import FOLDER, verbosity_options
+from cellslide.errors import CellslideError, UsageError, trouble
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, type=FOLDER, metavar="OUTDIR_OR_SLIDEDIR...")
+@click.option("--slide", type=click.Path(exists=True, path_type=Path), help="The slide of one folder, where it moved.")
+@verbosity_options
+def command(folders: tuple[Path, ...], slide: Path | None) -> None:
+    """Write report.html beside each cells.zarr found in the given folders or one level below.
+
+    One file that needs no network: the slide with its nuclei, counts and densities, sizes, confidence, what both paths
+    say, pictures of nuclei, what was checked, and how it was made.
+
+    \b
+    Examples:
+      cellslide report out
+      cellslide report out/slide --slide /elsewhere/slide.svs
+    """
+    from cellslide.cli.export import find_tables
+
+    tables = find_tables(folders)
+    if slide is not None and len(tables) != 1:
+        raise UsageError(f"--slide {slide}: name the one folder that it belongs to, not {len(tables)}")
+    failed = [path.parent for path in tables if not _report_one(path.parent, slide)]
+    if failed:
+        raise CellslideError(f"{len(failed)} reports could not be written: {', '.join(map(str, failed))}")
+
+
+def _report_one(folder: Path, slide: Path | None) -> bool:
+    from cellslide.lock import hold
+    from cellslide.report import write_report
+    from cellslide.staging import restore
+
+    try:
+        with hold(folder):
+            restore(folder)
+            click.echo(str(write_report(folder, slide)))
+    except UsageError:
+        raise
+    except (CellslideError, OSError) as error:
+        words = str(error) if isinstance(error, CellslideError) else f"{folder}: {trouble(error) or error}"
+        click.echo(f"cellslide report: {words}", err=True)
+        return False
+    return True

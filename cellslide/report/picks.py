@@ -1,0 +1,80 @@
+"""Which cells a gallery shows: of each class the surest, the least sure, and those that the paths dispute most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellslide.types import Float64, Int64
+
+if TYPE_CHECKING:
+    from cellslide.report.tally import Block
+
+Kind = Literal["sure", "unsure", "disputed", "small", "large"]
+MOST_EACH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """A cell to show: its row, where it lies (level-0 pixels), its class, whether that was said, and its numbers.
+
+    value  what it was chosen by: probability, score, or area in µm². local, global_ are classes, -1 where unknown.
+    """
+
+    row: int
+    xy: tuple[float, float]
+    class_index: int
+    said: bool
+    value: float
+    local: int
+    global_: int
+
+
+class Picks:
+    """Keeps the best cells of each class and kind while blocks go by; ties by row, so that a rerun shows the same."""
+
+    def __init__(self, n_classes: int) -> None:
+        self.n_classes = n_classes
+        self.kept: dict[tuple[int, Kind], list[tuple[float, Pick]]] = {}
+
+    def add(self, block: Block) -> None:
+        """Look at the next block of cells."""
+        for kind, (rank, value) in _ranks(block).items():
+            for k in range(self.n_classes):
+                rows = np.flatnonzero((np.maximum(block.class_index, 0) == k) & np.isfinite(rank))
+                if len(rows):
+                    self._offer((k, kind), block, rows[_best(rank[rows], MOST_EACH)], rank, value)
+
+    def _offer(self, key: tuple[int, Kind], block: Block, rows: Int64, rank: NDArray[Any], value: NDArray[Any]) -> None:
+        offered = self.kept.setdefault(key, [])
+        for i in rows.tolist():
+            pick = Pick(
+                block.start + i, (float(block.xy[i, 0]), float(block.xy[i, 1])), key[0], bool(block.said[i]),
+                float(value[i]), int(block.local[i]), int(block.global_[i]),
+            )  # fmt: skip
+            offered.append((float(rank[i]), pick))
+        offered.sort(key=lambda pair: (-pair[0], pair[1].row))
+        del offered[MOST_EACH:]
+
+    def of(self, k: int, kind: Kind, n: int) -> list[Pick]:
+        """Return the `n` best of a class and kind, best first."""
+        return [pick for _, pick in self.kept.get((k, kind), [])[:n]]
+
+
+def _best(rank: NDArray[Any], n: int) -> Int64:
+    """Return the indices of the `n` greatest, ties by place."""
+    return np.lexsort((np.arange(len(rank)), -rank))[:n].astype(np.int64)
+
+
+def _ranks(block: Block) -> dict[Kind, tuple[Float64, Float64]]:
+    """Return for each kind what cells are ranked by (the greater the better) and the number that is told of them."""
+    prob = block.prob.astype(np.float64)
+    if np.isfinite(prob).any():
+        sure = block.sure.astype(np.float64)
+        return {"sure": (prob, prob), "unsure": (-prob, prob), "disputed": (sure, sure)}
+    score, area = block.score.astype(np.float64), block.area.astype(np.float64)
+    sized = np.where(area > 0, area, np.nan)
+    return {"sure": (score, score), "unsure": (-score, score), "small": (-sized, sized), "large": (sized, sized)}

@@ -1,0 +1,126 @@
+"""The report of one slide's folder: one pass over its table, a look at the slide, one page written in one step."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from cellslide.errors import CellslideError, SlideError, TileError, UsageError
+from cellslide.readers import open_reader
+from cellslide.record import RUN_FILE, head_sha256, read_record
+from cellslide.report.looks import Crop, Sharpness, cut_crops, measure_sharpness, read_picture
+from cellslide.report.page import Budget, Material, render, shown_each
+from cellslide.report.quality import flags
+from cellslide.report.seams import SeamCheck
+from cellslide.report.searched import read_searched
+from cellslide.report.tally import Frame, Tally, tally_cells
+from cellslide.slide import Slide
+from cellslide.table import CellTable, open_table
+from cellslide.types import Float64, UInt8
+
+TABLE = "cells.zarr"
+PAGE_FILE = "report.html"
+# Mail and browsers take a megabyte; the first budget that fits is used.
+MOST_BYTES = 980_000
+BUDGETS = (Budget(75, 120), Budget(55, 90), Budget(35, 60), Budget(15, 24))
+
+
+def needs_report(folder: Path) -> bool:
+    """Tell whether a slide's folder holds cells, and no report that is newer than they are."""
+    if not (folder / TABLE).is_dir() or not (folder / RUN_FILE).is_file():
+        return False
+    page = folder / PAGE_FILE
+    return not page.is_file() or page.stat().st_mtime_ns < (folder / RUN_FILE).stat().st_mtime_ns
+
+
+def write_report(folder: Path, slide_path: Path | None = None) -> Path:
+    """Write `report.html` into the folder of a slide whose cells are found, and return where it is.
+
+    slide_path  where the slide is now, if it is not where it was; without the slide the page has no pictures.
+    Raises TableError where there are no cells, UsageError where `slide_path` is another slide.
+    """
+    with ExitStack() as stack:
+        table = stack.enter_context(open_table(folder / TABLE))
+        slide, gone = open_slide_of(table, slide_path)
+        if slide is not None:
+            stack.enter_context(slide)
+        material = gather(folder, table, slide, gone)
+        text = fitted(material)
+    page = folder / PAGE_FILE
+    scratch = page.with_name(f".{page.name}.{os.getpid()}.tmp")
+    try:
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(scratch, page)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return page
+
+
+def fitted(material: Material) -> str:
+    """Return the page by the widest budget that keeps it small."""
+    for budget in BUDGETS:
+        text = render(material, budget)
+        if len(text.encode("utf-8", "backslashreplace")) < MOST_BYTES:
+            break
+    return text
+
+
+def open_slide_of(table: CellTable, slide_path: Path | None) -> tuple[Slide | None, str | None]:
+    """Return the slide of a table, or None and in words why there is none.
+
+    Raises UsageError where `slide_path` is given and does not hold that slide.
+    """
+    info = table.slide if slide_path is None else replace(table.slide, path=slide_path)
+    if not info.path.exists():
+        if slide_path is not None:
+            raise UsageError(f"--slide {slide_path}: no such file")
+        return None, f"{info.path} is not there any more (--slide says where it is)."
+    known = table.run.slide.get("sha256_head")
+    if known is not None and head_sha256(info.path) != known:
+        if slide_path is not None:
+            raise UsageError(f"--slide {slide_path}: not the slide that {table.path} was made from")
+        return None, f"{info.path} is not the slide any more that the cells were found on."
+    try:
+        return Slide(open_reader(info.path), info), None
+    except CellslideError as error:
+        return None, f"{info.path} cannot be read ({error})."
+
+
+def gather(folder: Path, table: CellTable, slide: Slide | None, gone: str | None) -> Material:
+    """Find out all that the page says."""
+    record = read_record(folder) or table.run
+    searched = read_searched(folder, table.slide, record)
+    seams = SeamCheck.of(table.slide, record)
+    tally = tally_cells(table, Frame.of(table.slide, searched.box()), seams)
+    picture: UInt8 | None = None
+    sharpness: Sharpness | None = None
+    crops: dict[int, Crop] = {}
+    if slide is not None:
+        picture, sharpness, crops, gone = look(slide, table, tally)
+    verdict = None if seams is None else seams.verdict()
+    checked = flags(record, table, tally, searched.mm2, verdict, sharpness, gone)
+    return Material(table, record, tally, searched, tuple(checked), crops, picture, sharpness)
+
+
+def look(
+    slide: Slide, table: CellTable, tally: Tally
+) -> tuple[UInt8 | None, Sharpness | None, dict[int, Crop], str | None]:
+    """Return picture, sharpness and crops; of a slide that is damaged what can be had, and why not all."""
+    gone = None
+    try:
+        picture: UInt8 | None = read_picture(slide, tally.frame)
+    except (TileError, SlideError) as error:
+        picture, gone = None, f"No picture: {error}."
+    sharpness = measure_sharpness(slide, _places(tally))
+    each = shown_each(tally, BUDGETS[0])
+    picks = [pick for k, kind in tally.picks.kept for pick in tally.picks.of(k, kind, each)]
+    return picture, sharpness, cut_crops(slide, table, picks), gone
+
+
+def _places(tally: Tally) -> Float64:
+    """Return the cells that are drawn, (N, 2): they are spread over the slide as the cells are."""
+    return np.concatenate([np.empty((0, 2), np.float32), *tally.dots_xy]).astype(np.float64)

@@ -1,0 +1,260 @@
+"""One slide that is looked at: its table, its pixels, its rule, and what the page asks of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellslide.errors import CellslideError, UsageError
+from cellslide.gate import GATE_RULES
+from cellslide.readers import open_reader
+from cellslide.record import head_sha256
+from cellslide.report.images import color_of
+from cellslide.slide import Slide
+from cellslide.table import Categorical, CellTable, open_table
+from cellslide.types import Float64
+from cellslide.view.cells import Box, CellIndex, density, relative
+from cellslide.view.folders import TABLE_NAME, check_links, is_inside
+from cellslide.view.packing import pack
+from cellslide.view.pixels import TILE_PX, CropField, TilePictures, as_png, read, top_level
+from cellslide.view.policy import Decisions, Policy, StoredRule
+
+PLAIN_FIELD_UM, PLAIN_FIELD_PX = 64.0, 256
+MOST_BINS = 160
+PATH_COLUMNS = ("prob_local", "prob_global", "gate")
+
+
+def open_slide_of(table: CellTable, moved_to: Path | None) -> tuple[Slide | None, str]:
+    """Open the slide that a table was made from; None and why, in words, where it is gone or another."""
+    info = table.slide if moved_to is None else replace(table.slide, path=moved_to)
+    if not info.path.exists():
+        return None, f"The slide is not at {info.path} any more: give --slide FILE to see it under its nuclei."
+    known = table.run.slide.get("sha256_head")
+    if known is not None and head_sha256(info.path) != known:
+        return None, f"{info.path} is not the slide that these nuclei were found on: give that one by --slide."
+    try:
+        return Slide(open_reader(info.path), info), ""
+    except CellslideError as error:
+        return None, f"The slide cannot be read: {error}"
+
+
+class Scene:
+    """An open slide folder; its methods are called from several threads."""
+
+    def __init__(self, root: Path, folder: Path, moved_to: Path | None = None) -> None:
+        """Raises UsageError for a table that links lead out of, TableError for one that is not whole."""
+        check_links(root, folder / TABLE_NAME)
+        self.root, self.folder = root, folder
+        self.table = open_table(folder / TABLE_NAME)
+        self.slide, self.trouble = open_slide_of(self.table, moved_to)
+        self.index = CellIndex(self.table)
+        self.stored = StoredRule.of(self.table)
+        self.decisions = Decisions(self.table, self.stored)
+        self.tiles = TilePictures(self.table.slide, self.slide)
+        self.fields = {field.name: field for field in _fields(self.table, self.stored)}
+
+    def close(self) -> None:
+        """Close the files."""
+        self.table.close()
+        if self.slide is not None:
+            self.slide.close()
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the page must know before it draws anything."""
+        info, table = self.table.slide, self.table
+        pairs = zip(table.class_names, table.colors, strict=True)
+        pages = (page.name for page in sorted(self.folder.glob("*.html")) if is_inside(self.root, page))
+        return {
+            "slide": info.slide_id,
+            "width": info.width_px,
+            "height": info.height_px,
+            "mpp": self.index.mpp,
+            "tile": TILE_PX,
+            "top": top_level(info),
+            "trouble": self.trouble,
+            "kind": table.kind,
+            "n": len(table),
+            "classes": [
+                {"name": name, "color": _hex(color), "plain": _hex(color_of(k, len(table.class_names)))}
+                for k, (name, color) in enumerate(pairs)
+            ],
+            "rule": self._rule(),
+            "named": bool(np.isfinite(table.vector("class_prob", 0, 1000)).any()),
+            "links": list(pages),
+            "links_below": self.folder != self.root,
+            "version": table.run.cellslide_version,
+            "weights": [weights.id for weights in table.run.weights],
+        }
+
+    def _rule(self) -> dict[str, Any]:
+        """Return the stored rule as the page's own rule takes it."""
+        stored, calibration = self.stored, self.stored.calibration
+        tau, gamma = stored.decision.tau, stored.decision.gamma
+        return {
+            "paths": stored.has_paths, "gates": [g for g in GATE_RULES if g != "safe" or stored.can_be_safe],
+            "gate": stored.decision.gate, "tau": tau, "gamma": gamma,
+            "calibrated_tau": calibration.tau, "calibrated_gamma": calibration.gamma,
+            "accepts": calibration.safe_accepts, "thresholds": stored.thresholds, "abstain": stored.abstain,
+            "temperatures": [
+                calibration.temperature_mix, calibration.temperature_local, calibration.temperature_global,
+            ],
+            "reliability_local": calibration.reliability_local, "reliability_global": calibration.reliability_global,
+        }  # fmt: skip
+
+    def cells(self, box: Box, screen_scale: float, policy: Policy) -> bytes:
+        """Return the cells of a box, for the page to decide and draw: as outlines, points or counts on a grid."""
+        rows = self.index.rows_in(box)
+        form = self.index.form(len(rows), screen_scale)
+        if form == "density":
+            return self._density(box, screen_scale, policy)
+        xy = np.stack([self.index.x[rows], self.index.y[rows]], axis=1)
+        arrays: dict[str, NDArray[Any]] = {"row": rows.astype(np.int32), "xy": relative(xy, box)}
+        arrays["score"] = self.index.score[rows]
+        names = PATH_COLUMNS if self.stored.has_paths else ("class", "class_prob")
+        for name in names:
+            column = self.index.gather(name, rows)
+            arrays[name] = column.astype(np.int16 if name == "class" else np.float32)
+        if form == "outlines" and (rings := self.index.rings(rows)) is not None:
+            arrays["ring"], arrays["start"] = relative(rings[0], box), rings[1].astype(np.int32)
+        return pack(arrays, {"form": form, "n": len(rows), "box": list(box)})
+
+    def _density(self, box: Box, screen_scale: float, policy: Policy) -> bytes:
+        rows = self.index.rows_in(box, policy.score)
+        bin_px = max(10 / screen_scale, max(box[2] - box[0], box[3] - box[1]) / MOST_BINS)
+        marks, n_marks = self.decisions.marks(policy, rows), len(self.table.class_names) + 2
+        x, y = self.index.x[rows], self.index.y[rows]
+        counts, n_rows, n_cols = density(x, y, marks, n_marks, box, bin_px)
+        facts = {"form": "density", "n": len(rows), "box": list(box), "bin": bin_px, "rows": n_rows, "cols": n_cols}
+        return pack({"counts": counts}, facts)
+
+    def counts(self, policy: Policy) -> dict[str, Any]:
+        """Return how many cells of the whole slide are of each class, abstain, have no class, or score too low."""
+        marks = self.decisions.marks(policy)[self.index.scored(policy.score)]
+        counts = np.bincount(marks, minlength=len(self.table.class_names) + 2).tolist()
+        return {"classes": counts[:-2], "abstained": counts[-2], "untyped": counts[-1]}
+
+    def cell(self, row: int) -> dict[str, Any] | None:
+        """Return what is known of one cell, or None where there is no such row."""
+        if not 0 <= row < len(self.table):
+            return None
+        table = self.table
+        named = {name: _value(table.column(name, row, row + 1)) for name in table.columns if name != "region"}
+        matrices = ("prob", "prob_local", "prob_global")
+        probs = {name: _finite(table.matrix(name, row, row + 1)[0]) for name in matrices if name in table.matrices}
+        shape = _finite(table.matrix("X", row, row + 1)[0]) if table.features else []
+        xy = self._place(row)
+        rings = self.index.rings(np.array([row], np.int64))
+        outline = np.empty((0, 2)) if rings is None else rings[0]
+        crops = [self._crop(field, xy, outline) for field in self.fields.values()] if self.slide else []
+        features = dict(zip(table.features, shape, strict=True))
+        return {"row": row, "obs": named, "probs": probs, "features": features, "crops": crops}
+
+    def _place(self, row: int) -> Float64:
+        return np.array([self.table.vector(name, row, row + 1)[0] for name in ("x", "y")], np.float64)
+
+    def _crop(self, field: CropField, xy: Float64, outline: Float64) -> dict[str, Any]:
+        shares = field.place(self.table.slide, xy, outline).round(4).tolist()
+        return {"name": field.name, "um": field.field_px * field.mpp, "outline": shares}
+
+    def crop(self, row: int, name: str) -> bytes | None:
+        """Return a field around a cell as PNG, or None where there is no such cell, field or slide."""
+        field = self.fields.get(name)
+        if field is None or self.slide is None or not 0 <= row < len(self.table):
+            return None
+        return as_png(read(self.slide, *field.box(self.table.slide, self._place(row))))
+
+
+def _fields(table: CellTable, stored: StoredRule) -> Iterator[CropField]:
+    if not stored.has_paths:
+        yield CropField("nucleus", PLAIN_FIELD_UM / PLAIN_FIELD_PX, PLAIN_FIELD_PX)
+        return
+    spec = table.run.config["classify"]["spec"]
+    for name in ("local", "context"):
+        yield CropField(name, float(spec["mpp"]), int(spec[name]["field_px"]))
+
+
+def _hex(color: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
+
+
+def _value(column: Any) -> Any:
+    """Return the one value of a column of one row, as JSON knows it; None where it is missing."""
+    if isinstance(column, Categorical):
+        code = int(column.codes[0])
+        return column.names[code] if code >= 0 else None
+    value = column[0].item() if isinstance(column[0], np.generic) else column[0]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _finite(values: NDArray[Any]) -> list[float | None]:
+    return [float(v) if np.isfinite(v) else None for v in values]
+
+
+@dataclass(slots=True)
+class _Open:
+    scene: Scene
+    stamp: tuple[int, int]
+    users: int = 0
+
+
+class Scenes:
+    """The slides' scenes, opened when they are asked for; those least used are closed, never while in use."""
+
+    def __init__(self, root: Path, folders: Mapping[str, Path], moved_to: Path | None = None, most: int = 4) -> None:
+        self.root, self.folders, self.moved_to, self.most = root, folders, moved_to, most
+        self._open: dict[str, _Open] = {}
+        self._lock = Lock()
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[Scene]:
+        """Give the scene of a slide of `folders`; one whose table was written anew is opened again."""
+        with self._lock:
+            entry = self._entry(name)
+            entry.users += 1
+        try:
+            yield entry.scene
+        finally:
+            with self._lock:
+                entry.users -= 1
+                if not entry.users and self._open.get(name) is not entry:
+                    entry.scene.close()
+
+    def _entry(self, name: str) -> _Open:
+        stamp = _stamp(self.folders[name])
+        entry = self._open.pop(name, None)
+        if entry is not None and entry.stamp != stamp:
+            _close_idle(entry)
+            entry = None
+        entry = entry or _Open(Scene(self.root, self.folders[name], self.moved_to), stamp)
+        self._open[name] = entry
+        while len(self._open) > self.most:
+            _close_idle(self._open.pop(next(iter(self._open))))
+        return entry
+
+    def close(self) -> None:
+        """Close what nobody uses; the rest closes when it is given back."""
+        with self._lock:
+            for entry in self._open.values():
+                _close_idle(entry)
+            self._open.clear()
+
+
+def _close_idle(entry: _Open) -> None:
+    if not entry.users:
+        entry.scene.close()
+
+
+def _stamp(folder: Path) -> tuple[int, int]:
+    try:
+        state = (folder / TABLE_NAME / "zarr.json").stat()
+    except FileNotFoundError as error:
+        raise UsageError(f"{folder}: its {TABLE_NAME} is gone") from error
+    return state.st_ino, state.st_mtime_ns

@@ -1,0 +1,34 @@
+"""Rows picked from several records are those of the records joined."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from cellslide import kernels
+from cellslide.across import rings_across, take_across
+from cellslide.types import Cells, concat
+from tests.random_cells import as_kind, ellipses
+
+
+def same(one: Cells, other: Cells) -> None:
+    for field in fields(Cells):
+        np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name), err_msg=field.name)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("kind", ["mask", "box", "point"])
+def test_rows_across_records(kind: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "available", lambda: compiled)
+    whole = as_kind(ellipses(60), kind)
+    ends = [0, 7, 7, 30, 60]
+    parts = [whole.take(np.arange(a, b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    rng = np.random.default_rng(0)
+    for rows in (rng.permutation(60), np.array([3, 59, 0]), np.arange(30, 60), np.empty(0, np.int64)):
+        same(take_across(parts, rows), concat(parts).take(rows))
+        if kind == "mask":
+            xy, start = rings_across(parts, rows)
+            np.testing.assert_array_equal(xy, whole.take(rows).contour_xy)
+            assert start[0] == 0 and len(start) == len(rows) + 1
