@@ -1,4 +1,4 @@
-"""Rows picked from several records at once, as if they stood end to end, so that outlines are copied once only."""
+"""Rows of records with few copies: of one as views, of several as if they stood end to end."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ from numpy.typing import NDArray
 
 from cellslide import kernels
 from cellslide.types import Int64, Record, take_rings
+
+
+def slice_rows(record: Record, begin: int, end: int) -> Record:
+    """Return rows [begin, end) as views, without a copy."""
+    columns: dict[str, Any] = {}
+    for spec in fields(record):
+        column = getattr(record, spec.name)
+        if column is not None and not spec.name.startswith("contour_"):
+            columns[spec.name] = column[begin:end]
+    if record.contour_xy is not None and record.contour_start is not None:
+        start = record.contour_start[begin : end + 1]
+        columns["contour_xy"] = record.contour_xy[start[0] : start[-1]]
+        columns["contour_start"] = start - start[0]
+    return type(record)(**columns)
 
 
 def take_across(records: list[Record], rows: Int64) -> Record:

@@ -23,7 +23,7 @@ from cellslide import kernels
 from cellslide.anndata_store import Columns
 from cellslide.jsontext import check_pixels, choice, constant, decimals, pack, strings, to_words, vertices
 from cellslide.outlines import GRID_PX, ring_areas, sure_rings, valid_rings
-from cellslide.spatial import close_rings
+from cellslide.spatial import ROW_GROUP, close_rings
 from cellslide.table import CellChunk, CellTable
 from cellslide.types import Float64, Int64, UInt8, take_rings
 
@@ -31,7 +31,7 @@ Origin = Literal["bounds", "level0"]
 Profile = Literal["lean", "full"]
 
 ENTRY_CELLS = 50_000
-BLOCK_CELLS = 10_000
+BLOCK_CELLS = 5_000
 COMPRESSION, ISAL_LEVEL = 4, 2
 # What zlib calls window bits: with the head of a gzip file, whose date stays 0, or bare, as in a zip.
 GZIP_BITS, ZIP_BITS = 31, -15
@@ -132,10 +132,12 @@ def _write_collection(write: Callable[[bytes], object], texts: Iterator[bytes]) 
 
 
 def _texts(table: CellTable, layout: _Layout) -> Iterator[bytes]:
-    """Yield the features by BLOCK_CELLS; the table is read in larger steps, since its chunks are larger."""
+    """Yield the features by BLOCK_CELLS; the table is read by its row groups, which are larger."""
     known = ("abstained",) if "abstained" in table.columns else ()
     obs = tuple(dict.fromkeys([*layout.obs, *known]))
-    chunks = table.iter_chunks(ENTRY_CELLS, obs=obs, obsm=layout.obsm, features=bool(layout.features))
+    rows = max(ROW_GROUP // BLOCK_CELLS, 1) * BLOCK_CELLS
+    features = bool(layout.features)
+    chunks = table.iter_chunks(rows, obs=obs, obsm=layout.obsm, features=features, probabilities=False)
     for chunk in chunks:
         for piece in chunk.split(BLOCK_CELLS):
             yield _features(piece, layout)

@@ -10,6 +10,8 @@ from numba import njit
 
 from cellslide.types import Int64, UInt8
 
+# The four digits of 0 to 9999.
+_DIGITS = (48 + np.arange(10_000)[:, None] // (1000, 100, 10, 1) % 10).astype(np.uint8)
 _HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
 _SHA1 = np.array([0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0], np.uint32)
 _ROUNDS = np.array([0x5A827999, 0x6ED9EBA1, 0x8F1BBCDC, 0xCA62C1D6], np.uint32)
@@ -20,8 +22,24 @@ _POINT = 50
 
 
 @njit(cache=True, nogil=True)
+def _put_four(value: int, size: int, out: UInt8, at: int) -> int:
+    for k in range(size):
+        out[at + k] = _DIGITS[value, 4 - size + k]
+    return at + size
+
+
+@njit(cache=True, nogil=True)
+def _put_head(value: int, out: UInt8, at: int) -> int:
+    return _put_four(value, 1 + (value > 9) + (value > 99) + (value > 999), out, at)
+
+
+@njit(cache=True, nogil=True)
 def _put_whole(value: int, out: UInt8, at: int) -> int:
     """Write the digits of 0 <= value; returns where they end."""
+    if value < 10_000:
+        return _put_head(value, out, at)
+    if value < 100_000_000:
+        return _put_four(value % 10_000, 4, out, _put_head(value // 10_000, out, at))
     size, rest = 1, value // 10
     while rest:
         size, rest = size + 1, rest // 10
@@ -174,8 +192,7 @@ def write_rows(head: UInt8, cents: Int64, start: Int64, tail: UInt8, close: bool
 
 @njit(cache=True, nogil=True)
 def _put_text(text: UInt8, out: UInt8, at: int) -> int:
-    for byte in text:
-        if byte:
-            out[at] = byte
-            at += 1
+    for byte in text:  # without a branch: what is dropped is written over
+        out[at] = byte
+        at += byte != 0
     return at

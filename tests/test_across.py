@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cellslide import kernels
-from cellslide.across import rings_across, take_across
+from cellslide.across import rings_across, slice_rows, take_across
 from cellslide.types import Cells, concat
 from tests.random_cells import as_kind, ellipses
 
@@ -32,3 +32,12 @@ def test_rows_across_records(kind: str, compiled: bool, monkeypatch: pytest.Monk
             xy, start = rings_across(parts, rows)
             np.testing.assert_array_equal(xy, whole.take(rows).contour_xy)
             assert start[0] == 0 and len(start) == len(rows) + 1
+
+
+@pytest.mark.parametrize("kind", ["mask", "box", "point"])
+def test_a_slice_is_what_is_taken(kind: str) -> None:
+    cells = as_kind(ellipses(30), kind)
+    for begin, end in ((0, 30), (4, 19), (29, 30), (7, 7)):
+        part = slice_rows(cells, begin, end)
+        same(part, cells.take(np.arange(begin, end)))
+        assert np.shares_memory(part.centroid_xy, cells.centroid_xy) or begin == end

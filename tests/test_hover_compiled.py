@@ -16,10 +16,10 @@ from cellslide.hover_energy import sobel_kernels, stretch
 from cellslide.outlines import trace_outlines
 from cellslide.types import HoverDecode, HoverMaps, Instances, Int32
 
-hover_compiled = pytest.importorskip("cellslide.hover_compiled", reason="needs numba", exc_type=ImportError)
-gradient_kernels = pytest.importorskip("cellslide.gradient_kernels", exc_type=ImportError)
-hover_kernels = pytest.importorskip("cellslide.hover_kernels", exc_type=ImportError)
-shape_kernels = pytest.importorskip("cellslide.shape_kernels", exc_type=ImportError)
+if not kernels.available():
+    pytest.skip(f"no compiled kernels here: {kernels.why_not()}", allow_module_level=True)
+
+from cellslide import gradient_kernels, hover_compiled, hover_kernels, shape_kernels
 
 CONFIGS = [
     HoverDecode("published", 21, 10),
@@ -47,8 +47,6 @@ def random_maps(shape: tuple[int, int], seed: int, steps: int = 0, typed: bool =
 
 
 def both(maps: HoverMaps, config: HoverDecode) -> tuple[Instances, Instances]:
-    if not kernels.available():
-        pytest.skip(f"no compiled kernels here: {kernels.why_not()}")
     compiled = decode.decode_hover(maps, config)
     with kernels.left_out():
         return compiled, decode.decode_hover(maps, config)
