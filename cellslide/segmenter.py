@@ -11,7 +11,7 @@ import torch
 
 from cellslide.config import InferConfig, OutputFormat, SegmentConfig, TileConfig
 from cellslide.detect import Detector, default_workers
-from cellslide.device import available_cpus
+from cellslide.device import available_cpus, share_freed_memory
 from cellslide.errors import UsageError
 from cellslide.infer import Engine, TorchEngine
 from cellslide.onnx import OnnxEngine
@@ -74,6 +74,7 @@ def open_segmenter(model: LoadedModel, config: SegmentConfig) -> Segmenter:
 
     Raises UsageError when the tiles do not suit the model, MissingDependencyError when device or engine is not there.
     """
+    share_freed_memory()
     config = replace(config, tiles=resolve_tiles(model.spec, config.tiles))
     check_formats(model.spec, config.output.formats)
     torch.manual_seed(config.infer.seed)
