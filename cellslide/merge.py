@@ -10,15 +10,15 @@ one; boxes of touching neighbours may share much of the smaller one, so those ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellslide import kernels
-from cellslide.across import rings_across, take_across
+from cellslide.across import Rings, join_light, rings_across, take_across
 from cellslide.outlines import ring_areas, ring_bounds, to_polygons
 from cellslide.types import (
     Bool,
@@ -175,55 +175,42 @@ def merge_stream(parts: Iterable[Cells], grid: Grid, same_point_um: float = SAME
 
 
 def _by_row(part: Cells, n_cols: int) -> Iterator[tuple[int, Cells]]:
-    rows = part.tile_index // n_cols
-    if len(part) and rows[0] == rows[-1]:
-        yield int(rows[0]), part
+    if len(part) and part.tile_index[0] // n_cols == part.tile_index[-1] // n_cols:
+        yield int(part.tile_index[0] // n_cols), part
         return
+    rows = part.tile_index // n_cols
     for row in np.unique(rows):
         yield int(row), part.take(rows == row)
 
 
 @dataclass(slots=True)
 class _Block:
-    """Cells of one tile row, as the parts they came in, with what the merge knows of them; N over all parts.
+    """Cells of one tile row with what the merge knows of them, N over all the parts that they came in.
 
-    box   float64 (N, 4), bounds in level-0 px.
-    open  bool (N,), not yet decided.
-    kept  bool (N,), decided, stays, and not yet handed out.
+    cells  all columns but the outlines.
+    rings  the outlines, left where they are until they are handed out; None for boxes and points.
+    box    float64 (N, 4), bounds in level-0 px.
+    open   bool (N,), not yet decided.
+    kept   bool (N,), decided, stays, and not yet handed out.
     """
 
-    parts: tuple[Cells, ...]
-    centroid: Float64
-    tile: Int32
-    row: Int32
-    area: NDArray[Any]
+    cells: Cells
+    rings: Rings | None
     box: Float64
     open: Bool
     kept: Bool
 
     @classmethod
-    def of(cls, parts: tuple[Cells, ...]) -> _Block:
-        """Join the light columns; outlines stay where they are until they are handed out."""
-        centroid = np.concatenate([cells.centroid_xy for cells in parts])
-        count = len(centroid)
-        return cls(
-            parts,
-            centroid,
-            np.concatenate([cells.tile_index for cells in parts]),
-            np.concatenate([cells.row for cells in parts]),
-            np.concatenate([cells.area_um2 for cells in parts]),
-            _bounds(parts, centroid),
-            np.ones(count, np.bool_),
-            np.zeros(count, np.bool_),
-        )
-
-    @property
-    def has_outlines(self) -> bool:
-        return self.parts[0].contour_start is not None
+    def of(cls, parts: Sequence[Cells]) -> _Block:
+        """Join the light columns of parts."""
+        light = join_light(parts)
+        rings = None if parts[0].contour_start is None else Rings.of(parts)
+        count = len(light)
+        return cls(light, rings, _bounds(light, rings), np.ones(count, np.bool_), np.zeros(count, np.bool_))
 
     @property
     def has_extent(self) -> bool:
-        return self.has_outlines or self.parts[0].box_xyxy is not None
+        return self.rings is not None or self.cells.box_xyxy is not None
 
 
 class SeamMerger:
@@ -278,19 +265,16 @@ class SeamMerger:
 
     def _hand_out(self, below: int) -> list[Cells]:
         """Return the kept cells whose final row is less than `below`, sorted, and forget blocks that are used up."""
-        parts, keys, begin = list[Cells](), list[tuple[Int64, Int32, Float64]](), 0
+        blocks, rows, begin = list[_Block](), list[Int64](), 0
         for block in self._blocks:
-            final = np.flatnonzero(block.kept & (block.row < below))
+            final = np.flatnonzero(block.kept & (block.cells.row < below))
             block.kept[final] = False
             if len(final):
-                keys.append((final + begin, block.row[final], block.centroid[final]))
-                parts += block.parts
-                begin += len(block.row)
+                blocks.append(block)
+                rows.append(final + begin)
+                begin += len(block.cells)
         self._blocks = [block for block in self._blocks if block.open.any() or block.kept.any()]
-        if not keys:
-            return []
-        source, row, centroid = (np.concatenate(column) for column in zip(*keys, strict=True))
-        return [take_across(parts, source[order]) for order in _by_place(row, centroid)]
+        return list(_in_order(blocks, np.concatenate(rows))) if blocks else []
 
     def _own_boxes(self, tile: Int32) -> Float64:
         row, col = np.divmod(tile, self._grid.n_cols)
@@ -351,10 +335,18 @@ class _Pool:
         """Collect the rows `handles` of each block."""
         source = [np.stack([np.full(len(h), i), h], axis=1) for i, h in enumerate(handles)]
 
-        def column(name: str) -> NDArray[Any]:
-            return np.concatenate([getattr(b, name)[h] for b, h in zip(blocks, handles, strict=True)])
+        def column(pick: Callable[[_Block], NDArray[Any]]) -> NDArray[Any]:
+            return np.concatenate([pick(block)[h] for block, h in zip(blocks, handles, strict=True)])
 
-        return cls(blocks, np.concatenate(source), *map(column, ("centroid", "box", "tile", "row", "area")))
+        return cls(
+            blocks,
+            np.concatenate(source),
+            centroid=column(lambda block: block.cells.centroid_xy),
+            box=column(lambda block: block.box),
+            tile=column(lambda block: block.cells.tile_index),
+            row=column(lambda block: block.cells.row),
+            area=column(lambda block: block.cells.area_um2),
+        )
 
     @property
     def has_extent(self) -> bool:
@@ -365,7 +357,7 @@ class _Pool:
         low = np.maximum(self.box[first, :2], self.box[second, :2])
         high = np.minimum(self.box[first, 2:], self.box[second, 2:])
         shared = np.prod(np.maximum(high - low, 0), axis=1)
-        if self.blocks[0].has_outlines:
+        if self.blocks[0].rings is not None:
             return self._share(first, second, shared) >= SAME_OVERLAP
         both = _box_area(self.box[first]) + _box_area(self.box[second]) - shared
         return _ratio(shared, both) >= SAME_BOX_IOU
@@ -389,12 +381,25 @@ class _Pool:
 
     def _rings(self, cells: Int64) -> tuple[Float64, Int64]:
         """Return the outlines of pool rows `cells` (sorted, so block by block)."""
-        parts, rows, begin = list[Cells](), list[Int64](), 0
-        for number, block in enumerate(self.blocks):
-            rows.append(self.source[cells][self.source[cells, 0] == number, 1] + begin)
-            parts += block.parts
-            begin += len(block.row)
-        return rings_across(parts, np.concatenate(rows))
+        sizes = [len(block.cells) for block in self.blocks]
+        block, row = self.source[cells].T
+        return rings_across(_rings_of(self.blocks), np.cumsum([0, *sizes[:-1]])[block] + row)
+
+
+def _rings_of(blocks: list[_Block]) -> list[Rings]:
+    return [block.rings for block in blocks if block.rings is not None]
+
+
+def _in_order(blocks: list[_Block], rows: Int64) -> Iterator[Cells]:
+    """Yield `rows`, counted over all blocks, in the final order, a block of cells for each tile row."""
+    light = take_across([block.cells for block in blocks], rows)
+    rings = _rings_of(blocks)
+    for order in _by_place(light.row, light.centroid_xy):
+        cells = light.take(order)
+        if rings:
+            xy, start = rings_across(rings, rows[order])
+            cells = replace(cells, contour_xy=xy, contour_start=start)
+        yield cells
 
 
 def _by_place(row: Int32, centroid: Float64) -> Iterator[Int64]:
@@ -425,15 +430,13 @@ def _meeting(box: Float64, tile: Int32) -> Int64:
     return np.asarray(pairs[(pairs[:, 0] < pairs[:, 1]) & (tile[pairs[:, 0]] != tile[pairs[:, 1]])])
 
 
-def _bounds(parts: tuple[Cells, ...], centroid: Float64) -> Float64:
+def _bounds(cells: Cells, rings: Rings | None) -> Float64:
     """Return boxes xyxy (N, 4) in level-0 pixels, from outlines, boxes or points."""
-    boxes = [cells.box_xyxy for cells in parts if cells.box_xyxy is not None]
-    rings = [(c.contour_xy, c.contour_start) for c in parts if c.contour_xy is not None and c.contour_start is not None]
-    if not rings:
-        return np.concatenate(boxes) if boxes else np.tile(centroid, 2)
-    bounds = np.concatenate([ring_bounds(xy, start) for xy, start in rings])
+    if rings is None:
+        return np.tile(cells.centroid_xy, 2) if cells.box_xyxy is None else cells.box_xyxy
+    bounds = np.concatenate([ring_bounds(xy, start) for xy, start in rings.parts])
     without = np.flatnonzero(np.isnan(bounds[:, 0]))
-    bounds[without] = np.tile(centroid[without], 2)
+    bounds[without] = np.tile(cells.centroid_xy[without], 2)
     return bounds
 
 

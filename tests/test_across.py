@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cellslide import kernels
-from cellslide.across import rings_across, slice_rows, take_across
+from cellslide.across import Rings, rings_across, slice_rows, take_across
 from cellslide.types import Cells, concat
 from tests.random_cells import as_kind, ellipses
 
@@ -29,7 +29,7 @@ def test_rows_across_records(kind: str, compiled: bool, monkeypatch: pytest.Monk
     for rows in (rng.permutation(60), np.array([3, 59, 0]), np.arange(30, 60), np.empty(0, np.int64)):
         same(take_across(parts, rows), concat(parts).take(rows))
         if kind == "mask":
-            xy, start = rings_across(parts, rows)
+            xy, start = rings_across([Rings.of(parts[:2]), Rings.of(parts[2:])], rows)
             np.testing.assert_array_equal(xy, whole.take(rows).contour_xy)
             assert start[0] == 0 and len(start) == len(rows) + 1
 
