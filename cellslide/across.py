@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellslide import kernels
-from cellslide.types import Int64, Record, take_rings
+from cellslide.types import Int64, Record, concat, take_rings
 
 
 def slice_rows(record: Record, begin: int, end: int) -> Record:
@@ -25,6 +25,19 @@ def slice_rows(record: Record, begin: int, end: int) -> Record:
         columns["contour_xy"] = record.contour_xy[start[0] : start[-1]]
         columns["contour_start"] = start - start[0]
     return type(record)(**columns)
+
+
+def slice_across(records: list[Record], begin: int, end: int) -> Record:
+    """Return rows [begin, end) of `records` counted end to end: views where one record holds them all."""
+    parts: list[Record] = []
+    for record in records:
+        low, high = max(begin, 0), min(end, len(record))
+        if low < high:
+            parts.append(slice_rows(record, low, high))
+        begin, end = begin - len(record), end - len(record)
+    if len(parts) > 1:
+        return concat(parts)
+    return parts[0] if parts else slice_rows(records[0], 0, 0)
 
 
 def take_across(records: Sequence[Record], rows: Int64) -> Record:
@@ -64,9 +77,7 @@ class Rings:
     def of(cls, records: Sequence[Record]) -> Rings:
         """Refer to the outlines of records that all have some."""
         parts = [
-            (r.contour_xy, r.contour_start)
-            for r in records
-            if r.contour_xy is not None and r.contour_start is not None
+            (r.contour_xy, r.contour_start) for r in records if r.contour_xy is not None and r.contour_start is not None
         ]
         lengths = [start[1:] - start[:-1] for _, start in parts]
         return cls(parts, np.concatenate(lengths), np.cumsum([len(part) for part in lengths]))

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from numcodecs.blosc import Blosc
-from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, ZstdCodec
-from zarr.storage import LocalStore
 
 from cellslide.errors import CellslideError
+from cellslide.zarrchunks import Nodes, codec_of, read_rows, write_rows
 
 CHUNK_ROWS = 50_000
 CHUNK_BYTES = 16 << 20
@@ -62,15 +58,6 @@ class Columns:
         every = [*self.obs.values(), *self.obsm.values(), *([] if self.x is None else [self.x])]
         return len(every[0]) if every else 0
 
-    def rows(self, part: slice) -> Columns:
-        """Return some of the rows."""
-        obs: dict[str, Column] = {
-            name: Categorical(column.codes[part], column.names) if isinstance(column, Categorical) else column[part]
-            for name, column in self.obs.items()
-        }
-        x = None if self.x is None else self.x[part]
-        return Columns(obs, {name: matrix[part] for name, matrix in self.obsm.items()}, x)
-
 
 class GrowingArray:
     """A zarr array that grows by its first axis and is written in whole chunks, so that no chunk is written twice."""
@@ -95,13 +82,14 @@ class GrowingArray:
         as_bytes = values.dtype.kind == self.dtype.kind == "S"
         if not as_bytes and self.dtype.kind == "S":
             self.dtype, self.pending = TEXT, [_as_text(part) for part in self.pending]
-        self.pending.append(values if as_bytes else values.astype(self.dtype))
+        self.pending.append(values if as_bytes else values.astype(self.dtype, copy=False))
         self.n_pending += len(values)
         if self.n_pending >= self.chunk_rows:
             whole = self.n_pending // self.chunk_rows * self.chunk_rows
-            joined = np.concatenate(self.pending)
+            joined = np.concatenate(self.pending) if len(self.pending) > 1 else self.pending[0]
             self._write(joined[:whole])
-            self.pending, self.n_pending = [joined[whole:].copy()], self.n_pending - whole
+            # A copy, so that what is left does not keep the whole of it in memory.
+            self.pending, self.n_pending = [joined[whole:].copy()] * (whole < len(joined)), self.n_pending - whole
 
     def close(self) -> None:
         """Write what is pending; an array that never got a row is written empty."""
@@ -116,7 +104,7 @@ class GrowingArray:
         if self.array is None:
             self.array = self._create(len(values))
         first, self.n_written = self.n_written, self.n_written + len(values)
-        if values.size and not (values.dtype != TEXT and self._write_chunks(values, first)):
+        if values.size and not (values.dtype != TEXT and write_rows(self.array, values, first)):
             self._resize()
             self.array[first:] = _as_text(values) if self.is_text else values
 
@@ -124,38 +112,14 @@ class GrowingArray:
         if self.array.shape[0] != self.n_written:
             self.array.resize((self.n_written, *self.tail))
 
-    def _write_chunks(self, values: NDArray[Any], first: int) -> bool:
-        """Write rows from `first` on as whole chunks of a local store, several times faster than through zarr; returns
-        whether it could."""
-        store, rows = self.array.store, int(self.array.chunks[0])
-        if not isinstance(store, LocalStore) or first % rows:
-            return False
-        folder, name = store.root / self.array.path / "c", "/".join(["{}", *("0" for _ in self.tail)])
-        for begin in range(0, len(values), rows):
-            part = values[begin : begin + rows]
-            full = np.concatenate([part, np.zeros((rows - len(part), *self.tail), part.dtype)])
-            path = folder / name.format((first + begin) // rows)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(self._encoded(full))
-        return True
-
-    def _encoded(self, chunk: NDArray[Any]) -> bytes:
-        if chunk.dtype.kind == "S":
-            return bytes(Zstd(level=1).encode(vlen_utf8(chunk)))
-        plain = np.ascontiguousarray(chunk.astype(chunk.dtype.newbyteorder("<"), copy=False))
-        if chunk.dtype.itemsize == 1:
-            return bytes(Zstd(level=1).encode(plain.view(np.uint8)))
-        return bytes(Blosc("lz4", clevel=5, shuffle=Blosc.BITSHUFFLE).encode(plain))
-
     def _create(self, n: int) -> Any:
         kind = "string-array" if self.is_text else "array"
-        packed = self.is_text or self.dtype.itemsize == 1
         return self.group.create_array(
             name=self.name,
             shape=(n, *self.tail),
             chunks=(max(1, min(n, self.chunk_rows)), *(max(1, width) for width in self.tail)),
             dtype="string" if self.is_text else self.dtype,
-            compressors=ZstdCodec(level=1) if packed else BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"),
+            compressors=codec_of(self.dtype),
             attributes={"encoding-type": kind, "encoding-version": "0.2.0"},
             overwrite=True,
         )
@@ -163,17 +127,6 @@ class GrowingArray:
 
 def _as_text(values: NDArray[Any]) -> NDArray[Any]:
     return values.astype(np.str_).astype(TEXT) if values.dtype.kind == "S" else values
-
-
-def vlen_utf8(values: NDArray[np.bytes_]) -> bytes:
-    """Return ASCII texts (N,) as zarr's vlen-utf8 has them: how many, then each with its length before it."""
-    width = values.dtype.itemsize
-    raw = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), width)
-    lengths = np.strings.str_len(values).astype("<u4")
-    rows = np.concatenate([lengths[:, None].view(np.uint8), raw], axis=1)
-    keep = np.arange(4 + width) < 4 + lengths[:, None]
-    body = rows if keep.all() else rows[keep]
-    return len(values).to_bytes(4, "little") + body.tobytes()
 
 
 class ColumnWriter:
@@ -286,17 +239,22 @@ def read_word(group: zarr.Group, path: str) -> str:
     return str(node[()])
 
 
-Nodes = dict[str, Any]
-
-
 def _node(group: zarr.Group, path: str, nodes: Nodes | None) -> Any:
     """Return an array or group, None where it is missing; `nodes` keeps what was opened, which takes longer than to
     read."""
     if nodes is None:
         return group.get(path)
-    if path not in nodes:
-        nodes[path] = group.get(path)
-    return nodes[path]
+    if path not in nodes.opened:
+        nodes.opened[path] = group.get(path)
+    return nodes.opened[path]
+
+
+def _rows(node: Any, start: int, stop: int | None, nodes: Nodes | None) -> NDArray[Any]:
+    """Return rows [start, stop) of an array, texts as objects."""
+    rows = read_rows(node, start, stop, nodes)
+    values = np.asarray(node[start:stop]) if rows is None else rows
+    values = values.astype(np.str_) if values.dtype.kind == "S" else values
+    return values.astype(TEXT) if values.dtype.kind in "UT" else values
 
 
 def read_obs(
@@ -311,12 +269,17 @@ def read_obs(
         raise TableError(f"no column {name}; there are {', '.join(obs_names(group))}")
     if isinstance(node, zarr.Group):
         codes, words = (_node(group, f"obs/{name}/{part}", nodes) for part in ("codes", "categories"))
-        return Categorical(np.asarray(codes[start:stop]), tuple(str(word) for word in words[:]))
-    if node.dtype.kind in "OUT" and (texts := _stored_texts(node, start, stop)) is not None:
-        # Through zarr it takes several times as long.
-        return texts.astype(np.str_).astype(TEXT)
-    values = np.asarray(node[start:stop])
-    return values.astype(TEXT) if values.dtype.kind in "UT" else values
+        return Categorical(_rows(codes, start, stop, nodes), _words(words, nodes))
+    return _rows(node, start, stop, nodes)
+
+
+def _words(array: Any, nodes: Nodes | None) -> tuple[str, ...]:
+    found = nodes.words.get(array.path) if nodes else None
+    if found is None:
+        found = tuple(str(word) for word in array[:])
+        if nodes is not None:
+            nodes.words[array.path] = found
+    return found
 
 
 def read_ascii(group: zarr.Group, name: str, start: int, stop: int, nodes: Nodes | None = None) -> NDArray[np.bytes_]:
@@ -324,8 +287,8 @@ def read_ascii(group: zarr.Group, name: str, start: int, stop: int, nodes: Nodes
 
     Raises TableError as `read_obs` does, and where the column is no text or not ASCII.
     """
-    texts = _stored_texts(_node(group, f"obs/{name}", nodes), start, stop)
-    if texts is not None:
+    texts = read_rows(_node(group, f"obs/{name}", nodes), start, stop, nodes)
+    if texts is not None and texts.dtype.kind == "S":
         return texts
     values = read_obs(group, name, start, stop, nodes)
     if not isinstance(values, np.ndarray) or values.dtype != TEXT:
@@ -336,36 +299,6 @@ def read_ascii(group: zarr.Group, name: str, start: int, stop: int, nodes: Nodes
         raise TableError(f"column {name} is not ASCII: {error}") from error
 
 
-def _stored_texts(node: Any, start: int, stop: int | None) -> NDArray[np.bytes_] | None:
-    """Return rows [start, stop) of a text array from its chunks where all are of one length, None otherwise."""
-    if not (isinstance(node, zarr.Array) and isinstance(node.store, LocalStore) and stop and 0 <= start < stop):
-        return None
-    rows = int(node.chunks[0])
-    parts: list[NDArray[np.bytes_]] = []
-    for k in range(start // rows, -(-min(stop, node.shape[0]) // rows)):
-        part = _even_texts(node.store.root / node.path / "c" / str(k))
-        if part is None or (parts and part.dtype != parts[0].dtype):
-            return None
-        parts.append(part)
-    return np.concatenate(parts)[start % rows :][: stop - start] if parts else None
-
-
-def _even_texts(path: Path) -> NDArray[np.bytes_] | None:
-    """Return the texts of a chunk as written by `vlen_utf8` where all are of one length, those behind the end aside."""
-    try:
-        raw = np.frombuffer(Zstd().decode(path.read_bytes()), np.uint8)
-    except (OSError, RuntimeError):
-        return None
-    count, width = (int.from_bytes(raw[k : k + 4].tobytes(), "little") for k in (0, 4))
-    n = (len(raw) - 4 - 4 * count) // max(width, 1)
-    if not width or n > count or len(raw) != 4 + 4 * count + n * width:
-        return None
-    rows = raw[4 : 4 + n * (4 + width)].reshape(n, 4 + width)
-    if (rows[:, :4] != raw[4:8]).any() or raw[4 + n * (4 + width) :].any():
-        return None
-    return np.ascontiguousarray(rows[:, 4:]).view(f"S{width}")[:, 0]
-
-
 def read_matrix(
     group: zarr.Group, path: str, start: int = 0, stop: int | None = None, nodes: Nodes | None = None
 ) -> NDArray[Any]:
@@ -373,4 +306,4 @@ def read_matrix(
     node = _node(group, path, nodes)
     if node is None:
         raise TableError(f"no {path} in the table")
-    return np.asarray(node[start:stop])
+    return _rows(node, start, stop, nodes)

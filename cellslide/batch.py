@@ -1,4 +1,4 @@
-"""Many slides, one after another: a bad one is recorded and the rest goes on; signals stop the run cleanly."""
+"""Many slides, one after another, each with its page: a bad one is recorded, the rest goes on; signals stop cleanly."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cellslide import __version__
 from cellslide.classify import Classifier, classify_slide, regate_slide
 from cellslide.classify.columns import Rule
 from cellslide.classify.slide import Organ, typed_by
 from cellslide.classify.targets import Target, check_slide, open_target, require_cells
 from cellslide.config import OutputConfig
 from cellslide.embed import Embedder, embed_slide
-from cellslide.errors import BusyError, CellslideError, Interrupted
-from cellslide.pipeline import IDLE, Layout, Watch, held, in_words, lay_out, open_source, read_tile, run_slide
-from cellslide.record import head_sha256, now_utc, read_record, write_record
-from cellslide.segmenter import Segmenter, resolved
+from cellslide.errors import BusyError, CellslideError, Interrupted, in_words
+from cellslide.pipeline import IDLE, Layout, Watch, begin_record, held, lay_out, open_source, read_tile, run_slide
+from cellslide.record import head_sha256, read_record, write_record
+from cellslide.report import keep_report
+from cellslide.segmenter import Segmenter
 from cellslide.slide import Slide
 from cellslide.slides import SlideInput
-from cellslide.types import ClassifierSpec, RunRecord, WeightsRef
+from cellslide.types import ClassifierSpec, RunRecord
 
 # Broken weights or a missing device would fail every slide in the same way.
 ENVIRONMENT = 3
@@ -66,8 +66,21 @@ def segment_slides(
     """
     for source in sources:
         watch.check()
-        work = partial(run_slide, source, segmenter, out_dir, watch)
-        yield _tried(source, work, partial(write_failure, source, segmenter, out_dir / source.slide_id))
+        target = Target(source, out_dir / source.slide_id)
+        yield reported(target, _segment(target, segmenter, watch))
+
+
+def _segment(target: Target, segmenter: Segmenter, watch: Watch) -> SlideOutcome:
+    source, folder = target.source, target.folder
+    work = partial(run_slide, source, segmenter, folder.parent, watch)
+    return _tried(source, work, partial(write_failure, source, segmenter, folder))
+
+
+def reported(target: Target, outcome: SlideOutcome) -> SlideOutcome:
+    """Return how a slide ended, after the page of one that has cells is written, unless a newer one is there."""
+    if outcome.cells is not None:
+        keep_report(target.folder, target.source.local or target.source.path)
+    return outcome
 
 
 def _tried(
@@ -108,23 +121,10 @@ def write_failure(source: SlideInput, segmenter: Segmenter, folder: Path, words:
         return
     if earlier is not None and not (earlier.status == "failed" and earlier.slide["vendor"] is None):
         return
-    spec, engine, now = segmenter.spec, segmenter.engine, now_utc()
     unknown = dict.fromkeys(("mpp", "mpp_source", "width", "height", "vendor"))
     head = head_sha256(source.path) if source.path.exists() else None
-    record = RunRecord(
-        cellslide_version=__version__,
-        status="failed",
-        slide={"path": str(source.path), "sha256_head": head, **unknown},
-        config=resolved(segmenter.config, spec),
-        weights=[WeightsRef(spec.weights_id, spec.weights_sha256, spec.licence)],
-        device=engine.device,
-        engine=engine.name,
-        precision=engine.precision,
-        seed=segmenter.config.infer.seed,
-        started=now,
-        finished=now,
-        error=words,
-    )
+    record = begin_record({"path": str(source.path), "sha256_head": head, **unknown}, segmenter)
+    record.status, record.finished, record.error = "failed", record.started, words
     # Where the folder cannot be written, the line on the screen has to do.
     with suppress(OSError):
         write_record(folder, record)
@@ -144,7 +144,7 @@ def classify_slides(
     """
     for target in targets:
         watch.check()
-        yield _tried(target.source, partial(_classify, target, classifier, rule, organ_of, watch))
+        yield reported(target, _tried(target.source, partial(_classify, target, classifier, rule, organ_of, watch)))
 
 
 def _classify(
@@ -170,12 +170,14 @@ def run_slides(
     A slide of which some tiles failed is typed all the same, and counts as failed.
     """
     for source in sources:
-        (found,) = segment_slides([source], segmenter, out_dir, watch)
-        if found.cells is None:
-            yield found
-            continue
-        (typed,) = classify_slides([Target(source, out_dir / source.slide_id)], classifier, rule, organ_of, watch)
-        yield joined(found, typed)
+        watch.check()
+        target = Target(source, out_dir / source.slide_id)
+        outcome = _segment(target, segmenter, watch)
+        if outcome.cells is not None:
+            watch.check()
+            typed = _tried(source, partial(_classify, target, classifier, rule, organ_of, watch))
+            outcome = joined(outcome, typed)
+        yield reported(target, outcome)
 
 
 def joined(found: SlideOutcome, typed: SlideOutcome) -> SlideOutcome:
@@ -190,7 +192,7 @@ def embed_slides(targets: Iterable[Target], embedder: Embedder, watch: Watch = I
     """Read the vectors of the cells of slides in order and yield how each ended; raises as `classify_slides`."""
     for target in targets:
         watch.check()
-        yield _tried(target.source, partial(_embed, target, embedder, watch))
+        yield reported(target, _tried(target.source, partial(_embed, target, embedder, watch)))
 
 
 def _embed(target: Target, embedder: Embedder, watch: Watch) -> tuple[RunRecord, bool]:
@@ -209,7 +211,7 @@ def regate_slides(
     """
     for target in targets:
         watch.check()
-        yield _tried(target.source, partial(_regate, target, rule_of, output, watch))
+        yield reported(target, _tried(target.source, partial(_regate, target, rule_of, output, watch)))
 
 
 def _regate(

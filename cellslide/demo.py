@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from cellslide.errors import CellslideError
+from cellslide.record import beside
 from cellslide.types import Bool, Float32, Float64, Int32, UInt8
 
 MPP = 0.25
@@ -368,21 +369,18 @@ def write_pyramid(path: Path, image: UInt8, mpp: float) -> None:
         height, width = levels[-1].shape[:2]
         half = cv2.resize(levels[-1], (width // 2, height // 2), interpolation=cv2.INTER_AREA)
         levels.append(np.asarray(half, np.uint8))
-    partial = path.with_name(path.name + ".tmp")
-    with tifffile.TiffWriter(partial) as tiff:
+    with beside(path) as scratch, tifffile.TiffWriter(scratch) as tiff:
         for k, level in enumerate(levels):
             per_cm = 10_000 / (mpp * image.shape[1] / level.shape[1])
             tiff.write(
                 level, photometric="rgb", tile=(256, 256), compression="jpeg", compressionargs={"level": 90},
                 resolution=(per_cm, per_cm), resolutionunit="CENTIMETER", subfiletype=1 if k else 0, metadata=None,
             )  # fmt: skip
-    partial.replace(path)
 
 
 def make_slide(path: Path, seed: int = 0) -> Painting:
     """Paint the demonstration slide, write it to `path` as a pyramidal TIFF, and return what was painted."""
     painting = paint(seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_pyramid(path, painting.image, MPP)
     return painting
 
@@ -402,7 +400,5 @@ def fetch_sample(path: Path, url: str = SAMPLE_URL, sha256: str = SAMPLE_SHA256)
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise CellslideError(f"{url}: sha256 is {found}, expected {sha256}; nothing was kept, leave --download out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(content)
-    partial.replace(path)
+    with beside(path) as scratch:
+        scratch.write_bytes(content)

@@ -14,20 +14,25 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent import futures
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from multiprocessing.connection import wait
 from multiprocessing.synchronize import Event, Lock
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 
-from cellslide.decode import decode_hover, prepare
+from cellslide.allocator import keep_freed_blocks
 from cellslide.errors import TileError
+from cellslide.handing import Blocks, Handed, NotSeen, taken
+from cellslide.hover.decode import decode_hover, prepare
 from cellslide.types import HoverDecode, HoverMaps, Instances, NoOutput, Seconds, Tile, UInt8
 
 if TYPE_CHECKING:
@@ -67,6 +72,17 @@ class _Pending:
     error: str | None = None
     maps: HoverMaps | None = None
 
+    def before(self, other: Future[Any]) -> bool:
+        """Wait for this or `other`; tell whether this is done."""
+        if self.future is None:
+            return True
+        futures.wait((self.future, other), return_when=futures.FIRST_COMPLETED)
+        return self.future.done()
+
+
+# What the network made of tiles; None where a tile could not be read.
+Batch = list[tuple[_Read, "TileOutput | None"]]
+
 
 class _Inline(Executor):
     """Runs each task when it is submitted, for `--workers 0`."""
@@ -89,11 +105,13 @@ class Detector:
     """An engine with its decoding pool, used for one slide after another; a context manager.
 
     workers  decoding processes; 0 decodes in this one.
+    pool     so many processes that `start_processes` started before, else they start with the first tile to decode.
     """
 
-    def __init__(self, engine: Engine, workers: int) -> None:
+    def __init__(self, engine: Engine, workers: int, pool: Executor | None = None) -> None:
         self.engine, self.workers = engine, workers
-        self._pool: Executor | None = None
+        self._pool = pool
+        self._blocks = Blocks()
 
     def __enter__(self) -> Detector:
         return self
@@ -103,32 +121,54 @@ class Detector:
 
     def close(self) -> None:
         """End the decoding processes; tasks that wait are dropped."""
+        self._end_pool()
+        self._blocks.close()
+
+    def _end_pool(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
     def run(self, read: ReadTile, tiles: Iterable[Tile], seconds: Seconds) -> Generator[TileResult, None, None]:
-        """Yield one result per tile, in the order given; `seconds` gains the time of each stage.
+        """Yield one result per tile, in the order given, as soon as it is there; `seconds` gains each stage's time.
 
         A tile that cannot be read or decoded, or does not fit into the device's memory, is yielded with its error. A
         decoding process that dies is replaced and its tile done again.
         """
         pending: deque[_Pending] = deque()
         limit = 2 * max(self.workers, 1)
+        passed = self._passed(read, tiles, seconds)
+        # The network runs in a thread of its own: it need not wait for whoever takes the results.
+        network = ThreadPoolExecutor(1, thread_name_prefix="cellslide-network")
+        try:
+            coming = network.submit(next, passed, None)
+            while (batch := coming.result()) is not None:
+                coming = network.submit(next, passed, None)
+                pending.extend(self._submit(*item) for item in batch)
+                while pending and (len(pending) > limit or pending[0].before(coming)):
+                    yield self._result(pending.popleft(), seconds)
+            while pending:
+                yield self._result(pending.popleft(), seconds)
+        finally:
+            network.shutdown(wait=True, cancel_futures=True)
+            passed.close()
+
+    def _passed(self, read: ReadTile, tiles: Iterable[Tile], seconds: Seconds) -> Generator[Batch, None, None]:
+        """Yield what the network makes of the tiles, batch by batch."""
         last: tuple[list[_Read], Callable[[], list[TileOutput]]] | None = None
+        # The next batch is put on the device before the last one is fetched, so that the device never waits; on a CPU
+        # a launch has done all the work when it returns.
+        ahead = not self.engine.device.startswith("cpu")
         for batch in self._batches(read, tiles):
             seconds.read += sum(r.seconds for r in batch)
-            # The next batch is put on the device before the last one is fetched, so that the device never waits.
             current = (batch, self._launch(batch, seconds))
-            for item in self._outputs(last, seconds):
-                pending.append(self._submit(*item))
-                while len(pending) > limit:
-                    yield self._result(pending.popleft(), seconds)
-            last = current
-        for item in self._outputs(last, seconds):
-            pending.append(self._submit(*item))
-        while pending:
-            yield self._result(pending.popleft(), seconds)
+            if last is not None:
+                yield self._outputs(*last, seconds)
+            last = current if ahead else None
+            if not ahead:
+                yield self._outputs(*current, seconds)
+        if last is not None:
+            yield self._outputs(*last, seconds)
 
     def _batches(self, read: ReadTile, tiles: Iterable[Tile]) -> Iterator[list[_Read]]:
         readers = max(2, min(self.workers, MAX_READERS))
@@ -145,16 +185,11 @@ class Detector:
         seconds.infer += time.perf_counter() - start
         return call
 
-    def _outputs(
-        self, last: tuple[list[_Read], Callable[[], list[TileOutput]]] | None, seconds: Seconds
-    ) -> Iterator[tuple[_Read, TileOutput | None]]:
-        if last is None:
-            return
+    def _outputs(self, batch: list[_Read], fetch: Callable[[], list[TileOutput]], seconds: Seconds) -> Batch:
         start = time.perf_counter()
-        outputs = iter(last[1]())
+        outputs = iter(fetch())
         seconds.infer += time.perf_counter() - start
-        for read in last[0]:
-            yield read, next(outputs) if read.error is None else None
+        return [(read, next(outputs) if read.error is None else None) for read in batch]
 
     def _submit(self, read: _Read, output: TileOutput | None) -> _Pending:
         if output is None:
@@ -168,11 +203,20 @@ class Detector:
         return _Pending(read.tile, self._decode(output), maps=output)
 
     def _decode(self, maps: HoverMaps) -> Future[tuple[Instances, float]]:
+        handed = self._blocks.put(maps) if self.workers and type(maps) is HoverMaps else None
+        if handed is None:
+            return self._begin(maps)
+        future = self._begin(handed)
+        future.add_done_callback(lambda _: self._blocks.give_back(handed))
+        return future
+
+    def _begin(self, maps: HoverMaps | Handed) -> Future[tuple[Instances, float]]:
+        task = partial(decode_task, maps, self.engine.spec.decode)
         try:
-            return self._executor().submit(decode_task, maps, self.engine.spec.decode)
+            return self._executor().submit(task)
         except BrokenProcessPool:
-            self.close()
-            return self._executor().submit(decode_task, maps, self.engine.spec.decode)
+            self._end_pool()
+            return self._executor().submit(task)
 
     def _result(self, item: _Pending, seconds: Seconds) -> TileResult:
         if item.future is None:
@@ -190,6 +234,11 @@ class Detector:
     def _decoded(self, future: Future[tuple[Instances, float]], item: _Pending) -> tuple[Instances, float]:
         try:
             return future.result()
+        except NotSeen as error:
+            log.info("maps take the pipe to decoding processes: %s", error)
+            self._blocks.give_up()
+            if item.maps is not None:
+                return self._decoded(self._begin(item.maps), item)
         except BrokenProcessPool:
             # All tiles that were with the dead process's pool come here; which of them killed it, nobody can tell.
             x, y = item.tile.read_xyxy[:2]
@@ -218,6 +267,30 @@ def decode_alone(maps: HoverMaps, config: HoverDecode) -> tuple[Instances, float
     )
 
 
+def start_processes(workers: int) -> Executor | None:
+    """Start processes that decode, for a network that is still to be loaded; None where there are to be none."""
+    if not workers:
+        return None
+    pool = _processes(workers)
+    with _deaf_to_interrupts():
+        for _ in range(workers):  # one starts with each task
+            pool.submit(os.getpid)
+    return pool
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Have processes that start inside ignore Ctrl-C from their first moment, and not only when they are ready."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _processes(workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, context, _start_worker, (context.Lock(), context.Event()))
@@ -231,6 +304,7 @@ def _start_worker(turn: Lock, prepared: Event) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # One process a core is the parallelism; OpenCV's own threads would only fight over them.
     cv2.setNumThreads(1)
+    keep_freed_blocks()
     _prepare(turn, prepared)
 
 
@@ -252,10 +326,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def decode_task(maps: HoverMaps, config: HoverDecode) -> tuple[Instances, float]:
+def decode_task(maps: HoverMaps | Handed, config: HoverDecode) -> tuple[Instances, float]:
     """Decode one tile; return its instances (tile frame) and the seconds it took."""
     start = time.perf_counter()
-    instances = decode_hover(maps, config)
+    instances = decode_hover(taken(maps) if isinstance(maps, Handed) else maps, config)
     return instances, time.perf_counter() - start
 
 

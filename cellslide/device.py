@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 
 import torch
 
@@ -15,8 +13,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Past this many pixels in a batch a GPU gains nothing, and the host would hold gigabytes of maps.
 MAX_BATCH_PX = 16 * 1024 * 1024
 MAX_BATCH = 64
-# From glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def resolve_device(name: str) -> torch.device:
@@ -61,27 +57,6 @@ def cpu_computes_bf16() -> bool:
     # torch has no public question for it.
     asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
     return any(question() for question in asked if question is not None)
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep freed memory for the next pass, where it is glibc; others do so or cannot be told.
-
-    By default each large tensor is fetched from the system anew, page by page: a third of a network's time on a CPU.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def share_freed_memory() -> None:
-    """Have all threads take memory from two arenas, where the C library is glibc, so that they reuse what others freed.
-
-    By default there are eight a core, and what the threads of a long run free stays scattered over all of them.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 def device_name(device: torch.device) -> str:

@@ -210,32 +210,36 @@ def _how(exit_code: int | None) -> str:
     return f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
 
 
-class _Teller:
-    """Progress that goes to the parent, advances gathered so that it hears of them a few times a second."""
+class Teller:
+    """Progress that goes to another process, advances gathered so that it hears of them now and then.
 
-    def __init__(self, pipe: connection.Connection) -> None:
-        self._pipe = pipe
+    tell     passes on the name of what is heard, and its values.
+    every_s  so often advances are told.
+    """
+
+    def __init__(self, tell: Callable[..., None], every_s: float) -> None:
+        self._tell, self._every_s = tell, every_s
         self._told, self._nuclei, self._tiles = time.monotonic(), 0, 0
 
     def begin(self, slide_id: str, tiles: int, done: int) -> None:
         """Tell that a slide starts."""
-        self._pipe.send(("progress", "begin", slide_id, tiles, done))
+        self._tell("begin", slide_id, tiles, done)
 
     def advance(self, nuclei: int, tiles: int = 1) -> None:
         """Tell of tiles that are done, now and then."""
         self._nuclei, self._tiles = self._nuclei + nuclei, self._tiles + tiles
-        if time.monotonic() - self._told > TELL_S:
+        if time.monotonic() - self._told > self._every_s:
             self.flush()
 
     def stage(self, name: str) -> None:
         """Tell what follows."""
         self.flush()
-        self._pipe.send(("progress", "stage", name))
+        self._tell("stage", name)
 
     def flush(self) -> None:
         """Tell what was gathered."""
         if self._tiles:
-            self._pipe.send(("progress", "advance", self._nuclei, self._tiles))
+            self._tell("advance", self._nuclei, self._tiles)
         self._told, self._nuclei, self._tiles = time.monotonic(), 0, 0
 
 
@@ -270,7 +274,7 @@ def _serve(
 
 
 def _take(pipe: connection.Connection, handle: Handle, stop: StopCheck) -> None:
-    teller = _Teller(pipe)
+    teller = Teller(lambda *words: pipe.send(("progress", *words)), TELL_S)
     while True:
         if (code := stop()) is not None:
             raise Interrupted(code)

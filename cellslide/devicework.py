@@ -21,7 +21,7 @@ from cellslide.device import available_cpus
 from cellslide.devices import Handle
 from cellslide.localcopy import LocalCopies, done_before, local_targets
 from cellslide.pipeline import Progress, StopCheck, Watch
-from cellslide.segmenter import Segmenter, open_segmenter
+from cellslide.segmenter import Segmenter, load_segmenter
 from cellslide.types import ClassifierSpec
 from cellslide.weights import LoadedModel, load_model
 from cellslide.weights.classifier import LoadedClassifier, load_classifier
@@ -41,7 +41,7 @@ class SegmentWork:
     def segmenter(self, device: str, processes: int) -> Iterator[Segmenter]:
         """Open the model on a device, its decoding processes a share of the cores."""
         config = replace(self.config, infer=on_device(self.config.infer, device, processes))
-        with open_segmenter(self.load(config.model, config.weights), config) as segmenter:
+        with load_segmenter(self.load, config) as segmenter:
             yield segmenter
 
     @contextmanager

@@ -89,3 +89,11 @@ def trouble(error: OSError | MemoryError) -> str | None:
     if error.errno in _AWAY or error.errno == errno.ENOENT:
         return f"{where}gone, or the drive is ({why}): what is done is kept, the same command goes on from here"
     return None
+
+
+def in_words(error: BaseException) -> str:
+    """Return an error as one line; the kind is named unless the message was written for users."""
+    if isinstance(error, (OSError, MemoryError)) and (words := trouble(error)):
+        return one_line(words)
+    text = one_line(str(error))
+    return text if isinstance(error, CellslideError) else f"{type(error).__name__}: {text}"

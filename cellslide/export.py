@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +20,8 @@ from cellslide.config import OutputFormat
 from cellslide.csvtext import harmless_column
 from cellslide.geojson import PROBABILITIES, Origin, Profile, write_geojson
 from cellslide.labels import write_labels
-from cellslide.spatial import ROW_GROUP, geo_metadata, points_to_wkb, polygons_to_wkb
+from cellslide.parquetjoin import join_column
+from cellslide.spatial import ROW_GROUP, ShapeReader, geo_metadata, points_to_wkb, polygons_to_wkb
 from cellslide.table import BLOCK_ROWS, CellTable
 from cellslide.tissuumaps import POINTS_NAME, TMAP_NAME, project_text, shown_points
 from cellslide.types import Bool
@@ -61,22 +62,40 @@ def _write_h5ad(table: CellTable, out_dir: Path) -> Path:
 
 def write_parquet(table: CellTable, out_dir: Path, profile: Profile = "lean") -> Path:
     """Write `cells.parquet`: GeoParquet 1.1 with the outlines (or points), every obs column and the shape features."""
-    kind = "Point" if table.kind == "point" else "Polygon"
-    blocks = arrow_blocks(table, geometry=True, profile=profile)
+    metadata = geo_metadata("Point" if table.kind == "point" else "Polygon")
+    stored = _stored_outlines(table)
+    blocks = arrow_blocks(table, geometry=stored is None, profile=profile)
     first = next(blocks)
-    schema = first.schema.with_metadata(geo_metadata(kind))
 
     def write(path: Path) -> None:
-        # Only columns of few words gain from a dictionary.
-        words = [field.name for field in schema if pa.types.is_dictionary(field.type)]
-        numbers = [field.name for field in schema if pa.types.is_primitive(field.type)]
-        with pq.ParquetWriter(
-            path, schema, compression="zstd", compression_level=1, use_dictionary=words, write_statistics=numbers
-        ) as writer:
-            for block in chain([first], blocks):
-                writer.write_table(block.replace_schema_metadata(schema.metadata), row_group_size=ROW_GROUP)
+        _write_blocks(path, first.schema.with_metadata(metadata), chain([first], blocks))
+        if stored is not None:
+            whole = first.schema.append(stored.file.schema_arrow.field("geometry")).with_metadata(metadata)
+            join_column(path, whole, stored.path, "geometry")
 
     return _in_one_step(out_dir / PARQUET_NAME, write)
+
+
+def _stored_outlines(table: CellTable) -> ShapeReader | None:
+    """Return the outlines of the table where they stand in the row groups that a file of its columns gets."""
+    shapes = table.shapes
+    if table.kind == "point" or shapes is None:
+        return None
+    n = len(table)
+    blocks = ((first, min(first + BLOCK_ROWS, n)) for first in range(0, n, BLOCK_ROWS))
+    starts = [start for first, stop in blocks for start in range(first, stop, ROW_GROUP)]
+    return shapes if shapes.first.tolist() == [*starts, n] else None
+
+
+def _write_blocks(path: Path, schema: pa.Schema, blocks: Iterable[pa.Table]) -> None:
+    # Only columns of few words gain from a dictionary.
+    words = [field.name for field in schema if pa.types.is_dictionary(field.type)]
+    numbers = [field.name for field in schema if pa.types.is_primitive(field.type)]
+    with pq.ParquetWriter(
+        path, schema, compression="zstd", compression_level=1, use_dictionary=words, write_statistics=numbers
+    ) as writer:
+        for block in blocks:
+            writer.write_table(block.replace_schema_metadata(schema.metadata), row_group_size=ROW_GROUP)
 
 
 def write_csv(table: CellTable, out_dir: Path, profile: Profile = "lean") -> Path:
@@ -84,7 +103,7 @@ def write_csv(table: CellTable, out_dir: Path, profile: Profile = "lean") -> Pat
 
     No cell of it is a formula to a spreadsheet (`csvtext`).
     """
-    blocks = arrow_blocks(table, geometry=False, profile=profile)
+    blocks = arrow_blocks(table, text=True, profile=profile)
 
     def write(path: Path) -> None:
         with path.open("wb") as raw, gzip.GzipFile("", "wb", 4, raw, mtime=0) as stream:
@@ -95,7 +114,7 @@ def write_csv(table: CellTable, out_dir: Path, profile: Profile = "lean") -> Pat
 
 def write_tissuumaps(table: CellTable, out_dir: Path, profile: Profile = "lean") -> Path:
     """Write `cells.tissuumaps.csv`, then the project `cells.tmap` that shows it over the slide; returns the project."""
-    blocks = arrow_blocks(table, geometry=False, profile=profile)
+    blocks = arrow_blocks(table, text=True, profile=profile)
     points = (shown_points(block, table) for block in blocks)
 
     def write(path: Path) -> None:
@@ -125,11 +144,16 @@ def _in_one_step(target: Path, write: Callable[[Path], object]) -> Path:
     return target
 
 
-def arrow_blocks(table: CellTable, geometry: bool, profile: Profile) -> Iterator[pa.Table]:
-    """Yield the table as arrow blocks; at least one, which may be empty, so that the columns are known."""
+def arrow_blocks(
+    table: CellTable, *, geometry: bool = False, text: bool = False, profile: Profile
+) -> Iterator[pa.Table]:
+    """Yield the table as arrow blocks; at least one, which may be empty, so that the columns are known.
+
+    With `text` words are no dictionary, and none of them is a formula, as CSV wants it.
+    """
     for start in range(0, max(len(table), 1), BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, len(table))
-        columns = {name: _column(table, name, start, stop, geometry) for name in table.columns}
+        columns = {name: _column(table, name, start, stop, not text) for name in table.columns}
         shapes = table.matrix("X", start, stop)
         for k, name in enumerate(table.features):
             columns.setdefault(name, _numbers(shapes[:, k]))

@@ -7,7 +7,6 @@ a tree in memory (about 1 GB per 100,000 cells), hence the entries of at most 50
 
 from __future__ import annotations
 
-import json
 import os
 import zipfile
 import zlib
@@ -19,11 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cellslide import kernels
 from cellslide.anndata_store import Columns
-from cellslide.jsontext import check_pixels, choice, constant, decimals, pack, strings, to_words, vertices
+from cellslide.featuretext import Features, compact, ten_thousandths
 from cellslide.outlines import GRID_PX, ring_areas, sure_rings, valid_rings
-from cellslide.spatial import ROW_GROUP, close_rings
 from cellslide.table import CellChunk, CellTable
 from cellslide.types import Float64, Int64, UInt8, take_rings
 
@@ -74,7 +71,7 @@ class _Layout:
     def of(cls, table: CellTable, origin: Origin, profile: Profile) -> _Layout:
         bounds = table.slide.bounds if origin == "bounds" else None
         colored = zip(table.class_names, table.colors, strict=True)
-        classes = tuple(_compact({"name": name, "color": list(color)}) for name, color in colored)
+        classes = tuple(compact({"name": name, "color": list(color)}) for name, color in colored)
         full = profile == "full"
         return cls(
             np.array(bounds[:2] if bounds else (0, 0), np.float64),
@@ -84,10 +81,6 @@ class _Layout:
             tuple(name for name in PROBABILITIES if full and name in table.matrices),
             table.features if full else (),
         )
-
-
-def _compact(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
 def _write_gz(path: Path, layout: _Layout, table: CellTable) -> None:
@@ -116,62 +109,44 @@ def _compressor(window_bits: int) -> Any:
     return isal_zlib.compressobj(ISAL_LEVEL, isal_zlib.DEFLATED, window_bits)
 
 
-def _first(texts: Iterator[bytes], n: int) -> Iterator[bytes]:
+def _first(texts: Iterator[UInt8], n: int) -> Iterator[UInt8]:
     for _, text in zip(range(n), texts, strict=False):
         yield text
 
 
-def _write_collection(write: Callable[[bytes], object], texts: Iterator[bytes]) -> None:
+def _write_collection(write: Callable[[bytes | memoryview], object], texts: Iterator[UInt8]) -> None:
     opening = b'{"type":"FeatureCollection","features":[\n'
     for text in texts:
         # Every feature begins with the comma that parts it from the one before. A few bytes on their own at the start
         # would cost ISA-L its grip on the rest.
-        write(opening + text[1:] if opening else text)
+        write(opening + text[1:].tobytes() if opening else text.data)
         opening = b""
     write(opening + b"\n]}\n")
 
 
-def _texts(table: CellTable, layout: _Layout) -> Iterator[bytes]:
-    """Yield the features by BLOCK_CELLS; the table is read by its row groups, which are larger."""
+def _texts(table: CellTable, layout: _Layout) -> Iterator[UInt8]:
+    """Yield the features by BLOCK_CELLS."""
     known = ("abstained",) if "abstained" in table.columns else ()
     obs = tuple(dict.fromkeys([*layout.obs, *known]))
-    rows = max(ROW_GROUP // BLOCK_CELLS, 1) * BLOCK_CELLS
     features = bool(layout.features)
-    chunks = table.iter_chunks(rows, obs=obs, obsm=layout.obsm, features=features, probabilities=False)
+    chunks = table.iter_chunks(
+        BLOCK_CELLS, obs=obs, obsm=layout.obsm, features=features, probabilities=False, ascii_uuids=True
+    )
     for chunk in chunks:
-        for piece in chunk.split(BLOCK_CELLS):
-            yield _features(piece, layout)
+        yield _features(chunk, layout)
 
 
-def _features(chunk: CellChunk, layout: _Layout) -> bytes:
+def _features(chunk: CellChunk, layout: _Layout) -> UInt8:
     """Return the features of a chunk, each as `,\\n{...}`."""
-    n, cells = len(chunk), chunk.cells
-    point = cells.contour_xy is None or cells.contour_start is None
-    kind = '"Point","coordinates":' if point else '"Polygon","coordinates":[['
-    opening = constant('","geometry":{"type":' + kind, n)
-    head = [constant(',\n{"type":"Feature","id":"', n), strings(chunk.uuid, 36), opening]
+    cells = chunk.cells
     centroid_xy = cells.centroid_xy - layout.shift_px
     if cells.contour_xy is None or cells.contour_start is None:
-        cents, start = _cents(centroid_xy), np.arange(n + 1, dtype=np.int64)
+        cents, start = _cents(centroid_xy), np.arange(len(chunk) + 1, dtype=np.int64)
     else:
         cents, start = _ring_cents(cells.contour_xy - layout.shift_px, cells.contour_start, centroid_xy)
-    tail = [constant("}" if point else "]]}", n), *_properties(chunk, layout)]
-    return _joined(np.concatenate(head, axis=1), cents, start, np.concatenate(tail, axis=1), not point)
-
-
-def _joined(head: UInt8, cents: Int64, start: Int64, tail: UInt8, close: bool) -> bytes:
-    """Return for each i: head[i], its points, tail[i]; `close` repeats the first point of a ring."""
-    check_pixels(cents)
-    if kernels.available():
-        from cellslide.text_kernels import write_rows
-
-        return bytes(write_rows(head, cents, start, tail, close).data)
-    if close:
-        cents, start = close_rings(cents, start)
-    is_first = np.zeros(len(cents), np.bool_)
-    is_first[start[:-1]] = True
-    body = vertices(cents, is_first).view(np.uint64)
-    return pack(to_words([head]), body, np.diff(start), to_words([tail]))
+    measured = {name: ten_thousandths(values, places) for name, values, places in _measurements(chunk, layout)}
+    point = cells.contour_xy is None
+    return Features(chunk.uuid, point, cents, start, layout.classes, shown_class(chunk), measured).text()
 
 
 def _cents(xy: Float64) -> Int64:
@@ -206,23 +181,6 @@ def _mended_cents(xy: Float64, start: Int64, centroid_xy: Float64) -> tuple[Int6
         rings = np.concatenate(parts)
         ring_start = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
     return _cents(rings), ring_start
-
-
-def _properties(chunk: CellChunk, layout: _Layout) -> list[UInt8]:
-    n = len(chunk)
-    kind = choice(['"classification":' + text + "," for text in layout.classes] + [""], shown_class(chunk))
-    opening = constant(',"properties":{"objectType":"detection",', n)
-    measured: list[UInt8] = []
-    seen = np.zeros(n, np.bool_)
-    for name, values, places in _measurements(chunk, layout):
-        finite = np.isfinite(values)
-        key = np.concatenate([constant(",", n), constant(_compact(name) + ":", n)], axis=1)
-        key[~seen, 0] = 0
-        text = np.concatenate([key, decimals(np.where(finite, values, 0), places)], axis=1)
-        text[~finite] = 0
-        seen |= finite
-        measured.append(text)
-    return [opening, kind, constant('"measurements":{', n), *measured, constant("}}}", n)]
 
 
 def shown_class(chunk: CellChunk) -> NDArray[Any]:

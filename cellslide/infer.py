@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cellslide.allocator import keep_freed_memory
 from cellslide.config import InferConfig
 from cellslide.device import (
     DTYPES,
     batch_limit,
     device_name,
     is_out_of_memory,
-    keep_freed_memory,
     peak_device_bytes,
     resolve_device,
     resolve_precision,

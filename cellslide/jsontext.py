@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from cellslide.types import Bool, Int64, UInt8
 
 LARGEST = 99_999_999  # integer part that two groups of four digits hold
+UUID_BYTES = 36
+MISSING = -(2**63)  # stands for a number that is not finite, which JSON does not know
 
 
 def _words(texts: Sequence[str], width: int) -> UInt8:
@@ -33,12 +35,13 @@ _ZERO_IS_NOTHING[0] = 0
 _SIGN = _table(["", "-"])
 
 
-def _fraction_words(places: int) -> list[str]:
+def fraction_words(places: int) -> list[str]:
+    """Return the decimals of all parts of one, with their point, without zeros at the end."""
     return [f".{i:0{places}d}".rstrip("0").rstrip(".") for i in range(10**places)]
 
 
-_CENTS = {end: _table([text + end for text in _fraction_words(2)]) for end in (",", "]")}
-_FRACTIONS = {places: _words(_fraction_words(places), 8) for places in (2, 4)}
+_CENTS = {end: _table([text + end for text in fraction_words(2)]) for end in (",", "]")}
+_FRACTIONS = {places: _words(fraction_words(places), 8) for places in (2, 4)}
 
 
 def check_pixels(cents: Int64) -> None:
@@ -55,6 +58,12 @@ def _whole(value: Int64) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     return _ZERO_IS_NOTHING[high], np.where(high > 0, _PADDED[low], _BARE[low])
 
 
+def text_table(texts: Sequence[str]) -> tuple[NDArray[np.uint64], Int64]:
+    """Return texts as rows of words of 8 bytes (T, W), and their lengths (T,) in bytes."""
+    sizes = [len(text.encode()) for text in texts]
+    return _words(texts, -(-max(sizes) // 8) * 8).view(np.uint64), np.array(sizes, np.int64)
+
+
 def constant(text: str, n: int) -> UInt8:
     """Return `text` n times."""
     raw = np.frombuffer(text.encode(), np.uint8)
@@ -65,6 +74,18 @@ def choice(texts: Sequence[str], index: NDArray[Any]) -> UInt8:
     """Return texts[index[i]] in row i."""
     rows: UInt8 = _words(texts, max(1, *(len(text.encode()) for text in texts)))[index]
     return rows
+
+
+def digits(values: Int64) -> NDArray[np.bytes_]:
+    """Return numbers 0 <= value < 10^9 (N,) as texts; quick where all are of one length."""
+    if not len(values) or (width := len(str(values.max()))) != len(str(values.min())):
+        return values.astype(np.bytes_)
+    text, rest = np.empty((len(values), width), np.uint8), values.astype(np.uint32)
+    for k in range(width - 1, -1, -1):
+        tenth = rest // np.uint32(10)
+        text[:, k] = 48 + rest - tenth * np.uint32(10)
+        rest = tenth
+    return text.view(f"S{width}")[:, 0]
 
 
 def strings(values: NDArray[Any], width: int) -> UInt8:

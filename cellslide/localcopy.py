@@ -14,7 +14,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -177,19 +177,14 @@ def remove_left(folder: Path, is_running: Callable[[int], bool] = psutil.pid_exi
             shutil.rmtree(left, ignore_errors=True)
 
 
-@contextmanager
 def local_targets(
     targets: Iterable[Target], copies: LocalCopies | None, watch: Watch, is_done: IsDone
-) -> Iterator[Iterator[Target]]:
+) -> AbstractContextManager[Iterator[Target]]:
     """Give the slides one by one, each with its local copy while it is worked on; `copies` None changes nothing.
 
     A slide that is done is not copied: opening it where it lies is quicker. Raises Interrupted when asked to stop.
     """
-    stream = _one_by_one(targets, copies, watch, is_done)
-    try:
-        yield stream
-    finally:
-        stream.close()
+    return closing(_one_by_one(targets, copies, watch, is_done))
 
 
 def _one_by_one(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cellslide.errors import UsageError
+from cellslide.record import beside
 from cellslide.slide import Slide
 from cellslide.table import CellChunk, open_table
 from cellslide.types import Float64, Int32, Plane, SlideInfo, UInt8
@@ -48,10 +49,8 @@ def render_overlay(
         obs = ("abstained",) if "abstained" in table.columns else ()
         for chunk in table.iter_chunks(ROWS_AT_ONCE, obs=obs):
             _draw_chunk(picture, chunk, (*table.colors, NO_CLASS), plane, corner)
-    out_png.parent.mkdir(parents=True, exist_ok=True)
-    partial = out_png.with_name(out_png.name + ".tmp")
-    Image.fromarray(picture).save(partial, format="PNG")
-    partial.replace(out_png)
+    with beside(out_png) as scratch:
+        Image.fromarray(picture).save(scratch, format="PNG")
     return out_png
 
 

@@ -6,7 +6,6 @@ A folder of the slide's holds `fingerprint.json` and two arrays by row of the ta
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,12 +13,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from cellslide.errors import SlideError, UsageError
-from cellslide.record import differences, write_json
+from cellslide.errors import UsageError
+from cellslide.record import FINGERPRINT_FILE, changed_since, write_json
 from cellslide.staging import new_array, remove_folder
 from cellslide.types import Bool, Float32, Int64
 
-FINGERPRINT_FILE = "fingerprint.json"
 DONE_FILE = "done.npy"
 
 
@@ -49,25 +47,15 @@ class PartialRows:
         folder = slide_folder / cls.folder_name
         if overwrite:
             remove_folder(folder)
-        if (folder / FINGERPRINT_FILE).is_file():
-            cls._check(folder, fingerprint)
-        else:
+        if not (folder / FINGERPRINT_FILE).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             # An empty array cannot be mapped.
             new_array(folder / cls.values_file, np.float32, (max(n, 1), width))
             new_array(folder / DONE_FILE, np.uint8, (max(n, 1),))
             write_json(folder / FINGERPRINT_FILE, fingerprint)
+        elif words := changed_since(folder, fingerprint, cls.anew):
+            raise UsageError(f"{slide_folder}: {cls.before} in part with other settings ({words}); --overwrite")
         return cls(folder, open_memmap(folder / cls.values_file, "r+"), open_memmap(folder / DONE_FILE, "r+"))
-
-    @classmethod
-    def _check(cls, folder: Path, fingerprint: Mapping[str, str]) -> None:
-        path = folder / FINGERPRINT_FILE
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise SlideError(f"{path}: damaged ({error}); --overwrite {cls.anew}") from error
-        if words := differences(found, fingerprint):
-            raise UsageError(f"{folder.parent}: {cls.before} in part with other settings ({words}); --overwrite")
 
     @classmethod
     def is_there(cls, slide_folder: Path) -> bool:
@@ -86,6 +74,11 @@ class PartialRows:
     def discard(cls, slide_folder: Path) -> None:
         """Delete the store of a slide's folder, if there is one."""
         remove_folder(slide_folder / cls.folder_name)
+
+    @property
+    def width(self) -> int:
+        """Numbers a row."""
+        return int(self._values.shape[1])
 
     def missing(self, rows: Int64) -> Int64:
         """Return those of `rows` that are not done."""

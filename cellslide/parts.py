@@ -7,9 +7,7 @@ is whole.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,13 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from cellslide.errors import SlideError, UsageError
-from cellslide.record import differences, write_json
+from cellslide.errors import UsageError
+from cellslide.record import FINGERPRINT_FILE, beside, changed_since, write_json
 from cellslide.staging import remove_folder
 from cellslide.types import Cells, concat
 
 PARTS_FOLDER = ".parts"
-FINGERPRINT_FILE = "fingerprint.json"
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +62,9 @@ class Parts:
         # Parts that nothing says the settings of would be taken for those of this run.
         if overwrite or not (folder / FINGERPRINT_FILE).exists():
             remove_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _check_fingerprint(folder, fingerprint)
+            write_json(folder / FINGERPRINT_FILE, fingerprint)
+        elif words := changed_since(folder, fingerprint, "starts the slide anew"):
+            raise UsageError(f"{slide_folder}: finished tiles come from another run ({words}); --overwrite starts anew")
         parts = cls(folder)
         parts._scan()
         return parts
@@ -91,15 +89,8 @@ class Parts:
         if not results:
             return
         path = self.folder / f"part-{self._next:08d}.npz"
-        scratch = self.folder / f".{path.name}.{os.getpid()}.tmp"
-        try:
-            with scratch.open("wb") as stream:
-                np.savez(stream, **_columns(results))
-            os.replace(scratch, path)
-        except OSError:
-            # On a full disk half a part would only be in the way.
-            scratch.unlink(missing_ok=True)
-            raise
+        with beside(path) as scratch, scratch.open("wb") as stream:
+            np.savez(stream, **_columns(results))
         self._next += 1
         self._enter(path, [(r.tile_index, r.n_raw, _n_cells(r), r.error or "") for r in results])
 
@@ -135,19 +126,6 @@ class Parts:
     def remove(self) -> None:
         """Delete the folder; called when the slide is complete."""
         remove_folder(self.folder)
-
-
-def _check_fingerprint(folder: Path, fingerprint: Mapping[str, str]) -> None:
-    path = folder / FINGERPRINT_FILE
-    if not path.exists():
-        write_json(path, fingerprint)
-        return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SlideError(f"{path}: damaged ({error}); --overwrite starts the slide anew") from error
-    if words := differences(found, fingerprint):
-        raise UsageError(f"{folder.parent}: finished tiles come from another run ({words}); --overwrite starts anew")
 
 
 def _n_cells(result: TilePart) -> int:

@@ -11,19 +11,20 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from cellslide import __version__
 from cellslide.config import OUTPUT_FORMATS, OutputConfig, SegmentConfig, TissueConfig
 from cellslide.detect import TileResult
-from cellslide.errors import CellslideError, Interrupted, SlideError, TileError, UsageError, one_line, trouble
+from cellslide.errors import CellslideError, Interrupted, SlideError, TileError, UsageError, in_words
 from cellslide.export import export_table
 from cellslide.lock import hold
 from cellslide.merge import merge_stream, same_point_um, to_cells
 from cellslide.parts import PARTS_FOLDER, Parts, TilePart
 from cellslide.record import (
+    TABLE,
     describe_slide,
     differences,
     fingerprint,
@@ -32,12 +33,12 @@ from cellslide.record import (
     read_record,
     write_record,
 )
-from cellslide.segmenter import Segmenter, Setup, open_segmenter, resolved, tile_px_for
+from cellslide.segmenter import Segmenter, Setup, open_segmenter, resolved
 from cellslide.slide import Slide, open_slide, slide_from_array
 from cellslide.slides import SlideInput
 from cellslide.staging import remove_folder, restore
 from cellslide.table import CellTableWriter, open_table
-from cellslide.tiles import TileGrid, select_tiles, tile_grid
+from cellslide.tiles import TileGrid, fitting_grid, select_tiles
 from cellslide.tissue import TissueMask, find_tissue, write_tissue
 from cellslide.types import (
     Cells,
@@ -54,7 +55,6 @@ from cellslide.types import (
 )
 from cellslide.weights import LoadedModel
 
-TABLE = "cells.zarr"
 # What stands in a slide's folder when a format has been written.
 FILES = {
     "zarr": TABLE,
@@ -146,7 +146,7 @@ def run_slide(
     """
     folder, config, began = out_dir / source.slide_id, segmenter.config, time.perf_counter()
     with open_source(source, config) as slide, held(folder, watch) as watch:
-        record = begin_record(slide.info, segmenter)
+        record = begin_record(describe_slide(slide.info), segmenter)
         if earlier := finished(folder, record, config.output, watch):
             return earlier, True
         parts = Parts.open(folder, fingerprint(record), config.output.overwrite)
@@ -227,13 +227,13 @@ def open_source(source: SlideInput, config: SegmentConfig) -> Slide:
     return open_slide(source.path, given, "list" if config.mpp is None else "flag", source.slide_id, source.local)
 
 
-def begin_record(info: SlideInfo, segmenter: Segmenter) -> RunRecord:
-    """Return the record of a run that starts now, its settings resolved."""
+def begin_record(slide: dict[str, Any], segmenter: Segmenter) -> RunRecord:
+    """Return the record of a run that starts now on a slide, as `describe_slide` tells of it, its settings resolved."""
     spec, engine, config = segmenter.spec, segmenter.engine, segmenter.config
     return RunRecord(
         cellslide_version=__version__,
         status="running",
-        slide=describe_slide(info),
+        slide=slide,
         config=resolved(config, spec),
         weights=[WeightsRef(spec.weights_id, spec.weights_sha256, spec.licence)],
         device=engine.device,
@@ -300,20 +300,13 @@ def close_record(record: RunRecord, folder: Path, segmenter: Segmenter | Setup, 
     write_record(folder, record)
 
 
-def in_words(error: BaseException) -> str:
-    """Return an error as one line; the kind is named unless the message was written for users."""
-    if isinstance(error, (OSError, MemoryError)) and (words := trouble(error)):
-        return one_line(words)
-    text = one_line(str(error))
-    return text if isinstance(error, CellslideError) else f"{type(error).__name__}: {text}"
-
-
 def lay_out(slide: Slide, segmenter: Segmenter | Setup) -> Layout:
     """Decide where to search: the plane at the model's pixel size, its tissue and the tiles that meet it."""
-    tissue, tiles = segmenter.config.tissue, segmenter.config.tiles
-    plane = Plane.of(slide.info, segmenter.spec.mpp)
-    size = tile_px_for(plane, segmenter)
-    grid = tile_grid(plane, size, min(tiles.overlap_px or 0, size // 2))
+    spec, config = segmenter.spec, segmenter.config
+    tissue, tiles = config.tissue, config.tiles
+    plane = Plane.of(slide.info, spec.mpp)
+    step = None if config.infer.engine == "onnx" else spec.multiple_px
+    grid = fitting_grid(plane, tiles.size_px or spec.tile_px, tiles.overlap_px or 0, step)
     everywhere = not tissue.enabled and tissue.roi is None
     mask = None if everywhere else find_tissue(slide, tissue)
     return Layout(plane, grid, mask, select_tiles(grid, mask))

@@ -23,6 +23,7 @@ from cellslide.evaluate import classification
 from cellslide.evaluate.dataset import Dataset, Sample
 from cellslide.evaluate.report import pixel_size
 from cellslide.evaluate.score import ClassSet, dataset_classes, truth_of
+from cellslide.record import beside
 from cellslide.types import Float32, Float64, Int64
 
 if TYPE_CHECKING:
@@ -156,11 +157,9 @@ def gather(data: Dataset, read: Reader, mpp: float | None = None, samples: Itera
 
 def save(path: Path, labelled: Labelled) -> None:
     """Write the vectors with labels and splits as .npz, which `load` reads."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with beside(path) as scratch, scratch.open("wb") as file:
         split, names = np.array(labelled.split), np.array(labelled.names)
         np.savez(file, embedding=labelled.vector, label=labelled.label, split=split, names=names)
-    part.replace(path)
 
 
 def load(path: Path) -> Labelled:

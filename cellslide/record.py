@@ -1,4 +1,4 @@
-"""The run record: `RunRecord` <-> `run.json`, written in one step, and what identifies a run to be resumed."""
+"""The run record: `RunRecord` <-> `run.json`, what identifies a run to be resumed, and files written in one step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +19,10 @@ import psutil
 from cellslide.errors import SlideError
 from cellslide.types import Counts, FailedTile, RunRecord, Seconds, SlideInfo, WeightsRef
 
-RUN_FILE = "run.json"
+# The two that every finished slide's folder holds.
+RUN_FILE, TABLE = "run.json", "cells.zarr"
+# Beside what an interrupted run keeps: the settings that it was made with.
+FINGERPRINT_FILE = "fingerprint.json"
 HEAD_BYTES = 1 << 20
 
 # Settings that choose how or where a run is done, not what it finds.
@@ -98,16 +103,32 @@ def from_dict(content: Mapping[str, Any]) -> RunRecord:
     return RunRecord(**values)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON beside its place and rename it, so that a file that is there is whole."""
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Yield a place beside `path` to write to, renamed to `path` at the end: a file that is there is whole.
+
+    Where something raises, such as a full disk, it is removed and `path` stays as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A process number would not do: several hosts may write at once.
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        scratch.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        yield scratch
         os.replace(scratch, path)
-    except OSError:
+    except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text in one step; bytes of foreign names that are no text are spelled out."""
+    with beside(path) as scratch:
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON in one step."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def write_record(folder: Path, record: RunRecord) -> Path:
@@ -176,6 +197,19 @@ def differences(old: Mapping[str, str], new: Mapping[str, str], most: int = 4) -
     keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
     words = [f"{k}: {old.get(k, 'absent')} then, {new.get(k, 'absent')} now" for k in keys[:most]]
     return "; ".join(words) + (f"; and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def changed_since(folder: Path, fingerprint: Mapping[str, str], anew: str) -> str:
+    """Return in words where a fingerprint differs from the one kept in `folder`, or "".
+
+    anew  what --overwrite does, for the SlideError that a damaged file raises.
+    """
+    path = folder / FINGERPRINT_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SlideError(f"{path}: damaged ({error}); --overwrite {anew}") from error
+    return differences(found, fingerprint)
 
 
 def peak_rss_bytes() -> int:

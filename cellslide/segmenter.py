@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from cellslide.allocator import share_freed_memory
 from cellslide.config import InferConfig, OutputFormat, SegmentConfig, TileConfig
-from cellslide.detect import Detector, default_workers
-from cellslide.device import available_cpus, share_freed_memory
-from cellslide.errors import UsageError
+from cellslide.detect import Detector, default_workers, start_processes
+from cellslide.device import available_cpus, resolve_device
+from cellslide.errors import CellslideError, UsageError
 from cellslide.infer import Engine, TorchEngine
+from cellslide.models import layers
 from cellslide.onnx import OnnxEngine
 from cellslide.record import head_sha256, plain
-from cellslide.types import ModelSpec, Plane
-from cellslide.weights import LoadedModel
+from cellslide.types import ModelSpec
+from cellslide.weights import LoadedModel, Manifest
+
+Load = Callable[..., LoadedModel]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +76,43 @@ class Segmenter:
         self.detector.close()
 
 
-def open_segmenter(model: LoadedModel, config: SegmentConfig) -> Segmenter:
-    """Put a model on its device.
+def load_segmenter(load: Load, config: SegmentConfig) -> Segmenter:
+    """Load the model of the settings and put it on its device; what it needs beside its weights starts meanwhile.
+
+    Raises what `load` and `open_segmenter` raise.
+    """
+    threading.Thread(target=prepare_loops, args=(config.infer.device,)).start()
+    pool = start_processes(worker_count(config.infer)) if may_need_decoding(config) else None
+    try:
+        return open_segmenter(load(config.model, config.weights), config, pool)
+    except BaseException:
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def may_need_decoding(config: SegmentConfig) -> bool:
+    """Tell whether the model may find masks, as far as one can tell before it is loaded."""
+    if config.model is None or config.weights is not None:
+        return True
+    entry = Manifest.load().entries.get(config.model)
+    return config.model != "detect" and (entry is None or entry.task == "segment")
+
+
+def prepare_loops(device: str) -> None:
+    """Load the compiled loops of networks, where they run on a CPU."""
+    with suppress(CellslideError):  # who puts the network on the device says it
+        if resolve_device(device).type == "cpu":
+            layers.prepare()
+
+
+def worker_count(config: InferConfig) -> int:
+    """Return how many processes decode."""
+    return default_workers(available_cpus()) if config.workers is None else config.workers
+
+
+def open_segmenter(model: LoadedModel, config: SegmentConfig, pool: Executor | None = None) -> Segmenter:
+    """Put a model on its device; `pool` are processes that `start_processes` started for it.
 
     Raises UsageError when the tiles do not suit the model, MissingDependencyError when device or engine is not there.
     """
@@ -79,8 +121,10 @@ def open_segmenter(model: LoadedModel, config: SegmentConfig) -> Segmenter:
     check_formats(model.spec, config.output.formats)
     torch.manual_seed(config.infer.seed)
     engine = make_engine(model, config.infer, config.tiles.size_px or model.spec.tile_px)
-    workers = config.infer.workers
-    return Segmenter(model, config, Detector(engine, default_workers(available_cpus()) if workers is None else workers))
+    if pool is not None and model.spec.kind != "mask":
+        pool.shutdown(wait=False)
+        pool = None
+    return Segmenter(model, config, Detector(engine, worker_count(config.infer), pool))
 
 
 def check_formats(spec: ModelSpec, formats: Sequence[OutputFormat]) -> None:
@@ -109,19 +153,6 @@ def resolve_tiles(spec: ModelSpec, config: TileConfig) -> TileConfig:
             f"--tile-size {size}: too small for an overlap of {overlap} px; add --overlap {size // 2} or less"
         )
     return TileConfig(size, overlap)
-
-
-def tile_px_for(plane: Plane, segmenter: Segmenter | Setup) -> int:
-    """Return the tile size for a plane (px): smaller than asked where one smaller tile covers the whole plane.
-
-    An exported network takes tiles of one size only.
-    """
-    size = segmenter.config.tiles.size_px or segmenter.spec.tile_px
-    if segmenter.config.infer.engine == "onnx":
-        return size
-    step = segmenter.spec.multiple_px
-    needed = -(-max(plane.width_px, plane.height_px) // step) * step
-    return min(size, max(needed, min(size, 2 * step)))
 
 
 def resolved(config: SegmentConfig, spec: ModelSpec) -> dict[str, Any]:

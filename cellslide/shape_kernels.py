@@ -16,21 +16,27 @@ def _label_runs(labels: Int32) -> tuple[Int32, Int32, int]:
     """Return the horizontal runs of labels: (R, 4) row, first column, column behind the last, label; and the new number
     of each label, 1..n in the order of the labels (0 for those that do not occur), and n."""
     height, width = labels.shape
-    number = np.zeros(labels.max() + 1, np.int32)
     runs = np.empty((height * width, 4), np.int32)  # only what is written takes memory
     n = 0
     for y in range(height):
         line = labels[y]
-        x = 0
-        while x < width:
-            label, begin = line[x], x
-            x += 1
-            while x < width and line[x] == label:
-                x += 1
+        label, begin = line[0], 0
+        for x in range(1, width):
+            if line[x] == label:
+                continue
             if label:
                 runs[n, 0], runs[n, 1], runs[n, 2], runs[n, 3] = y, begin, x, label
-                number[label] = 1
                 n += 1
+            label, begin = line[x], x
+        if label:
+            runs[n, 0], runs[n, 1], runs[n, 2], runs[n, 3] = y, begin, width, label
+            n += 1
+    most = 0
+    for i in range(n):
+        most = max(most, runs[i, 3])
+    number = np.zeros(most + 1, np.int32)
+    for i in range(n):
+        number[runs[i, 3]] = 1
     present = 0
     for i in range(len(number)):
         present += number[i]

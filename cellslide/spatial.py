@@ -18,11 +18,11 @@ import zarr
 from numpy.typing import NDArray
 
 from cellslide import kernels
-from cellslide.across import take_across
+from cellslide.across import slice_rows
 from cellslide.anndata_store import TableError, write_mapping
 from cellslide.types import Bool, Cells, Float64, Int64, UInt8
 
-ROW_GROUP = 25_000
+ROW_GROUP, STREAM_ROWS = 25_000, 5_000
 POLYGON_HEADER = np.frombuffer(b"\x01\x03\x00\x00\x00\x01\x00\x00\x00", np.uint8)
 POINT_HEADER = np.frombuffer(b"\x01\x01\x00\x00\x00", np.uint8)
 HEADER_BYTES = 13  # byte order, type, number of rings, number of points
@@ -172,7 +172,7 @@ class ShapeWriter:
     def append(self, cells: Cells, mpp: float) -> None:
         """Add the shapes of `cells`, in row groups of at most ROW_GROUP."""
         for first in range(0, len(cells), ROW_GROUP):
-            self._write(take_across([cells], np.arange(first, min(first + ROW_GROUP, len(cells)))), mpp)
+            self._write(slice_rows(cells, first, min(first + ROW_GROUP, len(cells))), mpp)
 
     def _write(self, cells: Cells, mpp: float) -> None:
         rings = cell_rings(cells)
@@ -201,11 +201,39 @@ class ShapeWriter:
         return True
 
 
+def _in_one(arrays: list[pa.Array]) -> pa.Array:
+    return arrays[0] if len(arrays) == 1 else pa.concat_arrays(arrays)
+
+
+class RingStream:
+    """Reads outlines in their order, a few thousand at a time, so that no whole row group is in memory."""
+
+    def __init__(self, file: pq.ParquetFile) -> None:
+        self._batches = _outlines(file)
+        self._rest: list[pa.Array] = []
+
+    def take(self, n: int) -> tuple[Float64, Int64]:
+        """Return the next `n` outlines as flat rings."""
+        parts = self._rest
+        while sum(map(len, parts)) < n:
+            parts.append(next(self._batches))
+        found = _in_one(parts)
+        self._rest = [found.slice(n)] if n < len(found) else []
+        return polygons_from_wkb(found.slice(0, n))
+
+
+def _outlines(file: pq.ParquetFile) -> Iterator[pa.Array]:
+    # All row groups at once would be fetched before the first is decoded.
+    for i in range(file.metadata.num_row_groups):
+        for batch in file.iter_batches(STREAM_ROWS, row_groups=[i], columns=["geometry"], use_threads=False):
+            yield batch.column(0)
+
+
 class ShapeReader:
     """Reads outlines by row range; row groups are read once in a sequential pass."""
 
     def __init__(self, path: Path) -> None:
-        self.file = pq.ParquetFile(path)
+        self.path, self.file = path, pq.ParquetFile(path)
         meta = self.file.metadata
         sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
         self.first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
@@ -220,23 +248,29 @@ class ShapeReader:
         """Return rows [start, stop) of all columns as an arrow table."""
         a = int(np.searchsorted(self.first, start, side="right")) - 1
         b = int(np.searchsorted(self.first, stop, side="left"))
-        table = (
-            pa.concat_tables([self._group(i) for i in range(a, b)]) if b > a else self.file.schema_arrow.empty_table()
-        )
+        if b <= a:
+            return self.file.schema_arrow.empty_table()
+        parts = [self._group(i, ends=int(self.first[i + 1]) <= stop) for i in range(a, b)]
+        table = parts[0] if len(parts) == 1 else pa.concat_tables(parts)
         return table.slice(start - int(self.first[a]), stop - start)
 
-    def _group(self, i: int) -> pa.Table:
-        """Return a row group; the last one read is kept, as the next range often begins in it."""
-        last = self._last
-        if last is None or last[0] != i:
-            last = self._last = i, self.file.read_row_group(i, use_threads=False)
-        return last[1]
+    def _group(self, i: int, ends: bool) -> pa.Table:
+        """Return a row group; one that the next range begins in, and not `ends` here, is kept."""
+        last, self._last = self._last, None
+        group = last[1] if last and last[0] == i else self.file.read_row_group(i, use_threads=False)
+        if not ends:
+            self._last = i, group
+        return group
 
     def rings(self, start: int, stop: int) -> tuple[Float64, Int64]:
         """Return the outlines of rows [start, stop)."""
         if stop <= start:
             return np.empty((0, 2)), np.zeros(1, np.int64)
-        return polygons_from_wkb(self.columns(start, stop).column("geometry").combine_chunks())
+        return polygons_from_wkb(_in_one(self.columns(start, stop).column("geometry").chunks))
+
+    def stream(self) -> RingStream:
+        """Return what reads the outlines in order, from the first on."""
+        return RingStream(self.file)
 
     def iter_rings(self) -> Iterator[tuple[int, Float64, Int64]]:
         """Yield (first row, rings) for every row group."""

@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike
 
 from cellslide.errors import BusyError
 from cellslide.lock import hold
+from cellslide.record import TABLE
 
 ZEROS = bytes(1 << 20)
 
@@ -70,6 +71,16 @@ def put_back(folder: Path, name: str) -> None:
         if not old.with_name(name).exists():
             with suppress(BusyError, OSError), hold(old.parent):
                 restore(old.parent)
+
+
+def tables_below(folder: Path) -> list[Path]:
+    """Return the cell tables that a folder is, holds, or holds one level below, in a fixed order."""
+    if folder.name == TABLE and folder.is_dir():
+        return [folder]
+    if not folder.is_dir():
+        return []
+    put_back(folder, TABLE)
+    return sorted(p for p in (*folder.glob(TABLE), *folder.glob(f"*/{TABLE}")) if p.is_dir())
 
 
 def remove_folder(folder: Path) -> None:

@@ -18,14 +18,13 @@ import zarr
 from numpy.typing import NDArray
 
 from cellslide import record
-from cellslide.across import slice_rows, take_across
+from cellslide.across import slice_across
 from cellslide.anndata_store import (
     CHUNK_ROWS,
     Categorical,
     Column,
     Columns,
     ColumnWriter,
-    Nodes,
     TableError,
     obs_names,
     read_ascii,
@@ -36,6 +35,7 @@ from cellslide.anndata_store import (
     write_values,
     write_word,
 )
+from cellslide.jsontext import digits
 from cellslide.outlines import SHAPE_FEATURES, ring_features
 from cellslide.spatial import ShapeReader, ShapeWriter, cell_rings, link_shapes, mark_store, ring_boxes
 from cellslide.staging import Staging
@@ -50,8 +50,10 @@ from cellslide.types import (
     ModelSpec,
     RunRecord,
     SlideInfo,
+    hex_color,
 )
 from cellslide.uuids import SeenPlaces, pack_places, uuid_bytes
+from cellslide.zarrchunks import Nodes
 
 __all__ = [
     "Categorical",
@@ -105,11 +107,11 @@ class CellTableWriter:
         n = sum(map(len, self.pending))
         stop = n // BLOCK_ROWS * BLOCK_ROWS if keep_rest else n
         for first in range(0, stop, BLOCK_ROWS):
-            block = take_across(self.pending, np.arange(first, min(first + BLOCK_ROWS, stop)))
+            block = slice_across(self.pending, first, min(first + BLOCK_ROWS, stop))
             self.columns.append(self._block(block))
             self.shapes.append(block, self.mpp)
             self.n += len(block)
-        self.pending = [take_across(self.pending, np.arange(stop, n))] if stop < n else []
+        self.pending = [slice_across(self.pending, stop, n)] if stop < n else []
 
     def _check(self, cells: Cells) -> None:
         k = 0 if cells.class_prob is None else cells.class_prob.shape[1]
@@ -127,7 +129,7 @@ class CellTableWriter:
             obsm["prob"] = cells.class_prob.astype(np.float32)
         if cells.embedding is not None:
             obsm["embedding"] = cells.embedding
-        return Columns({"_index": ids.astype("S"), **self._obs(cells, ids)}, obsm, self._features(cells))
+        return Columns({"_index": digits(ids), **self._obs(cells, ids)}, obsm, self._features(cells))
 
     def _obs(self, cells: Cells, ids: Int64) -> dict[str, Column]:
         index, prob = _top_class(cells)
@@ -203,7 +205,7 @@ def _write_uns(
 
 def _write_classes(group: zarr.Group, classes: Sequence[ClassSpec]) -> None:
     write_values(group, "uns/class_names", [c.name for c in classes])
-    write_values(group, "uns/class_colors", ["#{:02x}{:02x}{:02x}".format(*c.color) for c in classes])  # as scanpy does
+    write_values(group, "uns/class_colors", [hex_color(c.color) for c in classes])  # as scanpy does
 
 
 def _write_columns(group: zarr.Group, given: Mapping[str, Column]) -> None:
@@ -218,11 +220,11 @@ def _write_uuids(group: zarr.Group, n: int, key: str, given: Column | None = Non
 
     Equal places are counted on.
     """
-    writer = ColumnWriter(group)
+    writer, nodes = ColumnWriter(group), Nodes()
     blocks = range(0, max(n, 1), BLOCK_ROWS)
-    seen = SeenPlaces(np.asarray(read_obs(group, "y", first, first + BLOCK_ROWS)) for first in blocks)
+    seen = SeenPlaces(np.asarray(read_obs(group, "y", first, first + BLOCK_ROWS, nodes)) for first in blocks)
     for first in blocks:
-        x, y = (np.asarray(read_obs(group, name, first, first + BLOCK_ROWS)) for name in ("x", "y"))
+        x, y = (np.asarray(read_obs(group, name, first, first + BLOCK_ROWS, nodes)) for name in ("x", "y"))
         place = pack_places(x, y)
         uuid: NDArray[Any] = uuid_bytes(key, place, seen.repeats(place))
         if isinstance(given, np.ndarray):
@@ -247,21 +249,6 @@ class CellChunk:
     def __len__(self) -> int:
         return len(self.cells)
 
-    def split(self, rows: int) -> Iterator[CellChunk]:
-        """Yield the chunk in pieces of at most `rows`."""
-        for first in range(0, len(self), rows):
-            part = slice(first, min(first + rows, len(self)))
-            cells = slice_rows(self.cells, part.start, part.stop)
-            yield CellChunk(
-                self.start + first,
-                cells,
-                self.cell_id[part],
-                self.uuid[part],
-                self.class_index[part],
-                self.class_prob[part],
-                self.columns.rows(part),
-            )
-
 
 class CellTable:
     """A complete table on disk, read by row range; usable in a `with` block."""
@@ -271,7 +258,7 @@ class CellTable:
         root = zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False)
         group: Any = root["tables/cells"]
         self.group: zarr.Group = group
-        self._nodes: Nodes = {}
+        self._nodes = Nodes()
         self.slide = _read_slide(read_word(group, "uns/slide"))
         self.kind: ModelKind = _read_kind(read_word(group, "uns/kind"))
         self.class_names = tuple(str(v) for v in np.asarray(read_matrix(group, "uns/class_names")))
@@ -334,11 +321,14 @@ class CellTable:
         features: bool = False,
         outlines: bool = True,
         probabilities: bool = True,
+        ascii_uuids: bool = False,
     ) -> Iterator[CellChunk]:
         """Yield the cells in order, `rows` at a time, with the extra columns named.
 
-        Without `outlines`, or without the `probabilities` of all classes, it is quicker.
+        Without `outlines`, or without the `probabilities` of all classes, it is quicker, and so it is with
+        `ascii_uuids`, which gives UUIDs as bytes.
         """
+        stream = self.shapes.stream() if outlines and self.shapes and self.kind != "point" else None
         for start in range(0, self.n, rows):
             stop = min(start + rows, self.n)
             extra = Columns(
@@ -346,16 +336,25 @@ class CellTable:
                 {name: self.matrix(name, start, stop) for name in obsm},
                 self.matrix("X", start, stop) if features else None,
             )
-            yield self._chunk(start, stop, extra, outlines, probabilities)
+            uuid = self.ascii("uuid", start, stop) if ascii_uuids else self.vector("uuid", start, stop)
+            yield self._chunk(start, uuid, extra, stream.take(stop - start) if stream else None, probabilities)
 
-    def _chunk(self, start: int, stop: int, extra: Columns, outlines: bool, probabilities: bool) -> CellChunk:
-        x, y, score, area, tile, row, ids, uuid, prob = (
+    def _chunk(
+        self,
+        start: int,
+        uuid: NDArray[Any],
+        extra: Columns,
+        rings: tuple[Float64, Int64] | None,
+        probabilities: bool,
+    ) -> CellChunk:
+        stop = start + len(uuid)
+        x, y, score, area, tile, row, ids, prob = (
             self.vector(name, start, stop)
-            for name in ("x", "y", "score", "area_um2", "tile_index", "tile_row", "cell_id", "uuid", "class_prob")
+            for name in ("x", "y", "score", "area_um2", "tile_index", "tile_row", "cell_id", "class_prob")
         )
         word = self.column("class", start, stop)
         class_index = word.codes if isinstance(word, Categorical) else np.zeros(stop - start, np.int8)
-        xy, ring_start = (self.rings(start, stop) if outlines else None) or (None, None)
+        xy, ring_start = rings or (None, None)
         box = ring_boxes(xy, ring_start) if self.kind == "box" and xy is not None and ring_start is not None else None
         full = self.matrix("prob", start, stop) if probabilities and "prob" in self.matrices else None
         cells = Cells(np.stack([x, y], axis=1), tile, row, score, area, full, box, xy, ring_start)

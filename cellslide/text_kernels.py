@@ -1,198 +1,172 @@
-"""Compiled loops that write text: UUIDs of places and the features of a GeoJSON file. Importing it needs numba.
+"""Compiled loops that write the features of a GeoJSON file. Importing it needs numba.
 
-Texts are bytes, uint8; a matrix (N, W) holds one text a row, padded with NUL.
+A text is copied as whole words and what stands behind its end written over by the next: a store of four or eight bytes
+costs what one of a single byte does. So nothing here writes into the last eight bytes of a buffer but what spills.
 """
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit
+from typing import Any
 
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from cellslide.jsontext import MISSING, UUID_BYTES, fraction_words
 from cellslide.types import Int64, UInt8
 
-# The four digits of 0 to 9999.
-_DIGITS = (48 + np.arange(10_000)[:, None] // (1000, 100, 10, 1) % 10).astype(np.uint8)
-_HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
-_SHA1 = np.array([0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476, 0xC3D2E1F0], np.uint32)
-_ROUNDS = np.array([0x5A827999, 0x6ED9EBA1, 0x8F1BBCDC, 0xCA62C1D6], np.uint32)
-# A place is two numbers of at most 19 digits with sign, point, comma and a count.
-_LONGEST = 80
-# The text of a point: of numbers of up to 8 digits before the point, as `jsontext` allows, and more.
-_POINT = 50
+# Two numbers of a sign, eight digits, as `jsontext` allows, a point and two decimals, with `,[`, `,` and `]`.
+_POINT = 28
+_VALUE = 24
+_SPILL = 8
+# Which of the texts of a file are the same in every feature; those of its measurements and classes follow.
+OPENING, GEOMETRY, PROPERTIES, MEASUREMENTS, END, FIRST_KEY = range(6)
+
+
+def _words(texts: list[str], size: int) -> tuple[NDArray[Any], UInt8]:
+    """Return texts of up to `size` bytes as numbers of as many bytes, as they lie in memory, and their lengths."""
+    raw = np.array([text.encode() for text in texts], f"S{size}")
+    return raw.view(f"u{size}"), np.array([len(text) for text in texts], np.uint8)
+
+
+_PADDED, _ = _words([f"{i:04d}" for i in range(10_000)], 4)
+_BARE, _BARE_LENGTH = _words([str(i) for i in range(10_000)], 4)
+_CENTS, _CENTS_LENGTH = _words(fraction_words(2), 4)
+_PARTS, _PARTS_LENGTH = _words(fraction_words(4), 8)
+_NEXT_POINT, _ = _words([",["], 4)
+
+
+def _storing(context: Any, out: Any, at: Any, word: Any) -> Any:
+    """Store a number of four or eight bytes from out[at] on, wherever that is; compiled code calls it without
+    `context`."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, values[0])
+        place = builder.bitcast(builder.gep(array.data, [values[1]]), ir.PointerType(values[2].type))
+        builder.store(values[2], place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(out, types.intp, word), generate
+
+
+_put_word: Any = intrinsic(_storing)
 
 
 @njit(cache=True, nogil=True)
-def _put_four(value: int, size: int, out: UInt8, at: int) -> int:
-    for k in range(size):
-        out[at + k] = _DIGITS[value, 4 - size + k]
-    return at + size
+def _put_whole(value: Any, out: UInt8, at: int) -> int:
+    """Write the digits of a number below 10^8, 32 bits without sign; returns where they end."""
+    if value < np.uint32(10_000):
+        _put_word(out, at, _BARE[value])
+        return at + _BARE_LENGTH[value]
+    high = value // np.uint32(10_000)
+    _put_word(out, at, _BARE[high])
+    at += _BARE_LENGTH[high]
+    _put_word(out, at, _PADDED[value - high * np.uint32(10_000)])
+    return at + 4
 
 
 @njit(cache=True, nogil=True)
-def _put_head(value: int, out: UInt8, at: int) -> int:
-    return _put_four(value, 1 + (value > 9) + (value > 99) + (value > 999), out, at)
-
-
-@njit(cache=True, nogil=True)
-def _put_whole(value: int, out: UInt8, at: int) -> int:
-    """Write the digits of 0 <= value; returns where they end."""
-    if value < 10_000:
-        return _put_head(value, out, at)
-    if value < 100_000_000:
-        return _put_four(value % 10_000, 4, out, _put_head(value // 10_000, out, at))
-    size, rest = 1, value // 10
-    while rest:
-        size, rest = size + 1, rest // 10
-    end = at + size
-    for k in range(end - 1, at - 1, -1):
-        out[k] = 48 + value % 10
-        value //= 10
-    return end
-
-
-@njit(cache=True, nogil=True)
-def _put_cents(cents: int, out: UInt8, at: int, bare: bool) -> int:
-    """Write hundredths as a decimal, zeros at its end left out if `bare`; returns where it ends."""
+def _put_cents(cents: int, out: UInt8, at: int) -> int:
+    """Write hundredths as a decimal, zeros at its end left out; returns where it ends."""
     if cents < 0:
         out[at] = 45
         at, cents = at + 1, -cents
-    at = _put_whole(cents // 100, out, at)
-    part = cents % 100
-    if bare and part == 0:
-        return at
-    out[at], out[at + 1], out[at + 2] = 46, 48 + part // 10, 48 + part % 10
-    return at + 2 if bare and part % 10 == 0 else at + 3
+    whole = cents // 100
+    at = _put_whole(np.uint32(whole), out, at)
+    part = cents - 100 * whole
+    _put_word(out, at, _CENTS[part])
+    return at + _CENTS_LENGTH[part]
 
 
 @njit(cache=True, nogil=True)
-def _turn(value: np.uint32, bits: int) -> np.uint32:
-    """Return 32 bits turned to the left."""
-    return np.uint32(value << bits | np.uint32(value) >> (32 - bits))
-
-
-@njit(cache=True, nogil=True)
-def _sha1_block(state: np.ndarray, block: UInt8, at: int, word: np.ndarray) -> None:
-    """Take 64 bytes of `block` into the state (5,) of SHA-1 (FIPS 180-4, 6.1.2); `word` (80,) is scratch."""
-    for k in range(16):
-        i = at + 4 * k
-        word[k] = (
-            np.uint32(block[i]) << np.uint32(24)
-            | np.uint32(block[i + 1]) << np.uint32(16)
-            | np.uint32(block[i + 2]) << np.uint32(8)
-            | np.uint32(block[i + 3])
-        )
-    for k in range(16, 80):
-        mixed = word[k - 3] ^ word[k - 8] ^ word[k - 14] ^ word[k - 16]
-        word[k] = _turn(mixed, 1)
-    a, b, c, d, e = state[0], state[1], state[2], state[3], state[4]
-    for k in range(80):
-        if k < 20:
-            chosen = d ^ (b & (c ^ d))
-        elif 40 <= k < 60:
-            chosen = (b & c) | (b & d) | (c & d)
-        else:
-            chosen = b ^ c ^ d
-        new = np.uint32(_turn(a, 5) + chosen + e + _ROUNDS[k // 20] + word[k])
-        a, b, c, d, e = new, a, _turn(b, 30), c, d
-    state[0] += a
-    state[1] += b
-    state[2] += c
-    state[3] += d
-    state[4] += e
-
-
-@njit(cache=True, nogil=True)
-def place_uuids(prefix: UInt8, x: Int64, y: Int64, repeat: Int64) -> UInt8:
-    """Return version 5 UUIDs (N, 36) of `prefix` and "x,y" in hundredths, "/repeat" behind it where that is not 0."""
-    word = np.empty(80, np.uint32)
-    state, first = np.empty(5, np.uint32), _SHA1.copy()
-    whole = len(prefix) // 64 * 64
-    for at in range(0, whole, 64):
-        _sha1_block(first, prefix, at, word)
-    rest = len(prefix) - whole
-    text = np.zeros(rest + _LONGEST + 128, np.uint8)
-    text[:rest] = prefix[whole:]
-    out = np.empty((len(x), 36), np.uint8)
-    for i in range(len(x)):
-        end = _put_cents(x[i], text, rest, False)
-        text[end] = 44
-        end = _put_cents(y[i], text, end + 1, False)
-        if repeat[i]:
-            text[end] = 47
-            end = _put_whole(repeat[i], text, end + 1)
-        state[:] = first
-        for at in range(0, _pad(text, end, whole), 64):
-            _sha1_block(state, text, at, word)
-        _put_uuid(state, out[i])
-    return out
-
-
-@njit(cache=True, nogil=True)
-def _pad(text: UInt8, end: int, before: int) -> int:
-    """Put behind a message what SHA-1 asks for, its length in bits at the end; returns where that ends."""
-    stop = (end + 9 + 63) // 64 * 64
-    text[end] = 0x80
-    text[end + 1 : stop] = 0
-    bits = np.uint64(8 * (before + end))
-    for k in range(8):
-        text[stop - 1 - k] = np.uint8(bits >> np.uint64(8 * k) & np.uint64(255))
-    return stop
-
-
-@njit(cache=True, nogil=True)
-def _put_uuid(state: np.ndarray, out: UInt8) -> None:
-    """Write a SHA-1 state as a version 5 UUID (RFC 9562, 5.5)."""
-    at = 0
-    for k in range(16):
-        if k == 4 or k == 6 or k == 8 or k == 10:
-            out[at] = 45
-            at += 1
-        value = np.int64(state[k // 4]) >> (24 - 8 * (k % 4)) & 255
-        if k == 6:
-            value = value & 0x0F | 0x50
-        elif k == 8:
-            value = value & 0x3F | 0x80
-        out[at], out[at + 1] = _HEX[value >> 4], _HEX[value & 15]
-        at += 2
+def _put_value(value: int, out: UInt8, at: int) -> int:
+    """Write ten thousandths as a decimal, zeros at its end left out; returns where it ends."""
+    if value < 0:
+        out[at] = 45
+        at, value = at + 1, -value
+    at = _put_whole(np.uint32(value // 10_000), out, at)
+    part = value % 10_000
+    _put_word(out, at, _PARTS[part])
+    return at + _PARTS_LENGTH[part]
 
 
 @njit(cache=True, nogil=True)
 def _put_point(x: int, y: int, out: UInt8, at: int) -> int:
-    out[at] = 91
-    at = _put_cents(x, out, at + 1, True)
+    """Write `,[x,y]`; returns where it ends."""
+    _put_word(out, at, _NEXT_POINT[0])
+    at = _put_cents(x, out, at + 2)
     out[at] = 44
-    at = _put_cents(y, out, at + 1, True)
+    at = _put_cents(y, out, at + 1)
     out[at] = 93
     return at + 1
 
 
 @njit(cache=True, nogil=True)
-def write_rows(head: UInt8, cents: Int64, start: Int64, tail: UInt8, close: bool) -> UInt8:
-    """Return for each i: head[i], the points of its ring as `[x,y],[x,y]`, tail[i]; NUL bytes are dropped.
-
-    head, tail (N, W) are texts, `cents` (P, 2) points in hundredths, `start` (N + 1,) where rings begin; `close` writes
-    the first point again at the end.
-    """
-    n = len(head)
-    out = np.empty(n * (head.shape[1] + tail.shape[1] + _POINT) + _POINT * len(cents), np.uint8)
-    at = 0
-    for i in range(n):
-        at = _put_text(head[i], out, at)
-        for k in range(start[i], start[i + 1]):
-            if k > start[i]:
-                out[at] = 44
-                at += 1
-            at = _put_point(cents[k, 0], cents[k, 1], out, at)
-        if close:
-            out[at] = 44
-            at = _put_point(cents[start[i], 0], cents[start[i], 1], out, at + 1)
-        at = _put_text(tail[i], out, at)
-    return out[:at]
+def _put_text(text: NDArray[np.uint64], length: int, out: UInt8, at: int) -> int:
+    for k in range((length + 7) // 8):
+        _put_word(out, at + 8 * k, text[k])
+    return at + length
 
 
 @njit(cache=True, nogil=True)
-def _put_text(text: UInt8, out: UInt8, at: int) -> int:
-    for byte in text:  # without a branch: what is dropped is written over
-        out[at] = byte
-        at += byte != 0
+def _put_measurements(values: Int64, texts: NDArray[np.uint64], lengths: Int64, out: UInt8, at: int) -> int:
+    """Write what is not MISSING of `values` (M,), each behind its key, a comma between two; returns where they end."""
+    first = at
+    for k in range(len(values)):
+        if values[k] == MISSING:
+            continue
+        if at > first:
+            out[at] = 44
+            at += 1
+        at = _put_text(texts[FIRST_KEY + k], lengths[FIRST_KEY + k], out, at)
+        at = _put_value(values[k], out, at)
     return at
+
+
+@njit(cache=True, nogil=True)
+def write_features(
+    texts: NDArray[np.uint64],
+    lengths: Int64,
+    uuid: NDArray[np.uint32],
+    cents: Int64,
+    start: Int64,
+    close: bool,
+    kind: Int64,
+    values: Int64,
+) -> UInt8:
+    """Return N features, one behind the other.
+
+    texts    (T, W), `lengths` (T,) in bytes: what OPENING to END name, M keys, then texts of classes.
+    uuid     (N, 9), 36 characters each.
+    cents    points (P, 2) in hundredths of a pixel; `start` (N + 1,) says where rings begin, `close` to repeat the
+             first point.
+    kind     (N,), which of the texts is the class.
+    values   (N, M) in ten thousandths, all below 10^12, or MISSING.
+    """
+    n = len(uuid)
+    fixed = lengths[:FIRST_KEY].sum() + UUID_BYTES + lengths[FIRST_KEY:].max()
+    keys = lengths[FIRST_KEY : FIRST_KEY + values.shape[1]].sum() + values.shape[1] * _VALUE
+    out = np.empty(n * (fixed + keys + _POINT) + _POINT * len(cents) + _SPILL, np.uint8)
+    at = 0
+    for i in range(n):
+        at = _put_text(texts[OPENING], lengths[OPENING], out, at)
+        for k in range(UUID_BYTES // 4):
+            _put_word(out, at + 4 * k, uuid[i, k])
+        at += UUID_BYTES
+        while out[at - 1] == 0:  # one that is shorter
+            at -= 1
+        # The comma before the first point goes where GEOMETRY ends, whose last byte then comes back.
+        at = _put_text(texts[GEOMETRY], lengths[GEOMETRY], out, at) - 1
+        opened, last = at, out[at]
+        for k in range(start[i], start[i + 1]):
+            at = _put_point(cents[k, 0], cents[k, 1], out, at)
+        if close:
+            at = _put_point(cents[start[i], 0], cents[start[i], 1], out, at)
+        out[opened] = last
+        for part in (PROPERTIES, kind[i], MEASUREMENTS):
+            at = _put_text(texts[part], lengths[part], out, at)
+        at = _put_measurements(values[i], texts, lengths, out, at)
+        at = _put_text(texts[END], lengths[END], out, at)
+    return out[:at]

@@ -87,6 +87,17 @@ def tile_grid(plane: Plane, size_px: int, overlap_px: int) -> TileGrid:
     return TileGrid(plane, size_px, overlap_px)
 
 
+def fitting_grid(plane: Plane, size_px: int, overlap_px: int, step_px: int | None) -> TileGrid:
+    """Return the grid over a plane; its tiles are smaller than asked where one smaller tile covers the whole plane.
+
+    step_px  what tile sizes are multiples of; None for an exported network, which takes tiles of one size only.
+    """
+    if step_px is not None:
+        needed = -(-max(plane.width_px, plane.height_px) // step_px) * step_px
+        size_px = min(size_px, max(needed, min(size_px, 2 * step_px)))
+    return tile_grid(plane, size_px, min(overlap_px, size_px // 2))
+
+
 def select_tiles(grid: TileGrid, mask: Mask | None) -> list[Tile]:
     """Return the tiles whose own box meets the mask, in order of their index; all of them without a mask."""
     if mask is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-import os
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from shapely.geometry.base import BaseGeometry
 from cellslide.config import TissueConfig
 from cellslide.errors import UsageError
 from cellslide.outlines import is_tangled
+from cellslide.record import write_text
 from cellslide.slide import Slide
 from cellslide.tissue_detect import detect_tissue
 from cellslide.types import Bool, Float64, Int64, SlideInfo
@@ -241,10 +241,7 @@ def write_tissue(tissue: TissueMask, path: Path, info: SlideInfo, origin: Origin
     dx, dy = origin_offset(info, origin)
     polygons = [p for q in tissue.polygons() for p in on_grid(shapely.affinity.translate(q, -dx, -dy))]
     features = [_feature(polygon, number, info) for number, polygon in enumerate(polygons, 1)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    partial.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps({"type": "FeatureCollection", "features": features}))
 
 
 def _feature(polygon: shapely.Polygon, number: int, info: SlideInfo) -> dict[str, Any]:

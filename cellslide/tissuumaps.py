@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from cellslide.csvtext import harmless
 from cellslide.table import CellTable
-from cellslide.types import SlideInfo
+from cellslide.types import SlideInfo, hex_color
 
 TMAP_NAME, POINTS_NAME, TISSUE_NAME = "cells.tmap", "cells.tissuumaps.csv", "tissue.geojson"
 # Columns that only tie the table to its outlines.
@@ -60,7 +60,7 @@ def _points(table: CellTable) -> dict[str, Any]:
     colors = dict(zip(map(harmless, table.class_names), table.colors, strict=True))
     if ABSTAINED in table.columns:
         colors[ABSTAINED] = ABSTAINED_COLOR
-    shades = {name: "#{:02x}{:02x}{:02x}".format(*color) for name, color in colors.items()}
+    shades = {name: hex_color(color) for name, color in colors.items()}
     return {
         "title": "Nuclei",
         "name": "Nuclei",

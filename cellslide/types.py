@@ -115,6 +115,11 @@ class ClassSpec:
     color: tuple[int, int, int]
 
 
+def hex_color(color: tuple[int, int, int]) -> str:
+    """Return a colour, 0..255 RGB, as #rrggbb."""
+    return "#{:02x}{:02x}{:02x}".format(*color)
+
+
 @dataclass(frozen=True, slots=True)
 class HoverDecode:
     """How HoVer maps become instances.
@@ -239,12 +244,7 @@ class Instances:
     embedding: Float32 | None = None
 
     def __post_init__(self) -> None:
-        n = len(self.centroid_xy)
-        _check_lengths(self, n, ("score", "area_px", "cut", "class_prob", "box_xyxy", "embedding"))
-        if (self.contour_xy is None) != (self.contour_start is None):
-            raise ValueError("contour_xy and contour_start go together")
-        if self.contour_start is not None:
-            _check_lengths(self, n + 1, ("contour_start",))
+        _check_columns(self, ("score", "area_px", "cut", "class_prob", "box_xyxy", "embedding"))
 
     def __len__(self) -> int:
         return len(self.centroid_xy)
@@ -275,10 +275,7 @@ class Cells:
     embedding: Float32 | None = None
 
     def __post_init__(self) -> None:
-        n = len(self.centroid_xy)
-        _check_lengths(self, n, ("tile_index", "row", "score", "area_um2", "class_prob", "box_xyxy", "embedding"))
-        if self.contour_start is not None:
-            _check_lengths(self, n + 1, ("contour_start",))
+        _check_columns(self, ("tile_index", "row", "score", "area_um2", "class_prob", "box_xyxy", "embedding"))
 
     def __len__(self) -> int:
         return len(self.centroid_xy)
@@ -289,6 +286,15 @@ class Cells:
 
 
 Record = TypeVar("Record", Instances, Cells)
+
+
+def _check_columns(record: Record, names: tuple[str, ...]) -> None:
+    n = len(record.centroid_xy)
+    _check_lengths(record, n, names)
+    if (record.contour_xy is None) != (record.contour_start is None):
+        raise ValueError("contour_xy and contour_start go together")
+    if record.contour_start is not None:
+        _check_lengths(record, n + 1, ("contour_start",))
 
 
 def _take(record: Record, rows: NDArray[Any]) -> Record:

@@ -25,12 +25,23 @@ def pack_places(x: Float64, y: Float64) -> Int64:
 def times_seen(place: Int64, seen: Sequence[Int64]) -> Int64:
     """Return how often each place came before, in the blocks `seen` (sorted) and earlier in this one."""
     before = np.zeros(len(place), np.int64)
+    ordered = np.sort(place)
+    # Hardly any place comes twice, and to see that is quicker than to count.
     for block in seen:
-        before += np.searchsorted(block, place, "right") - np.searchsorted(block, place, "left")
-    order = np.argsort(place, kind="stable")
-    ordered = place[order]
-    before[order] += np.arange(len(place)) - np.searchsorted(ordered, ordered, "left")
+        if _meet(block, ordered):
+            before += np.searchsorted(block, place, "right") - np.searchsorted(block, place, "left")
+    if (ordered[1:] == ordered[:-1]).any():
+        order = np.argsort(place, kind="stable")
+        before[order] += np.arange(len(place)) - np.searchsorted(ordered, ordered, "left")
     return before
+
+
+def _meet(block: Int64, other: Int64) -> bool:
+    """Tell whether two sorted blocks have a place in common."""
+    if not len(block):
+        return False
+    near = block[np.minimum(np.searchsorted(block, other), len(block) - 1)]
+    return bool((near == other).any())
 
 
 class SeenPlaces:
@@ -69,7 +80,7 @@ def uuid_bytes(key: str, place: Int64, repeat: Int64) -> NDArray[np.bytes_]:
     prefix = NAMESPACE.bytes + f"{key}/".encode()
     x, y = place >> 32, (place << 32) >> 32
     if kernels.available():
-        from cellslide.text_kernels import place_uuids
+        from cellslide.uuid_kernels import place_uuids
 
         return np.asarray(place_uuids(np.frombuffer(prefix, np.uint8), x, y, repeat)).view("S36")[:, 0]
     return _hashed(prefix, x, y, repeat)

@@ -24,13 +24,12 @@ from cellslide.anndata_store import Categorical
 from cellslide.errors import UsageError, one_line
 from cellslide.export import CSV_NAME, PARQUET_NAME, arrow_blocks
 from cellslide.geojson import GZ_NAME, PROBABILITIES, ZIP_NAME, Profile
-from cellslide.record import RUN_FILE, differences, flatten, head_sha256, read_record, to_dict
+from cellslide.record import RUN_FILE, TABLE, differences, flatten, head_sha256, read_record, to_dict
 from cellslide.table import BLOCK_ROWS, CellTable, open_table
 from cellslide.types import RunRecord
 from cellslide.uuids import SeenPlaces, make_uuids, pack_places
 from cellslide.verify_geojson import compare_geojson
 
-TABLE = "cells.zarr"
 COMPLETE = ("done", "done_with_errors")
 # Of the record in the table and that in run.json: times and memory are written last, formats may be written again, and
 # vectors may lie beside the table.
@@ -146,8 +145,8 @@ def _notes(folder: Path, record: RunRecord | None) -> Iterator[str]:
             yield f"the slide {record.slide['path']} is not here, so its hash was not checked"
         if record.failed_tiles:
             yield f"{len(record.failed_tiles)} of {record.counts.tiles} tiles failed"
-    for name in sorted(p.name for p in folder.glob("*.tmp-*")):
-        yield f"{name} was left by a run that was killed"
+    for path in sorted((*folder.glob("*.tmp-*"), *folder.glob(".*.tmp"))):
+        yield f"{path.name} was left by a run that was killed"
 
 
 def _table_faults(table: CellTable, record: RunRecord | None) -> Iterator[str]:
@@ -234,7 +233,7 @@ def _compare_parquet(path: Path, table: CellTable) -> Iterator[str]:
 def _compare_csv(path: Path, table: CellTable) -> Iterator[str]:
     with pa_csv.open_csv(path) as file:
         names = list(file.schema.names)
-    expected = next(arrow_blocks(table, geometry=False, profile=_profile(table, names))).schema
+    expected = next(arrow_blocks(table, text=True, profile=_profile(table, names))).schema
     types = {name: expected.field(name).type for name in names if name in expected.names}
     convert = pa_csv.ConvertOptions(column_types=types, null_values=[""])
     with pa_csv.open_csv(path, convert_options=convert) as file:
@@ -245,7 +244,7 @@ def _compare_csv(path: Path, table: CellTable) -> Iterator[str]:
 def _compare_rows(table: CellTable, names: list[str], batches: Iterator[pa.Table], geometry: bool) -> Iterator[str]:
     """Yield where the rows of a file are not those that the table gives; `names` are its columns."""
     rows, wrong = _Rows(batches), dict[str, int]()
-    for block in arrow_blocks(table, geometry=geometry, profile=_profile(table, names)):
+    for block in arrow_blocks(table, geometry=geometry, text=not geometry, profile=_profile(table, names)):
         if block.column_names != names:
             yield "its columns are not those of the table; export it again"
             return

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cellslide import kernels
-from cellslide.across import Rings, rings_across, slice_rows, take_across
+from cellslide.across import Rings, rings_across, slice_across, slice_rows, take_across
 from cellslide.types import Cells, concat
 from tests.random_cells import as_kind, ellipses
 
@@ -41,3 +41,12 @@ def test_a_slice_is_what_is_taken(kind: str) -> None:
         part = slice_rows(cells, begin, end)
         same(part, cells.take(np.arange(begin, end)))
         assert np.shares_memory(part.centroid_xy, cells.centroid_xy) or begin == end
+
+
+@pytest.mark.parametrize("kind", ["mask", "box", "point"])
+def test_a_slice_across_records_is_that_of_the_records_joined(kind: str) -> None:
+    whole = as_kind(ellipses(60), kind)
+    ends = [0, 7, 7, 30, 60]
+    parts = [whole.take(np.arange(a, b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    for begin, end in ((0, 60), (3, 31), (7, 30), (8, 9), (59, 60), (30, 30)):
+        same(slice_across(parts, begin, end), slice_rows(whole, begin, end))

@@ -11,11 +11,11 @@ from click.testing import CliRunner
 
 from benchmarks.scaling import exponent, merge_seconds
 from cellslide import bench
-from cellslide.bench import BenchOptions, write
+from cellslide.bench import BenchOptions, synthetic_maps, write
 from cellslide.bench.merge import plain_merge, reports
 from cellslide.bench.merge import rows as merge_rows
 from cellslide.bench.rows import Form, Row, Target, cpu_rows, row
-from cellslide.bench.whole import whole_rows
+from cellslide.bench.whole import TILE_PX, segmented, whole_rows
 from cellslide.cli import bench as command
 from cellslide.cli.main import cli
 from cellslide.merge import merge_stream
@@ -144,3 +144,12 @@ def test_whole_slide_is_the_sum_of_its_stages() -> None:
     tiles = 60e6 / 0.25**2
     wanted = tiles / 1024**2 * 4.4e-3 + tiles / 896**2 * 30e-3 + 0.15 + 1.5 + 1.8 + 15 + 90
     assert whole.value == pytest.approx(wanted) and whole.met is True and "crops of 1024 90" in whole.note
+
+
+def test_a_slide_is_segmented_from_end_to_end_without_a_network(tmp_path: Path) -> None:
+    maps = synthetic_maps(40, TILE_PX).hover_maps()
+    tiles, seconds = segmented(maps, 1500, tmp_path / "slide", workers=0)
+    folder = tmp_path / "slide" / "out" / "slide"
+    with open_table(folder / "cells.zarr") as table:
+        assert len(table) > 40  # some of 40 in each of four tiles are cut or seen twice
+    assert tiles == 4 and seconds > 0 and (folder / "cells.geojson.gz").is_file()

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from cellslide.bench import flow
-from cellslide.bench.infer import engine_rows, gpu_row, picture, plain_row, plainly
-from cellslide.bench.rows import BenchOptions
+from cellslide.bench.infer import engine_rows, picture, plain_row, plainly, shipped
 from cellslide.infer import TileNet
 from cellslide.models.cellvta import CellVTA
 from cellslide.weights import LoadedModel
@@ -48,11 +47,10 @@ def test_rows_compare_with_the_plain_form(model: LoadedModel, monkeypatch: pytes
     assert [made.form for made in engine_rows(model, first, 1)] == ["fake, fp32 (default)"]
 
 
-def test_without_a_gpu_its_row_is_not_measured() -> None:
-    made = gpu_row(BenchOptions(device="cpu"))
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    assert made.value is None and made.note == "not measured" and made.target == "≤ 0.7 s a mm2"
+def test_all_finders_of_the_package_are_measured() -> None:
+    assert {model.entry.id for model in shipped()} == {
+        "cellslide-nuclei-small", "cellslide-points-small", "cellslide-boxes-small"
+    }  # fmt: skip
 
 
 def test_stages_that_wait_pass_every_tile_and_overlap(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_fits_and_writes_the_entry(tmp_path: Path, fake: WeightsEntry) -> None:
     assert found.reliability_local is not None and found.reliability_local[0] == pytest.approx(10 / 14, abs=0.2)
     with Image.open(picture) as image:
         assert image.format == "PNG"
-    assert not list(fake.root.glob("*.part"))
+    assert not list(fake.root.glob("*.tmp"))
 
 
 def test_the_split_is_kept_to(tmp_path: Path, fake: WeightsEntry) -> None:

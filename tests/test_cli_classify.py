@@ -11,10 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cellslide.anndata_store import Categorical
-from cellslide.classify.targets import expand_targets, tables_below
+from cellslide.classify.targets import expand_targets
 from cellslide.cli.main import cli
 from cellslide.errors import UsageError
 from cellslide.record import read_record
+from cellslide.staging import tables_below
 from cellslide.table import open_table
 from tests.fake_classifier import SPEC, FakeNuClass, fake_loaded
 from tests.fakes import fake_model

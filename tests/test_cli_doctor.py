@@ -75,6 +75,26 @@ def test_packages_that_are_absent_old_or_broken_are_seen(monkeypatch: pytest.Mon
     assert "older than 999" in checks[1].detail and "ModuleNotFoundError" in checks[2].detail
 
 
+@pytest.mark.parametrize("system", ["linux", "darwin", "win32"])
+@pytest.mark.parametrize("machine", ["x86_64", "AMD64", "aarch64", "arm64", "ARM64", "ppc64le", "riscv64"])
+def test_isal_is_missed_only_where_the_package_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch, system: str, machine: str
+) -> None:
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    (line,) = (line for line in project["dependencies"] if line.startswith("isal"))
+    marker = Requirement(line).marker
+    asked = marker.evaluate({"sys_platform": system, "platform_machine": machine})
+    monkeypatch.setattr(doctor, "REQUIRED", (("isal", "isal", "1.6"),))
+    monkeypatch.setattr(doctor, "OPTIONAL", ())
+    monkeypatch.setattr(doctor, "_installed", lambda names: (names[0], None))
+    monkeypatch.setattr(doctor.sys, "platform", system)
+    monkeypatch.setattr(doctor.platform, "machine", lambda: machine)
+    (check,) = doctor._packages()
+    assert check.state == ("missing" if asked else "note")
+
+
 def test_codecs_and_openslide_work_here() -> None:
     for name in ("jpeg8", "jpeg2k", "webp"):
         assert doctor._codec(name)

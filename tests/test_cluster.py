@@ -264,6 +264,7 @@ def test_stages_end_as_the_slide_does_in_one_go(here: None, tmp_path: Path) -> N
     for _ in range(2):
         written = do_stage(Stage.WRITE, there, JOB, again.handed)
         assert written.outcome.status == "done" and written.outcome.cells == len(CENTRES)
+        assert (there.folder / "report.html").is_file()
     assert do_stage(Stage.FIND, there, JOB, Handed()).outcome.status == "skipped"
 
 

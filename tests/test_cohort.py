@@ -113,14 +113,14 @@ def test_runs_at_once_lose_no_row(tmp_path: Path) -> None:
 def test_a_row_added_while_the_summary_is_written_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The row comes after the first reading and before the rename: what a lock would have kept out."""
     write_row(tmp_path, Row("a", "failed", folder="a"))
-    put, late = ledger_module._put, [Row("late", "failed", folder="late")]
+    put, late = ledger_module.write_text, [Row("late", "failed", folder="late")]
 
     def put_slowly(path: Path, text: str) -> None:
         while late:
             write_row(tmp_path, late.pop())
         put(path, text)
 
-    monkeypatch.setattr(ledger_module, "_put", put_slowly)
+    monkeypatch.setattr(ledger_module, "write_text", put_slowly)
     write_summary(tmp_path)
     assert sorted(rows_of(tmp_path)) == ["a", "late"]
 

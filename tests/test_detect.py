@@ -14,7 +14,15 @@ import psutil
 import pytest
 
 from cellslide.config import InferConfig
-from cellslide.detect import Detector, TileResult, decode_alone, decode_task, default_workers, read_ahead
+from cellslide.detect import (
+    Detector,
+    TileResult,
+    decode_alone,
+    decode_task,
+    default_workers,
+    read_ahead,
+    start_processes,
+)
 from cellslide.infer import TileOutput, TorchEngine
 from cellslide.types import HoverDecode, HoverMaps, Instances, ModelSpec, Seconds, Tile, UInt8
 from tests.conftest import CHECKOUT
@@ -101,6 +109,42 @@ def test_a_tile_that_cannot_be_read_fails_alone() -> None:
         assert results[3].instances is not None and len(results[3].instances) == 3
 
 
+@pytest.mark.parametrize("device", ["cpu", "a device"])
+def test_a_result_comes_while_the_network_has_the_next_tiles(device: str) -> None:
+    taken = threading.Event()
+
+    class Slow(Scripted):
+        def launch(self, images: UInt8) -> Callable[[], list[TileOutput]]:
+            fetch = super().launch(images)
+            # On a CPU the second tile is done when its launch returns; elsewhere two may be under way.
+            if len(self.outputs) == (1 if device == "cpu" else 0):
+                assert taken.wait(20), "the network is done with another tile before the first result is taken"
+            return fetch
+
+    with Detector(Slow([maps_of(tile(i)) for i in (1, 2, 3)], device=device), 0) as chain:
+        results = chain.run(paint, map(tile, range(1, 4)), Seconds())
+        first = next(results)
+        taken.set()
+        assert [r.tile.index for r in (first, *results)] == [1, 2, 3]
+
+
+def test_a_failing_network_ends_the_run_and_its_thread() -> None:
+    with Detector(Scripted([]), 0) as chain, pytest.raises(IndexError):
+        list(chain.run(paint, [tile(1)], Seconds()))
+    assert not [t for t in threading.enumerate() if t.name.startswith("cellslide-network")]
+
+
+def test_processes_started_beforehand_decode() -> None:
+    pool = start_processes(1)
+    assert pool is not None and start_processes(0) is None
+    with Detector(detector(workers=1).engine, 1, pool) as chain:
+        (pid,) = pool._processes
+        assert found(chain.run(paint, [tile(2)], Seconds())) == found(detector().run(paint, [tile(2)], Seconds()))
+        assert chain._pool is pool and list(pool._processes) == [pid]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not psutil.pid_exists(pid)
+
+
 @dataclass
 class Scripted:
     """An engine that gives maps made beforehand."""
@@ -171,6 +215,14 @@ def test_a_tile_that_kills_its_process_fails_alone(monkeypatch: pytest.MonkeyPat
     assert results[2].instances is not None and len(results[2].instances) == 2
 
 
+def test_maps_take_the_pipe_where_a_process_cannot_see_its_parents_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cellslide.handing._Block.path", "/nowhere")
+    tiles = [tile(i) for i in range(3)]
+    with detector(workers=1) as seen_by_none, detector() as usual:
+        assert found(seen_by_none.run(paint, tiles, Seconds())) == found(usual.run(paint, tiles, Seconds()))
+        assert seen_by_none._blocks._given_up or not seen_by_none._blocks._room
+
+
 class Deadly(HoverMaps):
     """Maps that end the process that unpacks them."""
 
@@ -199,7 +251,7 @@ def test_decoding_processes_do_not_import_torch() -> None:
     with detector(workers=1) as chain:
         instances, _ = chain._executor().submit(decode_task, maps_of(tile(2)), fake_spec().decode).result()
         loaded = chain._executor().submit(eval, "set(__import__('sys').modules)").result()
-    assert len(instances) == 2 and "cellslide.decode" in loaded
+    assert len(instances) == 2 and "cellslide.hover.decode" in loaded
     assert not loaded & {"torch", "timm", "zarr", "geopandas"}
 
 

@@ -203,7 +203,7 @@ def test_diagram_shows_bars_gaps_and_shares(tmp_path: Path) -> None:
     write_reliability(tmp_path / "d.png", {"mix": bins})
     with Image.open(tmp_path / "d.png") as image:
         assert image.format == "PNG" and image.size == layout.panel
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.tmp"))
     draw_reliability({"none": reliability_bins(np.zeros(0), np.zeros(0, bool))})
     with pytest.raises(ValueError, match="nothing"):
         draw_reliability({})

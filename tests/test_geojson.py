@@ -17,8 +17,9 @@ import shapely
 from shapely.geometry import shape
 
 from cellslide import geojson, kernels
+from cellslide.featuretext import Features, ten_thousandths
 from cellslide.geojson import write_geojson
-from cellslide.jsontext import decimals, vertices
+from cellslide.jsontext import MISSING, decimals, digits, vertices
 from cellslide.table import NUCLEUS, Columns, TableExtender, open_table
 from cellslide.types import Cells
 from tests.qupath_rules import collection_faults, file_faults, read_collections, read_features
@@ -279,6 +280,41 @@ def test_without_compiled_loops_the_text_is_the_same(
     compiled = gzip.decompress(write_geojson(table, tmp_path, "level0").read_bytes())
     monkeypatch.setattr(kernels, "available", lambda: False)
     assert gzip.decompress(write_geojson(table, tmp_path, "level0").read_bytes()) == compiled
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no compiled loops here")
+@pytest.mark.parametrize("point", [True, False])
+def test_features_of_any_numbers_are_the_same_text(point: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, n = np.random.default_rng(0), 400
+    counts = np.ones(n, np.int64) if point else rng.integers(3, 9, n)
+    start = np.concatenate([[0], np.cumsum(counts)])
+    cents = rng.integers(-(10 ** rng.integers(1, 11, (start[-1], 2))), 10 ** rng.integers(1, 11, (start[-1], 2)))
+    cents[:4] = [[0, -1], [9_999_999_999, -9_999_999_999], [999_999, 1_000_000], [10, -100]]
+    values = {name: rng.integers(-(10**12) + 1, 10**12, n) for name in ("one", "µ²", 'with "quotes" and more')}
+    for column in values.values():
+        column[rng.random(n) < 0.4] = MISSING
+        column[:3] = [0, 1, -(10**12) + 1]
+    uuid = np.array([bytes(rng.integers(48, 58, 36).astype(np.uint8)) for _ in range(n)])
+    uuid[5] = b"short"
+    features = Features(uuid, point, cents, start, ('{"name":"µ"}', "{}"), rng.integers(-1, 2, n), values)
+    compiled = features.text().tobytes()
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    assert compiled == features.text().tobytes()
+    assert len(json.loads(b"[" + compiled[1:] + b"]")) == n
+
+
+def test_measurements_in_ten_thousandths() -> None:
+    values = np.array([0.12345, -2, np.nan, np.inf, 99_999_999.9999])
+    assert ten_thousandths(values, 4).tolist() == [1234, -20_000, MISSING, MISSING, 999_999_999_999]
+    assert ten_thousandths(values[:2], 2).tolist() == [1200, -20_000]
+    with pytest.raises(ValueError, match="too large to be a measurement"):
+        ten_thousandths(np.array([1e8]), 4)
+
+
+def test_digits_are_those_of_numpy() -> None:
+    for low, high in ((0, 10), (0, 1), (7, 7), (95, 105), (10_000, 10_200), (99_999_990, 99_999_999)):
+        values = np.arange(low, high)
+        assert digits(values).tolist() == values.astype("S").tolist()
 
 
 def test_zlib_serves_where_there_is_no_faster_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from cellslide import decode, hover_plain, kernels
+from cellslide import kernels
 from cellslide.bench import synthetic_maps
 from cellslide.bench.decode import identical
-from cellslide.hover_energy import sobel_kernels, stretch
+from cellslide.hover import decode, plain
+from cellslide.hover.energy import sobel_kernels, stretch
 from cellslide.outlines import trace_outlines
 from cellslide.types import HoverDecode, HoverMaps, Instances, Int32
 
 if not kernels.available():
     pytest.skip(f"no compiled kernels here: {kernels.why_not()}", allow_module_level=True)
 
-from cellslide import gradient_kernels, hover_compiled, hover_kernels, shape_kernels
+from cellslide import shape_kernels
+from cellslide.hover import compiled as compiled_form
+from cellslide.hover import gradient_kernels, label_kernels
 
 CONFIGS = [
     HoverDecode("published", 21, 10),
@@ -80,11 +83,11 @@ def test_both_forms_agree_on_noise(config: HoverDecode, shape: tuple[int, int]) 
 def test_both_forms_agree_where_markers_tie(mode: str) -> None:
     maps = random_maps((80, 90), 4, steps=2)
     config = HoverDecode(mode, 5, 1, energy_threshold=0.6)  # type: ignore[arg-type]
-    runs, n = hover_kernels.components(maps.foreground, 1, config.min_object_px)
-    energy = hover_compiled._energy(maps.hv, runs, config)
-    level, blob, calm = hover_kernels.lay_out(runs, energy, config.energy_threshold, maps.foreground.shape)
-    markers, _ = hover_kernels.components(hover_compiled._opened(calm), 1, config.min_marker_px)
-    _, whole = hover_kernels.flood(runs, n, markers, level, blob, False)
+    runs, n = label_kernels.components(maps.foreground, 1, config.min_object_px)
+    energy = compiled_form._energy(maps.hv, runs, config)
+    level, blob, calm = label_kernels.lay_out(runs, energy, config.energy_threshold, maps.foreground.shape)
+    markers, _ = label_kernels.components(compiled_form._opened(calm), 1, config.min_marker_px)
+    _, whole = label_kernels.flood(runs, n, markers, level, blob, False)
     assert not whole  # or the maps would show nothing
     assert_same(*both(maps, config))
 
@@ -94,7 +97,7 @@ def test_both_forms_agree_where_markers_tie(mode: str) -> None:
 def test_components_are_those_of_scipy(shape: tuple[int, int], value: int) -> None:
     mask = (np.random.default_rng(shape[0]).random(shape) < 0.55).astype(np.uint8)
     want, n = ndimage.label(mask == value)
-    runs, found = hover_kernels.components(mask, value, 4)
+    runs, found = label_kernels.components(mask, value, 4)
     assert found == n
     large = np.bincount(want.ravel(), minlength=n + 1) >= 4
     large[0] = False
@@ -110,7 +113,7 @@ def test_components_are_those_of_scipy(shape: tuple[int, int], value: int) -> No
 def test_gradient_is_opencvs_bit_for_bit(kernel_px: int, shape: tuple[int, int]) -> None:
     image = stretch(np.random.default_rng(1).standard_normal(shape).astype(np.float32))
     mask = (np.random.default_rng(2).random(shape) < 0.6).astype(np.uint8)
-    runs, _ = hover_kernels.components(mask, 1, 1)
+    runs, _ = label_kernels.components(mask, 1, 1)
     derive, smooth = sobel_kernels(kernel_px)
     for axis, (along, across) in enumerate([(derive, smooth), (smooth, derive)]):
         want = cv2.Sobel(image, cv2.CV_64F, 1 - axis, axis, ksize=kernel_px)
@@ -138,7 +141,7 @@ def test_outlines_are_those_of_the_plain_form(density: float) -> None:
 
 def test_maps_that_do_not_fit_each_other_are_refused() -> None:
     good = synthetic_maps(20, 96).hover_maps()
-    labels = hover_plain.hover_labels(good, HoverDecode())
+    labels = plain.hover_labels(good, HoverDecode())
     assert good.type_prob is not None
     for bad in (
         HoverMaps(good.foreground, good.foreground_prob, good.hv[:, :50], good.type_prob),
@@ -157,8 +160,8 @@ def test_maps_that_do_not_fit_each_other_are_refused() -> None:
 
 def test_parts_of_maps_and_read_only_maps_are_taken_and_nothing_is_compiled_for_them() -> None:
     decode.prepare()
-    compiled = [hover_kernels.components, gradient_kernels.gradient, hover_kernels.lay_out, hover_kernels.flood]
-    compiled += [hover_kernels.fill_holes, shape_kernels.measure, shape_kernels.trace]
+    compiled = [label_kernels.components, gradient_kernels.gradient, label_kernels.lay_out, label_kernels.flood]
+    compiled += [label_kernels.fill_holes, shape_kernels.measure, shape_kernels.trace]
     before = [len(kernel.signatures) for kernel in compiled]
     maps = synthetic_maps(60, 200, seed=3).hover_maps()
     assert maps.type_prob is not None

@@ -108,3 +108,30 @@ def test_sampling_is_bilinear_with_zeros_outside() -> None:
     places = torch.tensor([[0.25, 0.25], [0.5, 0.5], [5.0, 5.0]]).reshape(1, 3, 1, 1, 1, 2)
     out = layers.sample_deformable(value, [(2, 2)], places, torch.ones(1, 3, 1, 1, 1))
     assert np.allclose(out.flatten().numpy(), [1.0, 2.5, 0.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_softmax_of_few_is_the_softmax_in_float32_at_least(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 7, 3, 5).to(dtype)
+    found = layers.softmax_of_few(x)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(found, x.to(found.dtype).softmax(-1), atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("images", "own"), [(1, 1), (2, 1), (2, 3)])
+def test_places_lie_as_far_from_their_reference_as_the_level_says(images: int, own: int) -> None:
+    shapes = [(2, 4), (8, 16), (10, 5)]
+    reference, offsets = torch.rand(images, 6, 1, own, 1, 2), torch.randn(2, 6, 4, 3, 2, 2)
+    size = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32)
+    assert torch.equal(layers.places_around(reference, offsets, shapes), reference + offsets / size[:, None])
+    narrow = layers.places_around(reference, offsets.bfloat16(), shapes)
+    assert narrow.dtype == torch.float32  # half precision cannot tell neighbouring pixels apart
+
+
+def test_the_loop_is_ready_after_it_was_prepared() -> None:
+    if not kernels.available():
+        pytest.skip("no compiled kernels here")
+    from cellslide.models.deform_kernels import sample
+
+    layers.prepare()
+    assert sample.signatures

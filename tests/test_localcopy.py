@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tifffile
 
+from cellslide import reopen
 from cellslide.batch import segment_slides
 from cellslide.classify.targets import Target
 from cellslide.config import InferConfig, OutputConfig, SegmentConfig, TissueConfig
@@ -134,6 +135,8 @@ def test_copies_change_no_result_and_done_slides_are_not_copied(
     source, copied = SlideInput(tmp_path / "s.tif", slide_id="s"), []
     real = shutil.rmtree
     monkeypatch.setattr("cellslide.localcopy.shutil.rmtree", lambda p, **k: (copied.append(p), real(p, **k)))
+    read_from, opened = [], reopen.open_reader
+    monkeypatch.setattr(reopen, "open_reader", lambda path: (read_from.append(path), opened(path))[1])
     config = SegmentConfig(
         tissue=TissueConfig(enabled=False), infer=InferConfig(device="cpu", workers=0),
         output=OutputConfig(formats=("csv",)),
@@ -145,6 +148,9 @@ def test_copies_change_no_result_and_done_slides_are_not_copied(
                 with local_targets(targets, copies, Watch(), done_before("segment", False)) as stream:
                     (outcome,) = segment_slides((t.source for t in stream), segmenter, tmp_path / out)
                 assert (outcome.status, outcome.cells) == (status, 1)
+        # The page of the run with a copy is made from the copy, while it is there.
+        plain, staged = read_from
+        assert plain == source.path and staged.parent.name.startswith(PREFIX)
     stages = [p for p in copied if Path(p).name.startswith(PREFIX)]
     assert len(stages) == 1 and not any((tmp_path / "stage").iterdir())
     first, second = (tmp_path / out / "s" for out in ("plain", "staged"))

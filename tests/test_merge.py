@@ -11,7 +11,7 @@ from scipy.spatial import cKDTree
 
 from cellslide import kernels
 from cellslide.bench import FakeDetector, detect_cells, square_slide, synthetic_maps
-from cellslide.decode import decode_hover
+from cellslide.hover.decode import decode_hover
 from cellslide.merge import BAND_UM, SAME_POINT_UM, SeamMerger, merge_stream, to_cells
 from cellslide.tiles import TileGrid, tile_grid
 from cellslide.types import Cells, HoverDecode, HoverMaps, Instances, Plane, SlideInfo, Tile, concat

@@ -18,7 +18,7 @@ from cellslide.errors import UsageError
 from cellslide.models import build_model
 from cellslide.models.backbones import build_empty, create_backbone, depths, features, to_timm, tokens, width_of
 from cellslide.models.checkpoint import load_strict
-from cellslide.models.nuclass import NuClass, NuClassConfig, NuClassOutput, count_parameters, gate_statistics
+from cellslide.models.nuclass import NuClass, NuClassConfig, NuClassOutput, gate_statistics
 from cellslide.models.nuclass_layout import canonical_state, fit_backbones, infer_config
 from tests.published_nuclass import OWN, SIZES, images, small_model, to_hf
 
@@ -86,6 +86,10 @@ def test_gate_equals_the_published_one_on_synthetic_rows(published: Any) -> None
         ("syn_gate", module.gate(*rows)),
     ):
         np.testing.assert_allclose(tensor.numpy(), arrays[name], rtol=0, atol=ATOL, err_msg=name)
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def test_parameters_are_as_many_as_published() -> None:

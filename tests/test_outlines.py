@@ -8,7 +8,7 @@ import shapely
 from scipy import ndimage
 
 from cellslide.bench import synthetic_maps
-from cellslide.decode import hover_instances
+from cellslide.hover.decode import hover_instances
 from cellslide.outlines import (
     SHAPE_FEATURES,
     rasterise,

@@ -16,9 +16,9 @@ from cellslide.config import InferConfig, OutputConfig, SegmentConfig, TileConfi
 from cellslide.errors import Interrupted, SlideError, TileError, UsageError
 from cellslide.infer import TorchEngine
 from cellslide.models.cellvta import CellVTA
-from cellslide.pipeline import Silent, Watch, segment_array, segment_slide
-from cellslide.segmenter import Segmenter, open_segmenter, resolve_tiles, tile_px_for
-from cellslide.slide import Slide
+from cellslide.pipeline import Silent, Watch, lay_out, segment_array, segment_slide
+from cellslide.segmenter import Segmenter, open_segmenter, resolve_tiles
+from cellslide.slide import Slide, slide_from_array
 from cellslide.slides import SlideInput
 from cellslide.table import CellTable, open_table
 from cellslide.types import Cells, Plane, RunRecord, UInt8
@@ -399,10 +399,11 @@ def test_tiles_are_resolved_and_checked() -> None:
 
 def test_small_planes_get_small_tiles_but_only_in_torch() -> None:
     with open_segmenter(fake_model(tile_px=1024), BASE) as segmenter:
-        assert tile_px_for(Plane(0.5, 1, 1, 300, 200), segmenter) == 304
-        assert tile_px_for(Plane(0.5, 1, 1, 3000, 20), segmenter) == 1024
         onnx = replace(segmenter, config=replace(segmenter.config, infer=InferConfig(engine="onnx")))
-        assert tile_px_for(Plane(0.5, 1, 1, 300, 200), onnx) == 1024
+        small, long = (slide_from_array(np.zeros((*size, 3), np.uint8), 0.5) for size in ((200, 300), (20, 3000)))
+        assert lay_out(small, segmenter).grid.size_px == 304
+        assert lay_out(long, segmenter).grid.size_px == 1024
+        assert lay_out(small, onnx).grid.size_px == 1024
 
 
 @pytest.fixture

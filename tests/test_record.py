@@ -9,6 +9,7 @@ import pytest
 from cellslide.config import SegmentConfig
 from cellslide.errors import SlideError
 from cellslide.record import (
+    beside,
     describe_slide,
     differences,
     fingerprint,
@@ -18,6 +19,7 @@ from cellslide.record import (
     read_record,
     to_dict,
     write_record,
+    write_text,
 )
 from cellslide.types import Counts, FailedTile, Level, RunRecord, SlideInfo, WeightsRef
 
@@ -52,6 +54,18 @@ def test_round_trip_through_the_file(record: RunRecord, tmp_path: Path) -> None:
     write_record(tmp_path, record)
     assert read_record(tmp_path) == record
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
+
+
+def test_a_file_that_fails_halfway_leaves_the_one_before(tmp_path: Path) -> None:
+    """Whatever stops the writing, Ctrl-C too; the folder is made, names that are no text are spelled out."""
+    path = tmp_path / "new" / "a.txt"
+    write_text(path, "one\n\udcff")
+    for error in (OSError("full"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), beside(path) as scratch:
+            assert scratch.parent == path.parent and scratch.name.startswith(".")
+            scratch.write_text("half")
+            raise error
+    assert path.read_bytes() == b"one\n\\udcff" and [p.name for p in path.parent.iterdir()] == ["a.txt"]
 
 
 def test_keys_are_those_of_the_contract(record: RunRecord) -> None:

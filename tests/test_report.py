@@ -21,9 +21,10 @@ from cellslide.classify import classify_slide
 from cellslide.cli.main import cli
 from cellslide.config import SegmentConfig, TissueConfig
 from cellslide.errors import UsageError
+from cellslide.lock import hold
 from cellslide.pipeline import segment_slide
 from cellslide.record import read_record, write_record
-from cellslide.report import needs_report, tally, write_report
+from cellslide.report import keep_report, needs_report, tally, write_report
 from cellslide.report import slide as report_slide
 from cellslide.report.histogram import Histogram
 from cellslide.report.images import color_of, shape_of
@@ -414,6 +415,37 @@ def test_a_run_writes_the_report_and_links_it(tmp_path: Path, monkeypatch: pytes
     assert CliRunner().invoke(cli, command).exit_code == 0 and page.stat().st_mtime_ns == written
     page.unlink()
     assert CliRunner().invoke(cli, command).exit_code == 0 and page.is_file()
+
+
+def test_a_page_that_fails_costs_no_slide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever its fault is; the slide counts as done, and the page of the next one is written."""
+    loaded, real = fake_model(), report_slide.write_report
+
+    def write(folder: Path, slide_path: Path | None = None) -> Path:
+        return real(folder, slide_path) if folder.name == "b" else [][int(folder.name == "a")]
+
+    monkeypatch.setattr("cellslide.weights.load_model", lambda *args: loaded)
+    monkeypatch.setattr(report_slide, "write_report", write)
+    for name in ("a", "b"):
+        paint_slide(tmp_path / f"{name}.tif", 200, 160, 0.5, [(100, 100)], 7.0, (1,))
+    command = ["segment", str(tmp_path / "*.tif"), "-o", str(tmp_path / "out"), "--no-tissue", "--device", "cpu"]
+    result = CliRunner().invoke(cli, [*command, "--workers", "0", "--format", "csv", "--no-progress", "--log-json"])
+    assert result.exit_code == 0, result.output
+    assert [json.loads(line)["status"] for line in result.stdout.splitlines()] == ["done", "done"]
+    assert "a: no report: IndexError: " in caplog.text and "b: no report" not in caplog.text
+    assert not (tmp_path / "out" / "a" / "report.html").exists() and (tmp_path / "out" / "b" / "report.html").is_file()
+
+
+def test_no_page_is_written_where_another_run_works(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "report.html").unlink()
+    with hold(folder):
+        keep_report(folder, folder / "nowhere.tif")
+        assert "no report" in caplog.text and "another run works here" in caplog.text
+        assert not (folder / "report.html").exists()
+    keep_report(folder, folder / "nowhere.tif")
+    assert (folder / "report.html").is_file()
 
 
 def test_a_damaged_tissue_file_costs_no_page(folder: Path) -> None:

@@ -322,6 +322,25 @@ def test_a_foreign_polygon_is_refused(tmp_path: Path) -> None:
         open_table(tmp_path / "cells.zarr").rings(0, 5)
 
 
+def test_outlines_in_their_order_are_those_of_any_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spatial, "ROW_GROUP", 40)
+    monkeypatch.setattr(spatial, "STREAM_ROWS", 15)
+    table = write_table(tmp_path, ellipses(130))
+    assert table.shapes is not None
+    stream, first = table.shapes.stream(), 0
+    for n in (1, 38, 2, 40, 0, 49):
+        for one, other in zip(stream.take(n), table.rings(first, first + n), strict=True):
+            np.testing.assert_array_equal(one, other)
+        first += n
+    assert first == len(table)
+
+
+def test_uuids_as_bytes(tmp_path: Path) -> None:
+    table = write_table(tmp_path, ellipses(30))
+    (chunk,) = table.iter_chunks(ascii_uuids=True)
+    assert chunk.uuid.dtype == "S36" and chunk.uuid.astype(str).tolist() == table.vector("uuid").tolist()
+
+
 def test_arrays_are_zarr_v3_in_whole_chunks(tmp_path: Path, small_blocks: None) -> None:
     write_table(tmp_path, ellipses(300))
     group: Any = zarr.open_group(tmp_path / "cells.zarr" / "tables" / "cells", mode="r", zarr_format=3)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellslide.errors import UsageError
-from cellslide.tiles import TileGrid, own_level0, select_tiles, tile_grid
+from cellslide.tiles import TileGrid, fitting_grid, own_level0, select_tiles, tile_grid
 from cellslide.tissue import TissueMask
 from cellslide.types import Plane
 
@@ -65,6 +65,15 @@ def test_boxes_of_a_known_grid() -> None:
 def test_wrong_overlap_names_the_flag(size: int, overlap: int) -> None:
     with pytest.raises(UsageError, match="--overlap"):
         tile_grid(plane(100, 100), size, overlap)
+
+
+def test_one_small_tile_serves_a_small_plane() -> None:
+    """Of the multiples allowed, two steps at least; never more than asked; not for networks of one size."""
+    for edge, size in ((300, 304), (304, 304), (305, 320), (20, 32), (1024, 1024), (3000, 1024)):
+        grid = fitting_grid(plane(20, edge), 1024, 64, 16)
+        assert (grid.size_px, grid.overlap_px) == (size, min(64, size // 2)), edge
+    assert fitting_grid(plane(300, 20), 1024, 64, None) == tile_grid(plane(300, 20), 1024, 64)
+    assert fitting_grid(plane(3000, 20), 16, 0, 16).size_px == 16
 
 
 def test_select_keeps_tiles_whose_own_box_meets_the_mask() -> None:

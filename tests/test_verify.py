@@ -240,8 +240,9 @@ def test_folders_are_found_once(folder: Path, tmp_path: Path) -> None:
 
 def test_left_behind_by_a_killed_run_is_told(folder: Path) -> None:
     (folder / "cells.zarr.tmp-1").mkdir()
+    (folder / ".run.json.0123.tmp").touch()
     verdict = verify_folder(folder)
-    assert verdict.agrees and any("tmp-1" in note for note in verdict.notes)
+    assert verdict.agrees and all(any(name in note for note in verdict.notes) for name in ("tmp-1", ".run.json.0123"))
 
 
 def test_the_table_is_what_is_compared_with(folder: Path) -> None:

@@ -12,8 +12,11 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,8 +33,10 @@ from cellslide.table import open_table
 from cellslide.types import PathProbs
 from cellslide.view import cells as view_cells
 from cellslide.view import policy as view_policy
-from cellslide.view.cells import BlockCache, CellIndex, density
+from cellslide.view import scene as scene_module
+from cellslide.view.cells import CellIndex, density
 from cellslide.view.folders import find_slides
+from cellslide.view.kept import Kept
 from cellslide.view.packing import pack
 from cellslide.view.policy import Decisions, Policy, StoredRule
 from cellslide.view.server import LOOPBACK, Server, Viewer, open_server
@@ -373,11 +378,13 @@ def test_a_grid_keeps_every_point() -> None:
     assert counts.sum() == 500 and counts.shape == (1, rows, cols) == (1, 12, 12)
 
 
-def test_blocks_beyond_the_room_are_dropped() -> None:
-    cache, read = BlockCache(3_000), []
-    for key in (0, 1, 0, 2, 3, 0):
-        cache.get(("x", key), lambda key=key: (read.append(key), (np.zeros(1_000, np.uint8),))[1])
-    assert read == [0, 1, 2, 3] and cache.size == 3_000
+def test_what_is_beyond_the_room_is_dropped() -> None:
+    cache, made = Kept(3_000, len), []
+    for key in (0, 1, 0, 2, 3, 0, 1):
+        value = cache.get(key, lambda key=key: (made.append(key), bytes([key]) * 1_000)[1])
+        assert value[0] == key
+    assert made == [0, 1, 2, 3, 1] and cache.size == 3_000
+    assert len(cache.get("large", lambda: bytes(9_000))) == 9_000 and cache.size == 9_000
 
 
 def test_packing_aligns_and_keeps_values() -> None:
@@ -460,6 +467,37 @@ def test_few_slides_are_open_at_once_and_none_in_use_is_closed(small: Path, tmp_
         assert first.index.rings(np.array([0])) is not None
     with scenes.use("s0") as again:
         assert again is not first
+
+
+def test_a_slide_that_opens_slowly_is_waited_for_by_those_who_want_it(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("slow", "quick"):
+        shutil.copytree(small, tmp_path / name)
+    scenes, begun, go, opened = Viewer(tmp_path).scenes, Event(), Event(), []
+
+    def opens(root: Path, folder: Path, moved_to: Path | None) -> SimpleNamespace:
+        opened.append(folder.name)
+        if folder.name == "slow":
+            begun.set()
+            assert go.wait(20)
+        return SimpleNamespace(name=folder.name, close=lambda: None)
+
+    def look(name: str) -> str:
+        with scenes.use(name) as scene:
+            return scene.name
+
+    monkeypatch.setattr(scene_module, "Scene", opens)
+    with ThreadPoolExecutor() as pool:
+        slow = [pool.submit(look, "slow") for _ in range(2)]
+        try:
+            assert begun.wait(20)
+            assert pool.submit(look, "quick").result(20) == "quick"
+            assert not any(future.done() for future in slow)
+        finally:
+            go.set()
+        assert [future.result(20) for future in slow] == ["slow", "slow"]
+    assert opened == ["slow", "quick"] and not any(entry.users for entry in scenes._open.values())
 
 
 def test_a_slide_that_moved_or_changed(small: Path, tmp_path: Path) -> None:

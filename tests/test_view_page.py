@@ -236,6 +236,28 @@ def test_a_click_shows_both_paths_and_the_crop(chromium: Chromium, server: Serve
         assert page.run("document.getElementById('nucleus').hidden")
 
 
+def test_the_panel_says_nothing_of_a_nucleus_that_it_does_not_show_yet(
+    chromium: Chromium, server: Server, viewed: Viewed
+) -> None:
+    """The next one is chosen, and its cell is slow to come: what is decided of it is not said of the one before."""
+    first, second = 7 * 20 + 9, 7 * 20 + 10
+    hold = "const real = fetch; window.fetch = (to, how) => !String(to).startsWith('cell/') ? real(to, how) :"
+    hold += " new Promise((go) => { window.release = () => go(real(to, how)); });"
+    with looking(chromium, server) as page:
+        page.raw.mouse.click(*at(page, viewed.xy[first]))
+        page.wait("!document.getElementById('nucleus').hidden")
+        settled(page)
+        said = page.text("#verdict")
+        page.run(f"() => {{ {hold} }}")
+        page.raw.mouse.click(*at(page, viewed.xy[second]))
+        page.wait("window.release !== undefined")
+        slide_to(page, "abstain", 0.99)
+        assert page.text("#nucleus-title") == f"Nucleus {first}" and page.text("#verdict") == said
+        page.run("window.release()")
+        page.wait(f"document.getElementById('nucleus-title').textContent === 'Nucleus {second}'")
+        assert "abstains" in page.text("#verdict")
+
+
 def test_keys_walk_and_zoom(chromium: Chromium, server: Server, viewed: Viewed) -> None:
     with looking(chromium, server) as page:
         page.raw.locator("#slide .openseadragon-canvas").first.focus()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 
+from cellslide.bench.gpu import classify_rows
 from cellslide.bench.rows import BenchOptions, Row, Target, row
 from cellslide.classify.effects import Effect, cells_of_folder, measure_effects, painted_cells, random_classifier
 from cellslide.config import ClassifyConfig, InferConfig
@@ -26,13 +27,14 @@ def effects(options: BenchOptions) -> Iterator[Effect]:
 
 
 def rows(options: BenchOptions) -> Iterator[Row]:
-    """Yield each way of typing in cells a second, ratios against the plain one."""
+    """Yield each way of typing in cells a second, ratios against the plain one, then what is asked of a GPU."""
     first = None
     for effect in effects(options):
         first = first or effect.cells_per_s
         yield row(
             STAGE, effect.name, [effect.cells_per_s], "cells/s", effect.cells, first, Target(more=True), _note(effect)
         )
+    yield from classify_rows(options)
 
 
 def _note(effect: Effect) -> str:

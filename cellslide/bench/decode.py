@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellslide.allocator import keep_freed_blocks
 from cellslide.bench.rows import BenchOptions, Form, Row, Target, row
 from cellslide.types import Bool, Float32, HoverDecode, HoverMaps, Int32
 
@@ -187,6 +188,7 @@ def rows(options: BenchOptions) -> Iterator[Row]:
     import cv2
 
     cv2.setNumThreads(1)
+    keep_freed_blocks()  # as decoding processes do; the plain forms gain as much from it
     raw = synthetic_maps(options.nuclei or 800)
     forms = _forms(raw, options.nuclei in (None, 800))
     counts = [form.call() for form in forms]  # not timed: it loads what they need
@@ -225,13 +227,13 @@ def _forms(raw: RawMaps, usual: bool) -> list[Form]:
 
 
 def _identical_share(raw: RawMaps) -> float:
-    from cellslide.decode import hover_instances
+    from cellslide.hover.decode import hover_instances
 
     return identical(plain_hover(raw)[0], hover_instances(raw.hover_maps(), HoverDecode(mode="published")))
 
 
 def _decode_and_measure(maps: HoverMaps, config: HoverDecode) -> int:
-    from cellslide.decode import decode_hover
+    from cellslide.hover.decode import decode_hover
     from cellslide.outlines import ring_features
 
     found = decode_hover(maps, config)

@@ -14,39 +14,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cellslide.bench.flow import flow_rows
+from cellslide.bench.gpu import segment_rows
 from cellslide.bench.rows import BenchOptions, Row, Target, row
 from cellslide.config import InferConfig, Precision
-from cellslide.device import resolve_device
 from cellslide.infer import TileNet, TorchEngine
-from cellslide.models import cellvta, layers
-from cellslide.models.cellvta import CellVTA, CellVTAConfig
+from cellslide.models import cellvta, detr_layers, layers
 from cellslide.models.windows import Windows
 from cellslide.types import ModelSpec, UInt8
-from cellslide.weights import LoadedModel, load_model
+from cellslide.weights import LoadedModel, Manifest, load_model
+from cellslide.weights.load import FINDERS
 
 STAGE = "infer"
-SHIPPED = ("segment", "detect")
 # Of the slide, where what tiles overlap counts once.
 UNIT = "mm2 a core-minute"
 CPU_TARGET = Target(ratio=2, more=True)
 FASTER = Target(more=True)
-GPU_TARGET = Target(0.7)
-# The published CellVTA on UNI, with random weights: what it costs does not depend on them.
-FULL = ModelSpec("CellVTA-UNI, random weights", "mask", 0.25, 1024, 128, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def rows(options: BenchOptions) -> Iterator[Row]:
     """Time one tile of each network on the CPU, the overlap of the stages, and a network of full size on a GPU."""
     named = options.model is not None or options.weights is not None
-    tasks = ("segment",) if named else SHIPPED
-    models = [load_model(options.model if named else None, options.weights, task) for task in tasks]
+    models = [load_model(options.model, options.weights)] if named else shipped()
     # All of them before the first engine, which changes for good how this process takes memory.
     plain = [plain_row(model, options.rounds) for model in models]
     yield from plain
     for model, first in zip(models, plain, strict=True):
         yield from engine_rows(model, first, options.rounds)
     yield from flow_rows()
-    yield gpu_row(options)
+    yield from segment_rows(options)
+
+
+def shipped() -> list[LoadedModel]:
+    """Return the models that come with the package and find nuclei."""
+    entries = Manifest.load().entries.values()
+    return [load_model(entry.id) for entry in entries if entry.task in FINDERS and entry.in_package]
 
 
 def plain_row(model: LoadedModel, rounds: int) -> Row:
@@ -99,13 +100,20 @@ def on_cpu(precision: Precision) -> InferConfig:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Let networks do as their publications say: a mask over all pairs of tokens, and torch's own filters."""
+    """Let networks do as their publications say: a mask over all pairs of tokens, and torch's own filters and sums."""
     with (
         patch.object(layers, "_compiled_here", lambda value: False),
+        patch.object(layers, "softmax_of_few", softmax_plainly),
+        patch.object(detr_layers, "softmax_of_few", softmax_plainly),
         patch.object(cellvta, "enlarged", enlarged_plainly),
         patch.object(Windows, "of", Masked),
     ):
         yield
+
+
+def softmax_plainly(logits: Tensor) -> Tensor:
+    """Return the softmax along the last axis as torch does it."""
+    return logits.softmax(-1)
 
 
 def enlarged_plainly(x: Tensor, scale: int) -> Tensor:
@@ -125,20 +133,6 @@ class Masked:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend with queries, keys and values (B, heads, N, d)."""
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
-
-
-def gpu_row(options: BenchOptions) -> Row:
-    """Return seconds per mm2 of CellVTA at its full size on a GPU; not measured where there is none."""
-    device = resolve_device(options.device if options.device.startswith("cuda") else "auto")
-    name = f"{FULL.name}, cuda bf16"
-    if device.type != "cuda":
-        return row(STAGE, name, [], "s a mm2", 0, None, GPU_TARGET)
-    config = InferConfig(device=str(device), precision="bf16", batch_size=options.batch_size)
-    engine = TorchEngine(CellVTA(CellVTAConfig()), FULL, config, FULL.tile_px)
-    images = np.repeat(picture(FULL.tile_px), engine.batch_size, axis=0)
-    seconds = timed(lambda: engine.launch(images)(), options.rounds, time.perf_counter)
-    covered = covered_mm2(FULL) * len(images)
-    return row(STAGE, name, [s / covered for s in seconds], "s a mm2", len(images), None, GPU_TARGET)
 
 
 def timed(call: Callable[[], object], rounds: int, clock: Callable[[], float]) -> list[float]:

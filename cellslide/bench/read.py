@@ -92,12 +92,14 @@ def slide_rows(file: Path, rounds: int) -> Iterator[Row]:
         plain: lambda: TiffReader(file) if plain == "tifffile" else OpenSlideReader(file, file),
         "cellslide": lambda: open_reader(file),
     }
-    first = None
-    for name, open_file in ways.items():
-        times = [read_ms(open_file, apart) for _ in range(rounds)]
+    rounds_of: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(rounds):  # in turn, so that what else the machine does slows both
+        for name, open_file in ways.items():
+            rounds_of[name].append(read_ms(open_file, apart))
+    first = median(reading for _, reading in rounds_of[plain]) / len(apart)
+    for name, times in rounds_of.items():
         target = Target() if name == plain else TARGETS.get("dicom" if vendor == "dicom" else kind, Target())
         per_tile = [reading / len(apart) for _, reading in times]
-        first = first or median(per_tile)
         note = f"and {median(opening for opening, _ in times):.0f} ms to open the file"
         yield row(STAGE, f"{vendor}, {kind}: {name}", per_tile, UNIT, len(apart), first, target, note)
     costs = [overlap_cost(ways["cellslide"], apart, close) for _ in range(rounds)]

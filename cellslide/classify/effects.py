@@ -156,7 +156,7 @@ def cells_of_folder(folder: Path, n: int, seed: int = 0) -> tuple[Slide, Float64
     """
     from cellslide.classify.slide import read_places
     from cellslide.classify.targets import expand_targets, open_target, require_cells
-    from cellslide.pipeline import TABLE
+    from cellslide.record import TABLE
     from cellslide.table import open_table
 
     (target, *_) = expand_targets([str(folder)], folder)

@@ -7,12 +7,11 @@ choice on a GPU, moves probabilities by rounding only (about 1e-6 in fp32).
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,16 +19,9 @@ from torch import Tensor
 
 from cellslide.config import ClassifyConfig
 from cellslide.crops import CropCutter, RegionRead, read_region
-from cellslide.device import (
-    DTYPES,
-    device_name,
-    is_out_of_memory,
-    peak_device_bytes,
-    resolve_device,
-    resolve_precision,
-)
-from cellslide.errors import CellslideError, UsageError
+from cellslide.errors import UsageError
 from cellslide.gate import temper
+from cellslide.ondevice import OnDevice
 from cellslide.slide import Slide
 from cellslide.types import ClassifierSpec, CropSpec, Float32, Int64, PathProbs, Plane
 
@@ -40,9 +32,6 @@ CUDA_BATCH = 128
 CPU_BATCH_PX = 8 * 128 * 128
 # So many batches are one piece of work: little is lost when a run is killed, and the last batch fills up rarely.
 BATCHES_AT_ONCE = 8
-
-log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +52,7 @@ class _Local:
     logits: Tensor
 
 
-class Classifier:
+class Classifier(OnDevice):
     """A classifier on its device, used for one slide after another.
 
     `spec` is that of the weights with `--context-size` put in; `batch_size` counts local crops, contexts are batched by
@@ -72,16 +61,11 @@ class Classifier:
 
     def __init__(self, loaded: LoadedClassifier, config: ClassifyConfig) -> None:
         self.config, self.spec = config, resolved_spec(loaded, config)
-        self._device = resolve_device(config.infer.device)
-        self.device = device_name(self._device)
-        self.precision = resolve_precision(config.infer.precision, self._device)
+        super().__init__(config.infer, self.spec.mean, self.spec.std)
         module: Any = loaded.module.eval().to(self._device)
         self.module = module if self._device.type == "mps" else module.to(memory_format=torch.channels_last)
         self.batch_size = config.infer.batch_size or _auto_batch(self.spec.local, self._device)
         self.has_global = config.paths == "both" and self.module.has_global
-        self._mean, self._std = (
-            torch.tensor(v, device=self._device).view(1, 3, 1, 1) for v in (self.spec.mean, self.spec.std)
-        )
         self._local_path, self._context, self._fuse = self.module.local_path, self._context_vector, self._fusion
         if config.infer.compile:
             compiled = (torch.compile(f) for f in (self._local_path, self._context, self._fuse))
@@ -102,9 +86,12 @@ class Classifier:
         """Cells in one piece of work."""
         return self.batch_size * BATCHES_AT_ONCE
 
-    def peak_device_bytes(self) -> int:
-        """Return the most device memory torch has held (bytes)."""
-        return peak_device_bytes(self._device)
+    def too_large(self) -> str:
+        """Return what to do where one cell does not fit."""
+        return (
+            f"one cell with a context of {self.spec.context.input_px} px exceeds the memory of {self.device}; "
+            "use a smaller --context-size, or --paths local"
+        )
 
     def load_region(self, read: RegionRead, plane: Plane) -> CropCutter:
         """Put the pixels of a region on the device."""
@@ -115,28 +102,7 @@ class Classifier:
 
         Halves the batch when memory runs out; raises CellslideError when not even one cell fits.
         """
-        return self._in_memory(lambda: self._launch(region, local, context, organ))
-
-    def _in_memory(self, run: Callable[[], Result]) -> Result:
-        while True:
-            try:
-                return run()
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Outside the handler: the error holds the tensors of the failed pass.
-            self._halve()
-
-    def _halve(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        if self.batch_size == 1:
-            raise CellslideError(
-                f"one cell with a context of {self.spec.context.input_px} px exceeds the memory of {self.device}; "
-                "use a smaller --context-size, or --paths local"
-            )
-        self.batch_size //= 2
-        log.warning("out of memory on %s: going on with --batch-size %d", self.device, self.batch_size)
+        return self.in_memory(lambda: self._launch(region, local, context, organ))
 
     @torch.inference_mode()
     def _launch(self, region: CropCutter, local: Int64, context: Int64, organ: int) -> Callable[[], PathProbs]:
@@ -159,7 +125,7 @@ class Classifier:
         return np.flatnonzero(calibrated.max(axis=1) < self.config.adaptive)
 
     def _local(self, region: CropCutter, corners: Int64, organ: int) -> tuple[Tensor, ...]:
-        with self._autocast():
+        with self.autocast():
             out = self._local_path(self._crops(region, corners, self.spec.local), self._organs(len(corners), organ))
         return out.features, out.raw, out.logits.float()
 
@@ -173,14 +139,14 @@ class Classifier:
         def fuse(rows: Int64) -> tuple[Tensor, ...]:
             part = _take(first, rows)
             crops = None if self.module.shares_backbone else self._crops(region, local[rows], self.spec.local)
-            with self._autocast():
+            with self.autocast():
                 return self._fuse(crops, vector[_index(owner[rows], vector)], part.features, part.raw, part.logits)
 
         prob, gate = self._in_batches(len(local), self.batch_size, fuse)
         return prob, gate
 
     def _contexts(self, region: CropCutter, corners: Int64) -> tuple[Tensor]:
-        with self._autocast():
+        with self.autocast():
             return (self._context(self._crops(region, corners, self.spec.context)),)
 
     def _context_vector(self, crops: Tensor) -> Tensor:
@@ -196,15 +162,11 @@ class Classifier:
         return out.logits.float().softmax(dim=1), gate.float().reshape(-1)
 
     def _crops(self, region: CropCutter, corners: Int64, spec: CropSpec) -> Tensor:
-        crops = (region.cut(corners, spec) / 255.0 - self._mean) / self._std
+        crops = self.normalised(region.cut(corners, spec))
         return crops.contiguous() if self._device.type == "mps" else crops.contiguous(memory_format=torch.channels_last)
 
     def _organs(self, n: int, organ: int) -> Tensor:
         return torch.full((n,), organ, dtype=torch.int64, device=self._device)
-
-    def _autocast(self) -> Any:
-        dtype = DTYPES[self.precision]
-        return torch.autocast(self._device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def _in_batches(self, n: int, size: int, run: Callable[[Int64], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Run rows 0..n-1 in passes of exactly `size`, the last filled with its last row; join and cut to n."""
@@ -221,7 +183,7 @@ class Classifier:
 
         Halves the batch when memory runs out, as `launch` does.
         """
-        return self._in_memory(self._measure)
+        return self.in_memory(self._measure)
 
     @torch.inference_mode()
     def _measure(self) -> Seconds:
@@ -240,7 +202,7 @@ class Classifier:
         crops = None if self.module.shares_backbone else self._crops(region, corners, self.spec.local)
 
         def fuse() -> tuple[Tensor, Tensor]:
-            with self._autocast():
+            with self.autocast():
                 return self._fuse(crops, many, first.features, first.raw, first.logits)
 
         fusion, _ = self._timed(fuse)

@@ -22,8 +22,9 @@ from cellslide.classify.engine import Classifier
 from cellslide.classify.store import PartialProbs
 from cellslide.config import ClassifyConfig, OutputConfig, TissueConfig
 from cellslide.errors import SlideError, UsageError
-from cellslide.pipeline import FILES, IDLE, TABLE, Watch, write_formats, write_missing
+from cellslide.pipeline import FILES, IDLE, Watch, write_formats, write_missing
 from cellslide.record import (
+    TABLE,
     differences,
     flatten,
     head_sha256,

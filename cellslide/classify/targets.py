@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cellslide.errors import SlideError, UsageError
-from cellslide.pipeline import TABLE
+from cellslide.record import TABLE
 from cellslide.slide import Slide, open_slide
 from cellslide.slides import SlideInput, expand_slides
-from cellslide.staging import put_back
+from cellslide.staging import put_back, tables_below
 from cellslide.table import open_table
 from cellslide.types import SlideInfo
 
@@ -48,16 +48,6 @@ def expand_targets(args: Sequence[str], out_dir: Path) -> list[Target]:
         folder = out_dir / source.slide_id
         found.setdefault(folder.resolve(), Target(source, folder))
     return list(found.values())
-
-
-def tables_below(folder: Path) -> list[Path]:
-    """Return the cell tables that a folder is, holds, or holds one level below, in a fixed order."""
-    if folder.name == TABLE and folder.is_dir():
-        return [folder]
-    if not folder.is_dir():
-        return []
-    put_back(folder, TABLE)
-    return sorted(p for p in (*folder.glob(TABLE), *folder.glob(f"*/{TABLE}")) if p.is_dir())
 
 
 def _from_table(path: Path) -> Target:

@@ -122,20 +122,17 @@ def place_of(entry: WeightsEntry, output: Path | None) -> Path:
 
 
 def write_entry(path: Path, entry: WeightsEntry, calibration: Calibration) -> None:
-    """Write the entry with its new calibration, by a temporary name and a rename."""
-    import os
+    """Write the entry with its new calibration, in one step."""
     from dataclasses import replace
 
     import yaml
 
+    from cellslide.record import write_text
     from cellslide.weights.classifier import calibration_as_yaml
 
     values, safe_gate = calibration_as_yaml(calibration)
     entry = replace(entry, calibration=values, safe_gate=safe_gate)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(yaml.safe_dump(entry.as_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, yaml.safe_dump(entry.as_dict(), sort_keys=False, allow_unicode=True))
 
 
 def _draw(path: Path, cells: TypedCells, found: Calibration) -> None:

@@ -310,7 +310,7 @@ def show_plan(targets: list[Target], classifier: Classifier) -> int:
     from cellslide.classify import prepare
     from cellslide.classify.slide import choose_cells, estimate, read_places
     from cellslide.classify.targets import check_slide, open_target, require_cells
-    from cellslide.pipeline import TABLE
+    from cellslide.record import TABLE
     from cellslide.table import open_table
 
     for target in targets:

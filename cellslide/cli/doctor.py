@@ -144,8 +144,10 @@ def _machine() -> Iterator[Check]:
 def _packages() -> Iterator[Check]:
     for names, module, floor in REQUIRED:
         name, version = _installed(names.split("|"))
-        if version is None:
-            yield Check("packages", names.split("|")[0], "missing", f"needs {floor} or newer: pip install cellslide")
+        if version is None and name == "isal" and not isal_is_made_for(sys.platform, platform.machine()):
+            yield Check("packages", name, "note", "not made for this machine; zlib takes its place, more slowly")
+        elif version is None:
+            yield Check("packages", name, "missing", f"needs {floor} or newer: pip install cellslide")
         elif _parts(version) < _parts(floor):
             yield Check("packages", name, "missing", f"{version} is older than {floor}")
         else:
@@ -154,6 +156,11 @@ def _packages() -> Iterator[Check]:
         version = _installed([name])[1]
         state: State = "ok" if version else "note"
         yield Check("packages", name, state, version or f"not installed; extra cellslide[{extra}]")
+
+
+def isal_is_made_for(system: str, machine: str) -> bool:
+    """Tell whether the package asks for isal there, which has no wheels for other machines."""
+    return machine in ("x86_64", "AMD64", "aarch64", "arm64") and (system != "win32" or machine == "AMD64")
 
 
 def _installed(names: list[str]) -> tuple[str, str | None]:
@@ -233,7 +240,7 @@ def _openslide() -> str:
 def _kernels() -> Check:
     """Compile what decoding needs, so that no run has to; without it the same results take longer."""
     from cellslide import kernels
-    from cellslide.decode import prepare
+    from cellslide.hover.decode import prepare
 
     why = kernels.why_not()
     if why is not None:

@@ -18,7 +18,13 @@ from cellslide.cli.options import (
     tile_options,
     verbosity_options,
 )
-from cellslide.cli.typed import dataset_mpp_option, dataset_organ_option, is_classifier, map_class_option
+from cellslide.cli.typed import (
+    dataset_mpp_option,
+    dataset_organ_option,
+    image_progress,
+    is_classifier,
+    map_class_option,
+)
 from cellslide.config import InferConfig, SegmentConfig, TileConfig, TissueConfig
 from cellslide.errors import UsageError
 
@@ -100,6 +106,7 @@ def command(
     from cellslide.evaluate.protocols import protocol_of
     from cellslide.evaluate.report import pixel_size, write_per_image
     from cellslide.evaluate.score import ClassSet, dataset_classes
+    from cellslide.record import write_text
 
     for file in (json_file, per_image):
         if file is not None:
@@ -121,7 +128,7 @@ def command(
         config = SegmentConfig(model, weights, mpp, TissueConfig(enabled=False), tiles, infer)
         scored = _evaluate(data, split, classes, config, predictions, rule, no_progress)
     if json_file is not None:
-        _write(json_file, scored.report.to_json())
+        write_text(json_file, scored.report.to_json())
     if per_image is not None:
         write_per_image(per_image, scored.images)
     _show(scored)
@@ -189,7 +196,8 @@ def _network(config: SegmentConfig, resources: ExitStack) -> tuple[str, Predicto
 
 
 def _read(folder: Path, sample: Sample) -> Nuclei:
-    from cellslide.evaluate.predictions import TABLE, find_prediction, read_prediction
+    from cellslide.evaluate.predictions import find_prediction, read_prediction
+    from cellslide.record import TABLE
 
     path = find_prediction(folder, sample.stem)
     return _read_table(path, sample) if path.name == TABLE else read_prediction(path)
@@ -240,21 +248,10 @@ def nuclei_of(cells: Cells, shape: tuple[int, int], names: tuple[str, ...]) -> N
 def _score(
     data: Dataset, predict: Predictor, classes: ClassSet, mpp: float | None, rule: Protocol, no_progress: bool
 ) -> list[ImageScores]:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from cellslide.evaluate.report import evaluate_dataset
 
-    console = Console(stderr=True)
-    with Progress(console=console, disable=no_progress or not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(data.name, total=len(data))
-        return evaluate_dataset(data, predict, classes, mpp, lambda _: progress.advance(task), rule)
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with image_progress(data, no_progress) as advance:
+        return evaluate_dataset(data, predict, classes, mpp, lambda _: advance(), rule)
 
 
 def _show(scored: Scored) -> None:

@@ -13,8 +13,6 @@ from cellslide.errors import CellslideError, UsageError, trouble
 if TYPE_CHECKING:
     from cellslide.config import OutputConfig
 
-TABLE_NAME = "cells.zarr"
-
 
 @click.command(name="export")
 @click.argument("folders", nargs=-1, required=True, type=FOLDER, metavar="OUTDIR_OR_SLIDEDIR...")
@@ -45,19 +43,14 @@ def find_tables(folders: tuple[Path, ...]) -> list[Path]:
 
     Raises UsageError naming the first folder that has none.
     """
-    from cellslide.staging import put_back
+    from cellslide.record import TABLE
+    from cellslide.staging import tables_below
 
     found: dict[Path, None] = {}
     for folder in folders:
-        put_back(folder, TABLE_NAME)
-        if folder.name == TABLE_NAME and folder.is_dir():
-            here = [folder]
-        else:
-            here = sorted(path for path in (*folder.glob(TABLE_NAME), *folder.glob(f"*/{TABLE_NAME}")) if path.is_dir())
+        here = tables_below(folder)
         if not here:
-            raise UsageError(
-                f"{folder}: no {TABLE_NAME} in it or one level below; run `cellslide segment -o {folder}` first"
-            )
+            raise UsageError(f"{folder}: no {TABLE} here or one level below; run `cellslide segment -o {folder}` first")
         found.update(dict.fromkeys(here))
     return list(found)
 

@@ -114,7 +114,6 @@ def told(pairs: Pairs, tell: Telling, progress: RunProgress) -> list[SlideOutcom
     try:
         for target, outcome in pairs:
             outcomes.append(outcome)
-            report(target, outcome)
             tell.ledger.keep(target, outcome)
             progress.ended(outcome)
             if tell.log_json:
@@ -124,20 +123,6 @@ def told(pairs: Pairs, tell: Telling, progress: RunProgress) -> list[SlideOutcom
     finally:
         tell.ledger.write()
     return outcomes
-
-
-def report(target: Target, outcome: SlideOutcome) -> None:
-    """Write the page of a slide that has cells, unless a newer one is there; where that fails it is said."""
-    from cellslide.errors import CellslideError, one_line
-    from cellslide.report import needs_report, write_report
-
-    if outcome.cells is None or not needs_report(target.folder):
-        return
-    path = target.source.path
-    try:
-        write_report(target.folder, path if path.exists() else None)
-    except (CellslideError, OSError) as error:
-        log.warning("%s: no report: %s", outcome.slide, one_line(str(error)))
 
 
 def finish(outcomes: list[SlideOutcome], tell: Telling) -> int:

@@ -13,7 +13,6 @@ from cellslide.config import OUTPUT_FORMATS
 from cellslide.errors import one_line
 
 F = TypeVar("F", bound=Callable[..., Any])
-Decorator = Callable[[F], F]
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)

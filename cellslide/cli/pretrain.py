@@ -2,49 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cellslide.cli.train import FILE, FOLDER, PATH, need_lightning
+from cellslide.cli.options import chain
+from cellslide.cli.train import FOLDER, PATH, course_options, need_lightning
 
-_SHARED: tuple[Callable[..., Any], ...] = (
+shared_options = chain(
     click.argument("sources", nargs=-1, required=True, metavar="SLIDES_OR_TILES..."),
-    click.option("-o", "--output", required=True, type=FOLDER, help="Folder of the run."),
+    course_options("samples"),
     click.option(
         "--nuclei", type=FOLDER, help="Folder that `cellslide segment` wrote for the slides.  [default: the one given]"
     ),
     click.option("--mpp", type=click.FloatRange(0.05, 2.0), help="Pixel size of the slides, µm, over what they say."),
-    click.option("--recipe", type=FILE, help="YAML recipe; options given win over it."),
     click.option("--init", type=PATH, help="Weights to start from: of an earlier run, or published."),
-    click.option("--batch-size", type=int, help="Samples per step, over all devices."),
-    click.option("--epochs", type=int, help="Epochs of the whole schedule."),
-    click.option("--epoch-samples", type=int, help="Samples per epoch."),
-    click.option("--max-minutes", type=float, help="End after this many minutes; the schedule then ends too."),
-    click.option("--seed", type=int, help="Seed of weights, views and augmentation."),
-    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Number format of the forward pass."),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, mps, cuda or cuda:N."),
     click.option(
-        "--devices", default=1, show_default=True, type=click.IntRange(1), help="Train on so many at once (DDP)."
-    ),
-    click.option(
-        "--workers", default=1, show_default=True, type=click.IntRange(0, 64), help="Processes that prepare samples."
-    ),
-    click.option("--max-steps", type=click.IntRange(1), help="Stop after this step, schedule unchanged."),
-    click.option(
-        "--log-every", default=20, show_default=True, type=click.IntRange(1), help="Steps between progress lines."
+        "--devices", default=1, show_default=True, type=click.IntRange(1),
+        help="Train on so many at once (DDP), which share a batch.",
     ),
     click.option("--stop-on-collapse", is_flag=True, help="End with an error where the run learns nothing any more."),
-    click.option("--overwrite", is_flag=True, help="Start over; without it a run goes on from its last epoch."),
-)
-
-
-def _shared_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(_SHARED):
-        function = option(function)
-    return function
+)  # fmt: skip
 
 
 @click.group()
@@ -64,7 +43,7 @@ def command() -> None:
 
 
 @command.command()
-@_shared_options
+@shared_options
 def muse(**given: Any) -> None:
     """Pretrain a MUSE backbone by self-distillation of images and of their nuclei.
 
@@ -80,7 +59,7 @@ def muse(**given: Any) -> None:
 
 
 @command.command()
-@_shared_options
+@shared_options
 def celldetr(**given: Any) -> None:
     """Pretrain a CellDETR by telling each nucleus, its box shifted and scaled, from the others of its crop.
 

@@ -167,10 +167,10 @@ def run(
     """Segment and type the slides, one after another."""
     from cellslide.batch import run_slides
     from cellslide.localcopy import done_before
-    from cellslide.segmenter import open_segmenter
+    from cellslide.segmenter import load_segmenter
     from cellslide.weights import load_model
 
-    with open_segmenter(load_model(config.model, config.weights), config) as segmenter:
+    with load_segmenter(load_model, config) as segmenter:
 
         def work(stream: Iterator[Target], watch: Watch) -> Iterator[SlideOutcome]:
             sources, out_dir = (t.source for t in stream), targets[0].folder.parent

@@ -160,10 +160,10 @@ def run(
         return on_devices(SegmentWork(config, copies), targets, devices, tell)
     from cellslide.batch import segment_slides
     from cellslide.localcopy import done_before
-    from cellslide.segmenter import open_segmenter
+    from cellslide.segmenter import load_segmenter
     from cellslide.weights import load_model
 
-    with open_segmenter(load_model(config.model, config.weights), config) as segmenter:
+    with load_segmenter(load_model, config) as segmenter:
 
         def work(stream: Iterator[Target], watch: Watch) -> Iterator[SlideOutcome]:
             return segment_slides((t.source for t in stream), segmenter, targets[0].folder.parent, watch)

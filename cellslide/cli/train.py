@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cellslide.cli.options import chain
 from cellslide.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -19,35 +20,38 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 PATH = click.Path(exists=True, path_type=Path)
 RUN = click.Path(file_okay=False, exists=True, path_type=Path)
 
-_SHARED: tuple[Callable[..., Any], ...] = (
-    click.argument("datasets", nargs=-1, required=True, metavar="DATASET...", type=FOLDER),
-    click.option("-o", "--output", required=True, type=FOLDER, help="Folder of the run."),
-    click.option("--recipe", type=FILE, help="YAML recipe; options given win over it."),
-    click.option("--batch-size", type=int, help="Crops per step."),
-    click.option("--epochs", type=int, help="Epochs of the whole schedule."),
-    click.option("--epoch-samples", type=int, help="Crops per epoch."),
-    click.option(
-        "--max-minutes", type=float, help="End after this many minutes; a cosine schedule reaches its end by then."
-    ),
-    click.option("--seed", type=int, help="Seed of weights, crops and augmentation."),
-    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Number format of the forward pass."),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, mps, cuda or cuda:N."),
-    click.option(
-        "--workers", default=1, show_default=True, type=click.IntRange(0, 64), help="Processes that prepare crops."
-    ),
-    click.option("--max-steps", type=click.IntRange(1), help="Stop after this step, schedule unchanged."),
-    click.option(
-        "--log-every", default=20, show_default=True, type=click.IntRange(1), help="Steps between progress lines."
-    ),
-    click.option("--overwrite", is_flag=True, help="Start over; without it a run goes on from its last epoch."),
+
+def course_options(samples: str) -> Callable[[Any], Any]:
+    """Return the options of every training and pretraining: folder, recipe and what wins over it, how it runs.
+
+    samples  what they call theirs, in the help.
+    """
+    count = click.IntRange(1)
+    return chain(
+        click.option("-o", "--output", required=True, type=FOLDER, help="Folder of the run."),
+        click.option("--recipe", type=FILE, help="YAML recipe; options given win over it."),
+        click.option("--batch-size", type=int, help=f"{samples.capitalize()} per step."),
+        click.option("--epochs", type=int, help="Epochs of the whole schedule."),
+        click.option("--epoch-samples", type=int, help=f"{samples.capitalize()} per epoch."),
+        click.option(
+            "--max-minutes", type=float, help="End after so many minutes; a cosine schedule reaches its end by then.",
+        ),
+        click.option("--seed", type=int, help=f"Seed of weights, {samples} and augmentation."),
+        click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="Number format of the network."),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, mps, cuda or cuda:N."),
+        click.option(
+            "--workers", default=1, show_default=True, type=click.IntRange(0, 64),
+            help=f"Processes that prepare {samples}.",
+        ),
+        click.option("--max-steps", type=count, help="Stop after this step, schedule unchanged."),
+        click.option("--log-every", default=20, show_default=True, type=count, help="Steps between progress lines."),
+        click.option("--overwrite", is_flag=True, help="Start over; without it a run goes on from its last epoch."),
+    )  # fmt: skip
+
+
+shared_options = chain(
+    click.argument("datasets", nargs=-1, required=True, metavar="DATASET...", type=FOLDER), course_options("crops")
 )
-
-
-def shared_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what every training takes; options that a recipe knows win over it."""
-    for option in reversed(_SHARED):
-        function = option(function)
-    return function
 
 
 @click.group()

@@ -107,20 +107,21 @@ def gather_cells(
     """Type the annotated nuclei of all images, with a progress bar."""
     from cellslide.evaluate.paths import gather
 
-    with _progress(data, no_progress) as advance:
+    with image_progress(data, no_progress) as advance:
         return gather(data, classes, predict, mpp, advance)
 
 
 def tracked(data: Dataset, no_progress: bool) -> Iterator[Sample]:
     """Yield the images of a data set, with a progress bar."""
-    with _progress(data, no_progress) as advance:
+    with image_progress(data, no_progress) as advance:
         for sample in data.samples:
             yield sample
             advance()
 
 
 @contextmanager
-def _progress(data: Dataset, no_progress: bool) -> Iterator[Callable[[], None]]:
+def image_progress(data: Dataset, no_progress: bool) -> Iterator[Callable[[], None]]:
+    """Yield what is called after each image of a data set, to show on a terminal how far it is."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cellslide import __version__
 from cellslide.device import available_cpus
-from cellslide.errors import MissingDependencyError, UsageError
-from cellslide.pipeline import in_words
+from cellslide.errors import MissingDependencyError, UsageError, in_words
 
 if TYPE_CHECKING:
     from distributed import Client, SpecCluster

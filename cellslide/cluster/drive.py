@@ -21,8 +21,8 @@ from cellslide.cluster.guard import write_off
 from cellslide.cluster.room import Room
 from cellslide.cluster.stages import Handed, Job, Stage, StageEnd, ask_to_stop, do_stage
 from cellslide.cluster.telling import hear, topic_of
-from cellslide.errors import CellslideError, Interrupted
-from cellslide.pipeline import Progress, StopCheck, in_words
+from cellslide.errors import CellslideError, Interrupted, in_words
+from cellslide.pipeline import Progress, StopCheck
 
 if TYPE_CHECKING:
     from distributed import Future

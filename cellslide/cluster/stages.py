@@ -11,17 +11,17 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from cellslide import __version__
-from cellslide.batch import ENVIRONMENT, SlideOutcome, joined, outcome_of, write_failure
+from cellslide.batch import ENVIRONMENT, SlideOutcome, joined, outcome_of, reported, write_failure
 from cellslide.classify import Classifier, open_classifier
 from cellslide.classify.slide import Typing, type_slide, write_typed
 from cellslide.classify.targets import Target, check_slide, open_target, require_cells
 from cellslide.cluster.guard import MOST, guarded
-from cellslide.cluster.telling import Teller
+from cellslide.cluster.telling import telling
 from cellslide.devicework import ClassifyWork, SegmentWork
-from cellslide.errors import BusyError, CellslideError, Interrupted, MissingDependencyError
+from cellslide.errors import BusyError, CellslideError, Interrupted, MissingDependencyError, in_words
 from cellslide.localcopy import done_before, local_targets
-from cellslide.pipeline import Watch, held, in_words, run_slide, write_slide
-from cellslide.segmenter import Segmenter, Setup, open_segmenter
+from cellslide.pipeline import Watch, held, run_slide, write_slide
+from cellslide.segmenter import Segmenter, Setup, load_segmenter
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class _Networks:
             if multiprocessing.current_process().daemon:
                 # Dask's usual worker process may have no children.
                 config = replace(config, infer=replace(config.infer, workers=0))
-            self._segmenter = open_segmenter(job.segment.load(config.model, config.weights), config)
+            self._segmenter = load_segmenter(job.segment.load, config)
         return self._segmenter
 
     def classifier(self, job: Job) -> Classifier:
@@ -175,7 +175,7 @@ def do_stage(stage: Stage, target: Target, job: Job, handed: Handed) -> StageEnd
             raise  # The system's, or unknown: another try, or another worker, may do better.
         end = StageEnd(handed, outcome=_failed(stage, target, error, job))
     seconds = handed.seconds + time.perf_counter() - began
-    outcome = None if end.outcome is None else replace(end.outcome, seconds=seconds)
+    outcome = None if end.outcome is None else reported(target, replace(end.outcome, seconds=seconds))
     return replace(end, handed=replace(end.handed, seconds=seconds), outcome=outcome)
 
 
@@ -271,4 +271,4 @@ def watching(target: Target, job: Job) -> Watch:
         leaving = worker.status.name not in ("init", "running", "paused")
         return 143 if leaving else _stops.get(job.run_id)
 
-    return Watch(Teller(worker, job.run_id, target.source.slide_id), stop)
+    return Watch(telling(worker, job.run_id, target.source.slide_id), stop)

@@ -13,7 +13,6 @@ import io
 import json
 import logging
 import os
-import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
@@ -26,7 +25,7 @@ from cellslide.cohort.page import page
 from cellslide.cohort.row import Row, outliers
 from cellslide.csvtext import harmless
 from cellslide.errors import CellslideError
-from cellslide.record import RUN_FILE, now_utc, plain, read_record, write_json
+from cellslide.record import RUN_FILE, now_utc, plain, read_record, write_json, write_text
 from cellslide.types import RunRecord
 
 SUMMARY_FILE = "summary.csv"
@@ -210,20 +209,12 @@ def write_summary(out_dir: Path, tries: int = MOST_TRIES) -> None:
     for _ in range(tries):
         if not rows:
             return
-        _put(out_dir / SUMMARY_FILE, to_csv(rows))
-        _put(out_dir / PAGE_FILE, page(rows, outliers(rows), out_dir.resolve().name))
+        write_text(out_dir / SUMMARY_FILE, to_csv(rows))
+        write_text(out_dir / PAGE_FILE, page(rows, outliers(rows), out_dir.resolve().name))
         now = read_rows(out_dir)
         if now == rows:
             return
         rows = now
-
-
-def _put(path: Path, text: str) -> None:
-    # A process number would not do: several hosts may write at once.
-    scratch = path.parent / ROWS_FOLDER / f"{path.name}.{secrets.token_hex(8)}.tmp"
-    scratch.parent.mkdir(exist_ok=True)
-    scratch.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
-    os.replace(scratch, path)
 
 
 def to_csv(rows: Sequence[Row]) -> str:

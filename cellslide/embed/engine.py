@@ -7,10 +7,10 @@ choice on a GPU, moves it by rounding only.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,15 +19,7 @@ from torch import Tensor
 
 from cellslide.config import EmbedConfig
 from cellslide.crops import CropCutter, Region, crop_corners, plan_regions, read_ahead
-from cellslide.device import (
-    DTYPES,
-    device_name,
-    is_out_of_memory,
-    peak_device_bytes,
-    resolve_device,
-    resolve_precision,
-)
-from cellslide.errors import CellslideError
+from cellslide.ondevice import OnDevice
 from cellslide.slide import Slide, slide_from_array
 from cellslide.types import CropSpec, Float32, Float64, Int64, Plane, UInt8
 
@@ -38,8 +30,6 @@ DEFAULT_FIELD_PX = 512
 # Backbones take edges that are multiples of this.
 MULTIPLE_PX = 32
 CUDA_BATCH_PX = 64 * 512 * 512
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +51,12 @@ class Windows:
         return len(self.corner)
 
 
-class Embedder:
+class Embedder(OnDevice):
     """A MUSE backbone on its device; `dim` is the length of a vector, `mpp` the pixel size of its plane (µm)."""
 
     def __init__(self, loaded: LoadedMuse, config: EmbedConfig) -> None:
+        super().__init__(config.infer, loaded.mean, loaded.std)
         self.loaded, self.config = loaded, config
-        self._device = resolve_device(config.infer.device)
-        self.device = device_name(self._device)
-        self.precision = resolve_precision(config.infer.precision, self._device)
         self.module: Any = loaded.module.eval().to(self._device)
         self.dim = int(loaded.module.dim)
         self.mpp = config.read_mpp or loaded.mpp
@@ -77,18 +65,15 @@ class Embedder:
         self.stride_px = self.field_px // 2
         self.crop = CropSpec(self.field_px, self.field_px, "reflect")
         self.batch_size = config.infer.batch_size or _auto_batch(self.field_px, self._device)
-        self._mean, self._std = (
-            torch.tensor(v, device=self._device).view(1, 3, 1, 1) for v in (loaded.mean, loaded.std)
-        )
 
     @property
     def weights_id(self) -> str:
         """Id of the weights."""
         return self.loaded.entry.id
 
-    def peak_device_bytes(self) -> int:
-        """Return the most device memory torch has held (bytes)."""
-        return peak_device_bytes(self._device)
+    def too_large(self) -> str:
+        """Return what to do where one window does not fit."""
+        return f"one window of {self.field_px} px exceeds the memory of {self.device}; use a smaller --field-px"
 
     def lay_windows(self, slide: Slide, xy_level0: Float64) -> Windows:
         """Return the windows of nuclei (N, 2) in level-0 pixels; reads nothing."""
@@ -106,25 +91,17 @@ class Embedder:
         """Yield (rows, vectors) of the windows `chosen`; halves the batch when memory runs out."""
         first = 0
         while first < len(chosen):
-            part = chosen[first : first + self.batch_size]
-            try:
-                found = self._pass(cutter, windows, part)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                found = None
-            # Outside the handler: the error holds the tensors of the failed pass.
-            if found is None:
-                self._halve()
-                continue
+            found = self.in_memory(partial(self._pass, cutter, windows, chosen[first:]))
             yield from found
-            first += len(part)
+            first += len(found)
 
     @torch.inference_mode()
-    def _pass(self, cutter: CropCutter, windows: Windows, chosen: Int64) -> list[tuple[Int64, Float32]]:
+    def _pass(self, cutter: CropCutter, windows: Windows, left: Int64) -> list[tuple[Int64, Float32]]:
+        """Return (rows, vectors) of as many of the windows `left` as one batch takes."""
+        chosen = left[: self.batch_size]
         filled = chosen[np.minimum(np.arange(self.batch_size), len(chosen) - 1)]
-        images = (cutter.cut(windows.corner[filled], self.crop) / 255.0 - self._mean) / self._std
-        with self._autocast():
+        images = self.normalised(cutter.cut(windows.corner[filled], self.crop))
+        with self.autocast():
             maps = self.module(images).map
         return [(windows.rows[w], self._vectors(maps[i : i + 1], windows, w)) for i, w in enumerate(chosen.tolist())]
 
@@ -132,20 +109,6 @@ class Embedder:
         points = (windows.centre[windows.rows[window]] - windows.corner[window]).astype(np.float32)
         at = torch.from_numpy(points).to(self._device)[None]
         return np.array(self.module.nucleus_features(feature_map.float(), at)[0].float().cpu().numpy(), np.float32)
-
-    def _autocast(self) -> Any:
-        dtype = DTYPES[self.precision]
-        return torch.autocast(self._device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-    def _halve(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        if self.batch_size == 1:
-            raise CellslideError(
-                f"one window of {self.field_px} px exceeds the memory of {self.device}; use a smaller --field-px"
-            )
-        self.batch_size //= 2
-        log.warning("out of memory on %s: going on with --batch-size %d", self.device, self.batch_size)
 
     def cutter(self, read: Any, plane: Plane) -> CropCutter:
         """Put the pixels of a region on the device."""

@@ -18,8 +18,8 @@ from cellslide.classify.slide import read_places
 from cellslide.embed.engine import Embedder, Windows, embed_cells
 from cellslide.embed.store import PartialVectors
 from cellslide.errors import UsageError
-from cellslide.pipeline import IDLE, TABLE, Watch
-from cellslide.record import differences, flatten, now_utc, peak_rss_bytes, read_record, write_record
+from cellslide.pipeline import IDLE, Watch
+from cellslide.record import TABLE, beside, differences, flatten, now_utc, peak_rss_bytes, read_record, write_record
 from cellslide.slide import Slide
 from cellslide.table import BLOCK_ROWS, CellTable, TableExtender, open_table
 from cellslide.types import Float32, RunRecord, WeightsRef
@@ -110,7 +110,7 @@ def _write(folder: Path, table: CellTable, store: PartialVectors, record: RunRec
     if to == "zarr":
         _extend(table, blocks, record)
     elif to == "parquet":
-        _write_parquet(folder / FILES[to], table, blocks)
+        _write_parquet(folder / FILES[to], table, blocks, store.width)
     else:
         _write_npz(folder / FILES[to], table, store)
 
@@ -126,27 +126,22 @@ def _extend(table: CellTable, blocks: Iterator[Float32], record: RunRecord) -> N
         raise
 
 
-def _write_parquet(path: Path, table: CellTable, blocks: Iterator[Float32]) -> None:
-    """Write `cell_id` and `embedding` (a list of D numbers a row)."""
+def _write_parquet(path: Path, table: CellTable, blocks: Iterator[Float32], dim: int) -> None:
+    """Write `cell_id` and `embedding` (a list of `dim` numbers a row)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    part, writer, start = path.with_name(path.name + ".part"), None, 0
-    for block in blocks:
-        ids = pa.array(table.vector("cell_id", start, start + len(block)))
-        vectors = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), block.shape[1])
-        rows = pa.table({"cell_id": ids, NAME: vectors})
-        writer = writer or pq.ParquetWriter(part, rows.schema, compression="zstd")
-        writer.write_table(rows)
-        start += len(block)
-    if writer is not None:
-        writer.close()
-        part.replace(path)
+    schema = pa.schema({"cell_id": pa.int64(), NAME: pa.list_(pa.float32(), dim)})
+    start = 0
+    with beside(path) as scratch, pq.ParquetWriter(scratch, schema, compression="zstd") as writer:
+        for block in blocks:
+            ids = pa.array(table.vector("cell_id", start, start + len(block)))
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), dim)
+            writer.write_table(pa.table([ids, vectors], schema))
+            start += len(block)
 
 
 def _write_npz(path: Path, table: CellTable, store: PartialVectors) -> None:
     """Write the arrays `cell_id` (N,) and `embedding` (N, D)."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with beside(path) as scratch, scratch.open("wb") as file:
         np.savez(file, cell_id=table.vector("cell_id"), embedding=store.block(0, len(table)))
-    part.replace(path)

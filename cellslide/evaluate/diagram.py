@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellslide.evaluate.classification import ReliabilityBins
+from cellslide.record import beside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,10 +59,9 @@ def draw_reliability(panels: Mapping[str, ReliabilityBins], layout: Layout | Non
 
 
 def write_reliability(path: Path, panels: Mapping[str, ReliabilityBins]) -> None:
-    """Draw the panels to a PNG file, by a temporary name and a rename."""
-    part = path.with_name(path.name + ".part")
-    draw_reliability(panels).save(part, format="PNG")
-    part.replace(path)
+    """Draw the panels to a PNG file, in one step."""
+    with beside(path) as scratch:
+        draw_reliability(panels).save(scratch, format="PNG")
 
 
 def _panel(draw: ImageDraw, x0: int, title: str, bins: ReliabilityBins, layout: Layout) -> None:

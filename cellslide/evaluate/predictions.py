@@ -7,10 +7,10 @@ from pathlib import Path
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import read_labels, read_points
 from cellslide.evaluate.score import Nuclei
+from cellslide.record import TABLE
 
 LABEL_SUFFIXES = (".png", ".npy", ".tif", ".tiff")
 POINT_SUFFIX = ".csv"
-TABLE = "cells.zarr"
 
 
 def find_prediction(folder: Path, stem: str) -> Path:

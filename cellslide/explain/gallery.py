@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cellslide.types import ClassSpec, Float32, Float64, UInt8
+from cellslide.record import beside
+from cellslide.types import ClassSpec, Float32, Float64, UInt8, hex_color
 
 JPEG_QUALITY = 88
 # Heat covers the tissue by at most this share, so that what lies below stays visible.
@@ -115,17 +116,11 @@ class Heading:
 
 def write_gallery(path: Path, heading: Heading, cards: Iterable[Card]) -> Path:
     """Write the page; it is renamed into place when it is whole. Cards are written as they come, one in memory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(_head(heading))
-            for card in cards:
-                file.write(_card(card))
-            file.write("</body></html>\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with beside(path) as scratch, scratch.open("w", encoding="utf-8") as file:
+        file.write(_head(heading))
+        for card in cards:
+            file.write(_card(card))
+        file.write("</body></html>\n")
     return path
 
 
@@ -184,8 +179,7 @@ def _bars(bars: Bars) -> str:
 
 
 def _bar(spec: ClassSpec, prob: float) -> str:
-    color = "#{:02x}{:02x}{:02x}".format(*spec.color)
-    name = html.escape(spec.name)
+    color, name = hex_color(spec.color), html.escape(spec.name)
     return (
         f'<tr><td class="name" title="{name}">{name}</td><td class="bar">'
         f'<div style="width:{100 * prob:.1f}%;background:{color}"></div></td><td class="num">{prob:.3f}</td></tr>'

@@ -16,14 +16,13 @@ from cellslide.errors import UsageError
 from cellslide.explain.gallery import Bars, Card, Heading, Picture, shrink, write_gallery
 from cellslide.explain.paths import Explainer, Rerun
 from cellslide.explain.select import Selection, Typed, read_typed, select_cells
-from cellslide.readers import open_reader
-from cellslide.record import head_sha256
+from cellslide.record import TABLE
+from cellslide.reopen import reopen
 from cellslide.slide import Slide
 from cellslide.table import Categorical, CellTable, open_table
 from cellslide.types import ClassifierSpec, ClassSpec, CropSpec, Float32, Float64, Int64, Plane, RunRecord
 from cellslide.weights.classifier import LoadedClassifier, organ_index
 
-TABLE_NAME = "cells.zarr"
 PAGE_NAME = "explain.html"
 CELLS_AT_ONCE = 4
 PICTURE_PX = 376
@@ -75,12 +74,12 @@ def explain_slide(
     runner_up   explain the second class of each cell as well.
     Raises UsageError where the cells are not typed, or by other weights, or their slide is not where it was.
     """
-    with open_table(folder / TABLE_NAME) as table:
+    with open_table(folder / TABLE) as table:
         settings = how_typed(folder, table.run)
         spec = spec_of_record(folder, table.run)
         check_weights(loaded, spec)
         rows = select_cells(table, selection)
-        with open_again(table, moved_to) as slide:
+        with reopen(table, moved_to) as slide:
             scene = Scene.of(slide, table, spec, settings.get("context_grid"))
             explainer = Explainer(loaded, device)
             cards = _cards(table, rows, scene, explainer, 2 if runner_up else 1)
@@ -103,17 +102,6 @@ def check_weights(loaded: LoadedClassifier, spec: ClassifierSpec) -> None:
             f"the cells were typed by {spec.weights_id} ({spec.weights_sha256[:12]}), not by {loaded.spec.weights_id} "
             f"({loaded.spec.weights_sha256[:12]}): name those with --model or --weights"
         )
-
-
-def open_again(table: CellTable, moved_to: Path | None = None) -> Slide:
-    """Open the slide of a table with the pixel size that was used; raises UsageError where it is gone or another."""
-    info = table.slide if moved_to is None else replace(table.slide, path=moved_to)
-    if not info.path.exists():
-        raise UsageError(f"{info.path}: the slide of {table.path} is not there any more; say where it is with --slide")
-    known = table.run.slide.get("sha256_head")
-    if known is not None and head_sha256(info.path) != known:
-        raise UsageError(f"{info.path}: not the slide that {table.path} was made from; name that one with --slide")
-    return Slide(open_reader(info.path), info)
 
 
 def _heading(table: CellTable, selection: Selection, scene: Scene, n: int) -> Heading:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cellslide.models.layers import MSDeformAttn, sample_deformable
+from cellslide.models.layers import MSDeformAttn, places_around, sample_deformable, softmax_of_few
 
 Shapes = Sequence[tuple[int, int]]
 TEMPERATURE = 10_000.0
@@ -100,7 +100,7 @@ class BoxDeformAttn(MSDeformAttn):
         if memory.padding is not None:
             v = v.masked_fill(memory.padding[..., None], 0.0)
         offsets = self.sampling_offsets(query).view(b, q, heads, levels, points, 2).float()
-        weights = self.attention_weights(query).view(b, q, heads, levels * points).float().softmax(-1)
+        weights = softmax_of_few(self.attention_weights(query).view(b, q, heads, levels * points))
         places = self._places(offsets, reference.float(), memory)
         # In half precision a place would be off by pixels.
         v = v.float().view(b, value.shape[1], heads, -1)
@@ -113,8 +113,7 @@ class BoxDeformAttn(MSDeformAttn):
             ratios = torch.cat([ratios, ratios], -1)
         at = (reference[:, :, None] * ratios[:, None])[:, :, None, :, None]  # B, Q, 1, levels, 1, 2 or 4
         if reference.shape[-1] == 2:
-            size = torch.tensor([(w, h) for h, w in memory.shapes], dtype=offsets.dtype, device=offsets.device)
-            return at + offsets / size[:, None]
+            return places_around(at, offsets, memory.shapes)
         if self.constrained:
             return at[..., :2] + 0.5 * torch.tanh(offsets) * at[..., 2:]
         return at[..., :2] + offsets / self.n_points * 0.5 * at[..., 2:]

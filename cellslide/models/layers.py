@@ -172,6 +172,36 @@ def _sample_compiled(value: Tensor, shapes: Sequence[tuple[int, int]], locations
     return torch.from_numpy(out).flatten(2).to(value.dtype)
 
 
+@torch.inference_mode()
+def prepare() -> None:
+    """Load the compiled loop, where there is one, by one call on next to nothing."""
+    sample_deformable(torch.zeros(1, 4, 1, 4), [(2, 2)], torch.zeros(1, 1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 1))
+
+
+def softmax_of_few(logits: Tensor) -> Tensor:
+    """Return the softmax along a short last axis, in at least float32.
+
+    torch works through the last axis one value at a time on a CPU, and through the first many at once.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if wide.device.type != "cpu":
+        return wide.softmax(-1)
+    return wide.flatten(0, -2).t().contiguous().softmax(0).t().reshape(wide.shape)
+
+
+def places_around(reference: Tensor, offsets: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """Return where `offsets` (B, Q, heads, levels, points, 2), in pixels of each level, lead from `reference`.
+
+    reference  (1 or B, Q, 1, 1 or levels, 1, 2), (x, y) in [0, 1]; the answer is too.
+    """
+    levels, points = offsets.shape[-3:-1]
+    size = torch.tensor([(w, h) for h, w in shapes], dtype=reference.dtype, device=offsets.device)
+    # One axis in place of three short ones, which a CPU would work through one by one.
+    size = size[:, None].expand(levels, points, 2).flatten()
+    start = reference.expand(-1, -1, 1, levels, points, 2).flatten(-3)
+    return (start + offsets.flatten(-3) / size).unflatten(-1, (levels, points, 2))
+
+
 def _sample_chunk(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
     b, _, heads, d = value.shape
     q, points = locations.shape[1], locations.shape[4]
@@ -223,9 +253,8 @@ class MSDeformAttn(nn.Module):
         heads, levels, points = self.n_heads, self.n_levels, self.n_points
         v = self.value_proj(value).view(b, value.shape[1], heads, -1)
         offsets = self.sampling_offsets(query).view(b, q, heads, levels, points, 2)
-        weights = self.attention_weights(query).view(b, q, heads, levels * points).softmax(-1)
-        size = torch.tensor([(w, h) for h, w in shapes], dtype=query.dtype, device=query.device)
-        locations = reference[:, :, None, :, None, :] + offsets / size[None, None, None, :, None, :]
+        weights = softmax_of_few(self.attention_weights(query).view(b, q, heads, levels * points))
+        locations = places_around(reference[:, :, None, :, None, :], offsets, shapes)
         return self.output_proj(sample_deformable(v, shapes, locations, weights.view(b, q, heads, levels, points)))
 
 

@@ -361,8 +361,3 @@ def gate_statistics(local: Tensor, global_: Tensor) -> Tensor:
 
 def _entropy(p: Tensor) -> Tensor:
     return -(p * p.clamp_min(_TINY).log()).sum(dim=1) / math.log(p.shape[1])
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Return how many numbers the parameters of `module` hold."""
-    return sum(p.numel() for p in module.parameters())

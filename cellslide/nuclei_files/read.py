@@ -18,11 +18,11 @@ from cellslide.errors import UsageError
 from cellslide.nuclei_files import json_files, tables
 from cellslide.nuclei_files.place import POINT_RADIUS_UM, Placed, chosen, first_of_place, gather_rings, place
 from cellslide.nuclei_files.records import ForeignNuclei, NucleiReport, Origin, Reader, Source, Unit
+from cellslide.record import TABLE
 from cellslide.types import Bool, Cells, Float64, Int64, SlideInfo
 
 # Cells are numbered by rows of this height, then x: neighbours stay together, as the tiles of a model keep them.
 ROW_UM = 256.0
-TABLE = "cells.zarr"
 FORMATS = "GeoJSON (.geojson, .json, .gz, .zip), CellViT or HoVer-Net JSON, CSV or TSV (.gz), parquet, or a cells.zarr"
 _log = logging.getLogger(__name__)
 

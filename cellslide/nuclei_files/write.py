@@ -10,9 +10,9 @@ import numpy as np
 
 from cellslide import __version__
 from cellslide.anndata_store import Column
-from cellslide.nuclei_files.read import TABLE, load_alignment, read_nuclei
+from cellslide.nuclei_files.read import load_alignment, read_nuclei
 from cellslide.nuclei_files.records import Direction, ForeignNuclei, NucleiReport, Origin, Source, Unit
-from cellslide.record import describe_slide, head_sha256, now_utc, peak_rss_bytes, plain, write_record
+from cellslide.record import TABLE, describe_slide, head_sha256, now_utc, peak_rss_bytes, plain, write_record
 from cellslide.slide import Slide
 from cellslide.table import BLOCK_ROWS, CellTableWriter
 from cellslide.types import Counts, Float64, ModelKind, ModelSpec, RunRecord, SlideInfo

@@ -14,12 +14,12 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from cellslide.pretrain.fields import Box, Field, FieldSet
 from cellslide.pretrain.recipe import CellDETRPretrainRecipe, MuseRecipe, ViewConfig
 from cellslide.train.augment import recolor
-from cellslide.train.loaders import Draws
+from cellslide.train.loaders import Draws, DrawSampler
 from cellslide.train.recipe import AugmentConfig, Range
 from cellslide.types import Bool, Float64, Int64, UInt8
 
@@ -217,15 +217,12 @@ def shown_boxes(corners: Float64, size: int) -> Float64:
     return np.concatenate([(low + high) / 2, high - low], axis=1)
 
 
-class ShardedDraws(Sampler[int]):
+class ShardedDraws(DrawSampler):
     """The draw numbers of an epoch that one of several devices takes: each step's draws are one run, cut among them."""
 
     def __init__(self, steps: int, batch: int, rank: int, world: int) -> None:
-        self.steps, self.batch, self.rank, self.world, self.epoch = steps, batch, rank, world, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; Lightning calls this."""
-        self.epoch = epoch
+        super().__init__(steps * (batch // world))
+        self.steps, self.batch, self.rank, self.world = steps, batch, rank, world
 
     def __iter__(self) -> Iterator[int]:
         own = self.batch // self.world
@@ -233,6 +230,3 @@ class ShardedDraws(Sampler[int]):
         for step in range(first, first + self.steps):
             start = step * self.batch + self.rank * own
             yield from range(start, start + own)
-
-    def __len__(self) -> int:
-        return self.steps * (self.batch // self.world)

@@ -18,8 +18,8 @@ from scipy import ndimage
 from cellslide.classify.targets import Target, check_slide, expand_targets, open_target
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import MANIFEST, Sample
-from cellslide.pipeline import TABLE
 from cellslide.readers import open_reader
+from cellslide.record import TABLE
 from cellslide.slide import Slide
 from cellslide.spatial import ring_boxes
 from cellslide.table import open_table

@@ -6,8 +6,6 @@ Frame: nuclei are in pixels of each view, (x, y).
 from __future__ import annotations
 
 import copy
-import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +31,7 @@ from cellslide.pretrain.fields import FieldSet, Sources
 from cellslide.pretrain.module import Feed, Pretraining, begin
 from cellslide.pretrain.recipe import HeadConfig, MuseRecipe
 from cellslide.pretrain.watch import read
+from cellslide.record import beside
 from cellslide.train.export import ModelWriter, model_writer, trained_entry, weights_in
 from cellslide.train.run import Outcome, RunOptions, fit
 from cellslide.weights.manifest import WeightsEntry
@@ -182,11 +181,9 @@ def writer(recipe: MuseRecipe, sets: Sequence[FieldSet], sources: Sources) -> Mo
 def write_published(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write a teacher as the published checkpoints are laid out: `teacher`, names below `module.`."""
     named = {PUBLISHED_PREFIX + name: value.detach().cpu() for name, value in state.items()}
-    buffer = io.BytesIO()
-    torch.save({"teacher": named}, buffer)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, path)
+    # To an open file: torch puts the name of a path into the file.
+    with beside(path) as scratch, scratch.open("wb") as file:
+        torch.save({"teacher": named}, file)
 
 
 def entry_of(recipe: MuseRecipe, sources: Sources) -> WeightsEntry:

@@ -16,7 +16,7 @@ from cellslide.report.quality import Flag
 from cellslide.report.searched import Searched
 from cellslide.report.tally import Tally
 from cellslide.table import CellTable
-from cellslide.types import RunRecord, UInt8
+from cellslide.types import RunRecord, UInt8, hex_color
 
 HERE = Path(__file__).parent
 TITLES: dict[Kind, str] = {
@@ -147,11 +147,6 @@ def verdict(flags: Sequence[Flag]) -> tuple[str, str]:
     return "good", f"All {len(flags)} checks passed."
 
 
-def hex_of(color: tuple[int, int, int]) -> str:
-    """Return a colour as #rrggbb."""
-    return "#{:02x}{:02x}{:02x}".format(*color)
-
-
 def class_rows(material: Material) -> tuple[ClassRow, ...]:
     """Return the classes in numbers, in the order of the weights; those without a nucleus too."""
     tally, area = material.tally, material.searched.mm2
@@ -162,7 +157,7 @@ def class_rows(material: Material) -> tuple[ClassRow, ...]:
         n = int(tally.counts[k])
         sizes = [tally.area.quantile(q, k) if tally.area.counts[k].any() else None for q in (0.5, 0.25, 0.75)]
         found.append(
-            ClassRow(name, hex_of(color_of(k, k_all)), shape_of(k, k_all), n, n / said if said else None,
+            ClassRow(name, hex_color(color_of(k, k_all)), shape_of(k, k_all), n, n / said if said else None,
                      100 * n / largest, n / area if area else None, *sizes)
         )  # fmt: skip
     return tuple(found)
@@ -226,7 +221,7 @@ def layers(material: Material) -> Iterator[Layer]:
     for k in np.unique(named).tolist():
         name = tally.classes[k] if k < k_all else "no class"
         image = dots_uri(at[named == k], (width, height), k, k_all, tally.n_dots)
-        yield Layer(k, name, hex_of(color_of(k, k_all)), shape_of(k, k_all), counts[k], image)
+        yield Layer(k, name, hex_color(color_of(k, k_all)), shape_of(k, k_all), counts[k], image)
 
 
 def densities(tally: Tally) -> Iterator[Heat]:
@@ -300,7 +295,7 @@ def gallery(material: Material, budget: Budget) -> Iterator[tuple[str, str, str,
             if (shots := tuple(_shots(material, k, kind, each, budget.quality)))
         )
         if strips:
-            yield name, hex_of(color_of(k, k_all)), shape_of(k, k_all), strips
+            yield name, hex_color(color_of(k, k_all)), shape_of(k, k_all), strips
 
 
 def shown_each(tally: Tally, budget: Budget) -> int:

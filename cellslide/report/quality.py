@@ -86,7 +86,7 @@ def _tiles(record: RunRecord) -> Iterator[Flag]:
 def _focus(sharpness: Sharpness | None, slide_gone: str | None) -> Iterator[Flag]:
     if sharpness is None:
         if slide_gone is not None:
-            yield Flag("note", "Slide", f"{slide_gone} Focus was not checked, and there are no pictures.")
+            yield Flag("note", "Slide", f"{slide_gone}. Focus was not checked, and there are no pictures.")
         return
     if sharpness.unread:
         yield Flag("bad", "Damage", f"{sharpness.unread} of the fields looked at could not be read from the slide.")

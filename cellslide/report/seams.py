@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cellslide.tiles import TileGrid, tile_grid
+from cellslide.tiles import TileGrid, fitting_grid
 from cellslide.types import Bool, Float64, Int64, Plane, RunRecord, SlideInfo
 
 # Nuclei this near a seam are compared with those beside them; both bands lie in the tiles' overlap.
@@ -84,12 +84,8 @@ class SeamCheck:
 
 def _grid(info: SlideInfo, spec: dict[str, Any], tiles: dict[str, Any], engine: str) -> TileGrid:
     plane = Plane.of(info, float(spec["mpp"]))
-    size = int(tiles["size_px"] or spec["tile_px"])
-    if engine != "onnx":
-        step = int(spec["multiple_px"])
-        needed = -(-max(plane.width_px, plane.height_px) // step) * step
-        size = min(size, max(needed, min(size, 2 * step)))
-    return tile_grid(plane, size, min(int(tiles["overlap_px"]), size // 2))
+    step = None if engine == "onnx" else int(spec["multiple_px"])
+    return fitting_grid(plane, int(tiles["size_px"] or spec["tile_px"]), int(tiles["overlap_px"]), step)
 
 
 def _to_nearest(values: Float64, cuts: Float64) -> Float64:

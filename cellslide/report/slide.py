@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from cellslide.errors import CellslideError, SlideError, TileError, UsageError
-from cellslide.readers import open_reader
-from cellslide.record import RUN_FILE, head_sha256, read_record
+from cellslide.errors import SlideError, TileError, in_words
+from cellslide.lock import hold
+from cellslide.record import RUN_FILE, TABLE, read_record, write_text
+from cellslide.reopen import reopen_or_why
 from cellslide.report.looks import Crop, Sharpness, cut_crops, measure_sharpness, read_picture
 from cellslide.report.page import Budget, Material, render, shown_each
 from cellslide.report.quality import flags
@@ -22,11 +22,12 @@ from cellslide.slide import Slide
 from cellslide.table import CellTable, open_table
 from cellslide.types import Float64, UInt8
 
-TABLE = "cells.zarr"
 PAGE_FILE = "report.html"
 # Mail and browsers take a megabyte; the first budget that fits is used.
 MOST_BYTES = 980_000
 BUDGETS = (Budget(75, 120), Budget(55, 90), Budget(35, 60), Budget(15, 24))
+
+log = logging.getLogger(__name__)
 
 
 def needs_report(folder: Path) -> bool:
@@ -37,6 +38,20 @@ def needs_report(folder: Path) -> bool:
     return not page.is_file() or page.stat().st_mtime_ns < (folder / RUN_FILE).stat().st_mtime_ns
 
 
+def keep_report(folder: Path, slide_path: Path) -> None:
+    """Write the page of a slide that a run is done with, where it is needed; what goes wrong is only said.
+
+    slide_path  where the slide can be read best, if it is there; its copy on a local disk, for one.
+    """
+    try:
+        if needs_report(folder):
+            with hold(folder):
+                write_report(folder, slide_path if slide_path.exists() else None)
+    except Exception as error:  # The page is an extra: whatever is wrong with it, the cells are there.
+        log.debug("%s: no report", folder, exc_info=error)
+        log.warning("%s: no report: %s", folder, in_words(error))
+
+
 def write_report(folder: Path, slide_path: Path | None = None) -> Path:
     """Write `report.html` into the folder of a slide whose cells are found, and return where it is.
 
@@ -45,18 +60,12 @@ def write_report(folder: Path, slide_path: Path | None = None) -> Path:
     """
     with ExitStack() as stack:
         table = stack.enter_context(open_table(folder / TABLE))
-        slide, gone = open_slide_of(table, slide_path)
+        slide, gone = reopen_or_why(table, slide_path, insist=slide_path is not None)
         if slide is not None:
             stack.enter_context(slide)
-        material = gather(folder, table, slide, gone)
-        text = fitted(material)
+        text = fitted(gather(folder, table, slide, gone))
     page = folder / PAGE_FILE
-    scratch = page.with_name(f".{page.name}.{os.getpid()}.tmp")
-    try:
-        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(scratch, page)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_text(page, text)
     return page
 
 
@@ -67,27 +76,6 @@ def fitted(material: Material) -> str:
         if len(text.encode("utf-8", "backslashreplace")) < MOST_BYTES:
             break
     return text
-
-
-def open_slide_of(table: CellTable, slide_path: Path | None) -> tuple[Slide | None, str | None]:
-    """Return the slide of a table, or None and in words why there is none.
-
-    Raises UsageError where `slide_path` is given and does not hold that slide.
-    """
-    info = table.slide if slide_path is None else replace(table.slide, path=slide_path)
-    if not info.path.exists():
-        if slide_path is not None:
-            raise UsageError(f"--slide {slide_path}: no such file")
-        return None, f"{info.path} is not there any more (--slide says where it is)."
-    known = table.run.slide.get("sha256_head")
-    if known is not None and head_sha256(info.path) != known:
-        if slide_path is not None:
-            raise UsageError(f"--slide {slide_path}: not the slide that {table.path} was made from")
-        return None, f"{info.path} is not the slide any more that the cells were found on."
-    try:
-        return Slide(open_reader(info.path), info), None
-    except CellslideError as error:
-        return None, f"{info.path} cannot be read ({error})."
 
 
 def gather(folder: Path, table: CellTable, slide: Slide | None, gone: str | None) -> Material:
@@ -114,7 +102,7 @@ def look(
     try:
         picture: UInt8 | None = read_picture(slide, tally.frame)
     except (TileError, SlideError) as error:
-        picture, gone = None, f"No picture: {error}."
+        picture, gone = None, f"No picture: {error}"
     sharpness = measure_sharpness(slide, _places(tally))
     each = shown_each(tally, BUDGETS[0])
     picks = [pick for k, kind in tally.picks.kept for pick in tally.picks.of(k, kind, each)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import MANIFEST
 from cellslide.models.checkpoint import read_tensors
+from cellslide.record import beside
 from cellslide.train.data import ImageSet
 from cellslide.train.recipe import RunLength
 from cellslide.types import ClassSpec
@@ -59,7 +59,6 @@ def write_files(folder: Path, state: Mapping[str, Tensor], entry: WeightsEntry, 
 
     The entry gets the hash and the size of the weights; the card holds it too.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     data = save({name: value.detach().cpu().contiguous() for name, value in state.items()})
     _replace(folder / WEIGHTS, data)
     known = replace(entry, sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data)).as_dict()
@@ -135,6 +134,5 @@ def used(images: ImageSet[Any, Any], told: Callable[[Sequence[Any]], Any]) -> di
 
 
 def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with beside(path) as scratch:
+        scratch.write_bytes(data)

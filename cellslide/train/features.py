@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cellslide.models.nuclass import NuClass
+from cellslide.record import beside
 from cellslide.train.cell_data import CellCrops, CellDataset, CellImage, exact_loader, normalise
 from cellslide.train.loaders import DrawSampler, start_worker
 from cellslide.train.nuclass_recipe import NuClassRecipe
@@ -48,10 +48,8 @@ def kept_features(
     if found is None:
         batches = _augmented(images, recipe, views, workers) if views else exact_loader(images, recipe, context=True)
         found = compute_features(model, batches, recipe)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
-        save_file(found._asdict(), temporary, {"key": key})
-        os.replace(temporary, path)
+        with beside(path) as scratch:
+            save_file(found._asdict(), scratch, {"key": key})
     return found
 
 

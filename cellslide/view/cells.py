@@ -6,8 +6,6 @@ Frame: level-0 pixels; what goes to the page is relative to the box's corner, so
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 
 from cellslide.table import BLOCK_ROWS, Categorical, CellTable
 from cellslide.types import Bool, Float32, Float64, Int64, take_rings
+from cellslide.view.kept import Kept
 
 Box = tuple[float, float, float, float]
 CACHE_BYTES = 192 << 20
@@ -24,36 +23,13 @@ MOST_OUTLINES, MOST_POINTS = 6_000, 20_000
 LEAST_SCREEN_PX, NUCLEUS_UM = 4.0, 8.0
 
 
-class BlockCache:
-    """Blocks of columns by key, the least used thrown away beyond `most_bytes`."""
-
-    def __init__(self, most_bytes: int = CACHE_BYTES) -> None:
-        self.most_bytes = most_bytes
-        self.size = 0
-        self._blocks: OrderedDict[tuple[str, int], tuple[NDArray[Any], ...]] = OrderedDict()
-
-    def get(self, key: tuple[str, int], read: Callable[[], tuple[NDArray[Any], ...]]) -> tuple[NDArray[Any], ...]:
-        """Return a block, read if it is not kept."""
-        if key not in self._blocks:
-            self._blocks[key] = read()
-            self.size += _size(self._blocks[key])
-            while self.size > self.most_bytes and len(self._blocks) > 1:
-                self.size -= _size(self._blocks.popitem(last=False)[1])
-        self._blocks.move_to_end(key)
-        return self._blocks[key]
-
-
-def _size(arrays: tuple[NDArray[Any], ...]) -> int:
-    return sum(array.nbytes for array in arrays)
-
-
 class CellIndex:
     """Reads cells of a table by where they are; used from several threads."""
 
     def __init__(self, table: CellTable) -> None:
         self.table = table
         self.x, self.y, self.score = (table.vector(name).astype(np.float32) for name in ("x", "y", "score"))
-        self.cache = BlockCache()
+        self.cache: Kept[tuple[NDArray[Any], ...]] = Kept(CACHE_BYTES, _size)
         self._lock = threading.Lock()
         self.mpp = (table.slide.mpp_x + table.slide.mpp_y) / 2
 
@@ -117,6 +93,10 @@ class CellIndex:
             return "density"
         large = screen_scale * NUCLEUS_UM / self.mpp >= LEAST_SCREEN_PX
         return "outlines" if large and n <= MOST_OUTLINES and self.table.kind != "point" else "points"
+
+
+def _size(arrays: tuple[NDArray[Any], ...]) -> int:
+    return sum(array.nbytes for array in arrays)
 
 
 def relative(xy: NDArray[Any], box: Box) -> Float32:

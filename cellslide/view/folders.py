@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cellslide.errors import UsageError
+from cellslide.record import TABLE
 
-TABLE_NAME = "cells.zarr"
 # Files that a link of a page may lead to; everything else stays unserved.
 SERVED = {
     ".html": "text/html; charset=utf-8",
@@ -35,16 +35,16 @@ def find_slides(root: Path) -> Mapping[str, Path]:
 
     Folders that a link leads to outside of `root` are left out. Raises UsageError where there is none.
     """
-    if (root / TABLE_NAME).is_dir() and is_inside(root, root / TABLE_NAME):
+    if (root / TABLE).is_dir() and is_inside(root, root / TABLE):
         return {root.name: root}
     found: dict[str, Path] = {}
-    for table in sorted(root.glob(f"*/{TABLE_NAME}")):
+    for table in sorted(root.glob(f"*/{TABLE}")):
         if is_inside(root, table):
             found[table.parent.name] = table.parent
         else:
             log.warning("%s leads out of %s and is left out", table, root)
     if not found:
-        raise UsageError(f"{root}: no {TABLE_NAME} in it or one level below; run `cellslide segment -o {root}` first")
+        raise UsageError(f"{root}: no {TABLE} in it or one level below; run `cellslide segment -o {root}` first")
     return found
 
 

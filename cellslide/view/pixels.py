@@ -6,8 +6,6 @@ slide's edge show its background. A slide that is gone gives plain tiles.
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import cv2
@@ -16,6 +14,7 @@ import numpy as np
 from cellslide.errors import TileError
 from cellslide.slide import Slide, thumbnail_plane
 from cellslide.types import Float64, Plane, SlideInfo, UInt8
+from cellslide.view.kept import Kept
 
 TILE_PX = 512
 QUALITY = 88
@@ -34,9 +33,7 @@ class TilePictures:
 
     def __init__(self, info: SlideInfo, slide: Slide | None) -> None:
         self.info, self.slide = info, slide
-        self._kept: OrderedDict[tuple[int, int, int], bytes] = OrderedDict()
-        self._size = 0
-        self._lock = threading.Lock()
+        self._kept: Kept[bytes] = Kept(CACHE_BYTES, len)
 
     def tile(self, level: int, x: int, y: int) -> bytes | None:
         """Return a tile as JPEG, or None where there is none at that place."""
@@ -48,20 +45,7 @@ class TilePictures:
         if x0 >= plane.width_px or y0 >= plane.height_px:
             return None
         box = x0, y0, min(x0 + TILE_PX, plane.width_px), min(y0 + TILE_PX, plane.height_px)
-        return self._kept_or(plane, box, (level, x, y))
-
-    def _kept_or(self, plane: Plane, box: tuple[int, int, int, int], key: tuple[int, int, int]) -> bytes:
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        picture = as_jpeg(read(self.slide, plane, box))
-        with self._lock:
-            self._size += len(picture) - len(self._kept.get(key, b""))
-            self._kept[key] = picture
-            while self._size > CACHE_BYTES:
-                self._size -= len(self._kept.popitem(last=False)[1])
-        return picture
+        return self._kept.get((level, x, y), lambda: as_jpeg(read(self.slide, plane, box)))
 
 
 def read(slide: Slide | None, plane: Plane, box: tuple[int, int, int, int]) -> UInt8:

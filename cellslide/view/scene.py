@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellslide.errors import CellslideError, UsageError
+from cellslide.errors import UsageError
 from cellslide.gate import GATE_RULES
-from cellslide.readers import open_reader
-from cellslide.record import head_sha256
+from cellslide.record import TABLE
+from cellslide.reopen import reopen_or_why
 from cellslide.report.images import color_of
-from cellslide.slide import Slide
 from cellslide.table import Categorical, CellTable, open_table
-from cellslide.types import Float64
+from cellslide.types import Float64, hex_color
 from cellslide.view.cells import Box, CellIndex, density, relative
-from cellslide.view.folders import TABLE_NAME, check_links, is_inside
+from cellslide.view.folders import check_links, is_inside
 from cellslide.view.packing import pack
 from cellslide.view.pixels import TILE_PX, CropField, TilePictures, as_png, read, top_level
 from cellslide.view.policy import Decisions, Policy, StoredRule
@@ -32,29 +31,15 @@ MOST_BINS = 160
 PATH_COLUMNS = ("prob_local", "prob_global", "gate")
 
 
-def open_slide_of(table: CellTable, moved_to: Path | None) -> tuple[Slide | None, str]:
-    """Open the slide that a table was made from; None and why, in words, where it is gone or another."""
-    info = table.slide if moved_to is None else replace(table.slide, path=moved_to)
-    if not info.path.exists():
-        return None, f"The slide is not at {info.path} any more: give --slide FILE to see it under its nuclei."
-    known = table.run.slide.get("sha256_head")
-    if known is not None and head_sha256(info.path) != known:
-        return None, f"{info.path} is not the slide that these nuclei were found on: give that one by --slide."
-    try:
-        return Slide(open_reader(info.path), info), ""
-    except CellslideError as error:
-        return None, f"The slide cannot be read: {error}"
-
-
 class Scene:
     """An open slide folder; its methods are called from several threads."""
 
     def __init__(self, root: Path, folder: Path, moved_to: Path | None = None) -> None:
         """Raises UsageError for a table that links lead out of, TableError for one that is not whole."""
-        check_links(root, folder / TABLE_NAME)
+        check_links(root, folder / TABLE)
         self.root, self.folder = root, folder
-        self.table = open_table(folder / TABLE_NAME)
-        self.slide, self.trouble = open_slide_of(self.table, moved_to)
+        self.table = open_table(folder / TABLE)
+        self.slide, self.trouble = reopen_or_why(self.table, moved_to)
         self.index = CellIndex(self.table)
         self.stored = StoredRule.of(self.table)
         self.decisions = Decisions(self.table, self.stored)
@@ -79,11 +64,11 @@ class Scene:
             "mpp": self.index.mpp,
             "tile": TILE_PX,
             "top": top_level(info),
-            "trouble": self.trouble,
+            "trouble": self.trouble or "",
             "kind": table.kind,
             "n": len(table),
             "classes": [
-                {"name": name, "color": _hex(color), "plain": _hex(color_of(k, len(table.class_names)))}
+                {"name": name, "color": hex_color(color), "plain": hex_color(color_of(k, len(table.class_names)))}
                 for k, (name, color) in enumerate(pairs)
             ],
             "rule": self._rule(),
@@ -181,10 +166,6 @@ def _fields(table: CellTable, stored: StoredRule) -> Iterator[CropField]:
         yield CropField(name, float(spec["mpp"]), int(spec[name]["field_px"]))
 
 
-def _hex(color: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*color)
-
-
 def _value(column: Any) -> Any:
     """Return the one value of a column of one row, as JSON knows it; None where it is missing."""
     if isinstance(column, Categorical):
@@ -212,13 +193,15 @@ class Scenes:
         self.root, self.folders, self.moved_to, self.most = root, folders, moved_to, most
         self._open: dict[str, _Open] = {}
         self._lock = Lock()
+        # Opening a scene may take seconds, for which only those wait who want the same one.
+        self._turns = {name: Lock() for name in folders}
 
     @contextmanager
     def use(self, name: str) -> Iterator[Scene]:
         """Give the scene of a slide of `folders`; one whose table was written anew is opened again."""
-        with self._lock:
-            entry = self._entry(name)
-            entry.users += 1
+        with self._turns[name]:
+            stamp = _stamp(self.folders[name])
+            entry = self._taken(name, stamp) or self._opened(name, stamp)
         try:
             yield entry.scene
         finally:
@@ -227,16 +210,25 @@ class Scenes:
                 if not entry.users and self._open.get(name) is not entry:
                     entry.scene.close()
 
-    def _entry(self, name: str) -> _Open:
-        stamp = _stamp(self.folders[name])
-        entry = self._open.pop(name, None)
-        if entry is not None and entry.stamp != stamp:
-            _close_idle(entry)
-            entry = None
-        entry = entry or _Open(Scene(self.root, self.folders[name], self.moved_to), stamp)
-        self._open[name] = entry
-        while len(self._open) > self.most:
-            _close_idle(self._open.pop(next(iter(self._open))))
+    def _taken(self, name: str, stamp: tuple[int, int]) -> _Open | None:
+        """Return a scene that is open, with one user more; None, and close it, where its table is another by now."""
+        with self._lock:
+            entry = self._open.pop(name, None)
+            if entry is None:
+                return None
+            if entry.stamp != stamp:
+                _close_idle(entry)
+                return None
+            self._open[name] = entry
+            entry.users += 1
+            return entry
+
+    def _opened(self, name: str, stamp: tuple[int, int]) -> _Open:
+        entry = _Open(Scene(self.root, self.folders[name], self.moved_to), stamp, users=1)
+        with self._lock:
+            self._open[name] = entry
+            while len(self._open) > self.most:
+                _close_idle(self._open.pop(next(iter(self._open))))
         return entry
 
     def close(self) -> None:
@@ -254,7 +246,7 @@ def _close_idle(entry: _Open) -> None:
 
 def _stamp(folder: Path) -> tuple[int, int]:
     try:
-        state = (folder / TABLE_NAME / "zarr.json").stat()
+        state = (folder / TABLE / "zarr.json").stat()
     except FileNotFoundError as error:
-        raise UsageError(f"{folder}: its {TABLE_NAME} is gone") from error
+        raise UsageError(f"{folder}: its {TABLE} is gone") from error
     return state.st_ino, state.st_mtime_ns

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cellslide.errors import WeightsError
+from cellslide.record import write_text
 from cellslide.weights.manifest import ENTRY_FILE, WeightsEntry
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -172,11 +173,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(content, indent=1, sort_keys=True))
     except OSError as error:
         # A read-only cache costs time, and trust on first use, but must not stop a run.
         log.warning("%s cannot be written (%s): hashes are not remembered; set CELLSLIDE_CACHE", path, error)

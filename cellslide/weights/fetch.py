@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from cellslide.errors import UsageError, WeightsError
+from cellslide.record import beside
 from cellslide.weights.cache import cache_dir, file_sha256, find_file, how_to_get, verify_file
 from cellslide.weights.classifier import LoadedClassifier, load_classifier
 from cellslide.weights.load import FINDERS, LoadedModel, entry_beside, load_entry, load_file, resolve_path
@@ -80,18 +81,14 @@ def _from_hub(entry: WeightsEntry, source: Source) -> Path:
 
 def _from_url(entry: WeightsEntry, source: Source, progress: Progress | None) -> Path:
     target = cache_dir() / entry.id / (entry.file_name or "weights.pth")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        with urllib.request.urlopen(source.url or "", timeout=60) as answer, temporary.open("wb") as file:
-            length = answer.headers.get("Content-Length")
-            _copy(answer, file, int(length) if length else None, progress)
-        _check_download(entry, temporary)
-        os.replace(temporary, target)
+        with beside(target) as scratch:
+            with urllib.request.urlopen(source.url or "", timeout=60) as answer, scratch.open("wb") as file:
+                length = answer.headers.get("Content-Length")
+                _copy(answer, file, int(length) if length else None, progress)
+            _check_download(entry, scratch)
     except (urllib.error.URLError, OSError) as error:
         raise WeightsError(f"{entry.id}: {source.url} cannot be fetched ({error}); {how_to_get(entry)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 
@@ -151,16 +148,9 @@ def _add_known(entry: WeightsEntry, path: Path) -> WeightsEntry:
         load_classifier(entry.id, path)
     else:
         verify_file(entry, path)
-    folder = cache_dir() / entry.id
-    folder.mkdir(parents=True, exist_ok=True)
-    _copy_file(path, folder / (entry.file_name or path.name))
+    with beside(cache_dir() / entry.id / (entry.file_name or path.name)) as scratch:
+        shutil.copyfile(path, scratch)
     return entry
-
-
-def _copy_file(path: Path, target: Path) -> None:
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
-    shutil.copyfile(path, temporary)
-    os.replace(temporary, target)
 
 
 def _store_new(entry: WeightsEntry, loaded: LoadedModel | LoadedClassifier) -> WeightsEntry:

@@ -124,6 +124,11 @@ class WeightsEntry:
             raise ValueError(f"published_as {self.published_as!r}: must be a file name")
 
     @property
+    def in_package(self) -> bool:
+        """Whether the file comes with the package."""
+        return self.file is not None and self.root == PACKAGE
+
+    @property
     def file_name(self) -> str | None:
         """Name under which the file is published or stored, if the manifest knows one."""
         source = self.source or Source()

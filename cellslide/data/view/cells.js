@@ -79,11 +79,17 @@ export class Cells {
   count(box) {
     const d = this.data;
     if (!this.marks) return null;
-    const counts = new Array(this.facts.classes.length + 2).fill(0), score = this.policy().score;
+    const counts = new Array(this.facts.classes.length + 2).fill(0), scored = this.scored();
     for (let i = 0; i < d.n; i++) {
-      if (this.inside(i, box) && !(d.score[i] < Math.fround(score))) counts[this.marks[i]]++;
+      if (scored(i) && this.inside(i, box)) counts[this.marks[i]]++;
     }
     return counts;
+  }
+
+  // A function that tells whether a cell's score lets it be shown; one whose score is not known always is.
+  scored() {
+    const { score } = this.data, least = Math.fround(this.policy().score);
+    return (i) => !(score[i] < least);
   }
 
   inside(i, [x0, y0, x1, y1]) {
@@ -100,12 +106,12 @@ export class Cells {
   // The cell at a point, at most `reach` slide pixels away; -1 where there is none. shown: whether a mark is.
   at(x, y, reach, shown) {
     if (!this.marks) return -1;
-    const d = this.data, score = Math.fround(this.policy().score);
+    const d = this.data, scored = this.scored();
     const px = x - d.box[0], py = y - d.box[1];
     let best = -1, least = reach * reach;
     for (let i = 0; i < d.n; i++) {
       const dx = d.xy[2 * i] - px, dy = d.xy[2 * i + 1] - py, far = dx * dx + dy * dy;
-      if (far > least || !shown[this.marks[i]] || d.score[i] < score) continue;
+      if (far > least || !shown[this.marks[i]] || !scored(i)) continue;
       [best, least] = [i, far];
     }
     return best;

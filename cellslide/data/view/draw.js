@@ -25,14 +25,14 @@ export class Overlay {
   }
 
   // Join the outlines of each mark into one path; again whenever cells or decisions change.
-  build(cells, policy) {
+  build(cells) {
     this.paths = null;
     const d = cells.data;
     if (!cells.marks || !d.ring) return;
     this.paths = this.facts.classes.concat(0, 0).map(() => new Path2D());
-    const score = Math.fround(policy.score);
+    const scored = cells.scored();
     for (let i = 0; i < d.n; i++) {
-      if (d.score[i] < score) continue;
+      if (!scored(i)) continue;
       const path = this.paths[cells.marks[i]];
       for (let v = d.start[i]; v < d.start[i + 1]; v++) {
         if (v === d.start[i]) path.moveTo(d.ring[2 * v], d.ring[2 * v + 1]);
@@ -43,7 +43,7 @@ export class Overlay {
   }
 
   // view: {scale, x, y}, screen = slide * scale + (x, y); marks: [{color, shown, dashed}]; chosen: index of a cell or -1.
-  draw(cells, view, marks, policy, chosen) {
+  draw(cells, view, marks, chosen) {
     const c = this.canvas.getContext("2d");
     c.setTransform(1, 0, 0, 1, 0, 0);
     c.clearRect(0, 0, this.canvas.width, this.canvas.height);
@@ -53,7 +53,7 @@ export class Overlay {
     const at = [(d.box[0] * view.scale + view.x) * this.ratio, (d.box[1] * view.scale + view.y) * this.ratio];
     if (d.form === "density") return this.grid(c, d, s, at, marks);
     if (this.paths) this.outlines(c, s, at, marks);
-    else this.points(c, cells, s, at, marks, policy);
+    else this.points(c, cells, s, at, marks);
     if (chosen >= 0) this.ring(c, d, s, at, chosen);
   }
 
@@ -79,14 +79,14 @@ export class Overlay {
     });
   }
 
-  points(c, cells, s, at, marks, policy) {
-    const d = cells.data, score = Math.fround(policy.score), mpp = this.facts.mpp;
-    const r = Math.max(LEAST_RADIUS_PX * this.ratio, (RADIUS_UM / mpp) * s * 0.5);
+  points(c, cells, s, at, marks) {
+    const d = cells.data, scored = cells.scored();
+    const r = Math.max(LEAST_RADIUS_PX * this.ratio, (RADIUS_UM / this.facts.mpp) * s * 0.5);
     marks.forEach((mark, k) => {
       if (!mark.shown) return;
       const path = new Path2D();
       for (let i = 0; i < d.n; i++) {
-        if (cells.marks[i] !== k || d.score[i] < score) continue;
+        if (cells.marks[i] !== k || !scored(i)) continue;
         const x = d.xy[2 * i] * s + at[0], y = d.xy[2 * i + 1] * s + at[1];
         if (x < -r || y < -r || x > this.canvas.width + r || y > this.canvas.height + r) continue;
         path.moveTo(x + r, y);

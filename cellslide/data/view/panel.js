@@ -16,9 +16,9 @@ const number = (value) => (typeof value !== "number" ? value : Number.isInteger(
 const percent = (p) => (p === null || Number.isNaN(p) ? "–" : `${(100 * p).toFixed(1)} %`);
 
 export class Panel {
-  // onClose: the panel was closed.
-  constructor(facts, onClose) {
-    this.facts = facts;
+  // decided: a function that gives what the page decides of the chosen cell, or null; onClose: the panel was closed.
+  constructor(facts, decided, onClose) {
+    Object.assign(this, { facts, decided });
     this.section = document.getElementById("nucleus");
     this.body = document.getElementById("nucleus-body");
     document.getElementById("nucleus-close").addEventListener("click", onClose);
@@ -29,8 +29,8 @@ export class Panel {
     this.asked = null;
   }
 
-  // Fetch and show the cell of a table row; decided(): what the page decides of it, or null.
-  async open(row, decided) {
+  // Fetch and show the cell of a table row, unless another one is chosen meanwhile.
+  async open(row) {
     this.asked = row;
     const answer = await fetch(`cell/${row}`);
     if (!answer.ok || this.asked !== row) return;
@@ -40,18 +40,19 @@ export class Panel {
     this.section.dataset.row = row;
     document.getElementById("nucleus-title").textContent = `Nucleus ${this.cell.obs.cell_id}`;
     this.body.replaceChildren(this.crops(), make("p", { id: "verdict" }), this.bars(), this.measures());
-    this.decide(decided);
+    this.decide();
   }
 
   // Say what the rule of the moment makes of the cell that is shown.
-  decide(decided) {
-    const line = document.getElementById("verdict");
-    if (!line || this.section.hidden) return;
+  decide() {
+    const line = document.getElementById("verdict"), decided = this.decided();
+    if (!line || this.section.hidden || this.cell.row !== this.asked) return;
     const { obs } = this.cell, stored = obs.abstained ? "abstained" : obs.class;
     const parts = [`Stored: ${stored ?? "not typed"}${obs.class_prob === null ? "" : ` (${percent(obs.class_prob)})`}.`];
     if (decided && decided.index >= 0) {
-      const name = this.facts.classes[decided.index].name;
-      parts.push(`Now: ${decided.abstained ? `abstains (${name}` : `${name} (`}${decided.abstained ? " " : ""}${percent(decided.prob)}), ${PATHS[decided.path]}.`);
+      const name = this.facts.classes[decided.index].name, prob = percent(decided.prob);
+      const verdict = decided.abstained ? `abstains (${name} ${prob})` : `${name} (${prob})`;
+      parts.push(`Now: ${verdict}, ${PATHS[decided.path]}.`);
     }
     line.textContent = parts.join(" ");
     this.section.querySelectorAll("[data-now]").forEach((cell, k) => { cell.textContent = decided ? percent(decided.all[k]) : "–"; });

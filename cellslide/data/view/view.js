@@ -21,7 +21,7 @@ class View {
     this.controls = new Controls(facts, () => this.policyMoved(), () => this.draw());
     this.viewer = openViewer(facts);
     this.overlay = new Overlay(this.viewer.canvas, facts);
-    this.panel = new Panel(facts, () => this.close());
+    this.panel = new Panel(facts, () => this.decided(), () => this.close());
     this.cells = new Cells(facts, () => this.controls.policy, () => this.cellsChanged(), (words) => this.trouble(words));
     this.fetchSoon = later(() => this.fetch(), WAIT_MS);
     this.countSoon = later(() => this.countSlide(), WAIT_MS);
@@ -83,10 +83,10 @@ class View {
   }
 
   cellsChanged() {
-    this.overlay.build(this.cells, this.controls.policy);
+    this.overlay.build(this.cells);
     this.draw();
     this.countHere();
-    this.panel.decide(this.decided());
+    this.panel.decide();
   }
 
   policyMoved() {
@@ -100,7 +100,7 @@ class View {
     const seen = this.seen();
     if (!seen) return;
     this.overlay.fit(seen.width, seen.height);
-    this.overlay.draw(this.cells, seen, this.controls.marks, this.controls.policy, this.indexOfChosen());
+    this.overlay.draw(this.cells, seen, this.controls.marks, this.indexOfChosen());
     this.scaleBar(seen.scale);
   }
 
@@ -150,17 +150,17 @@ class View {
   select(i) {
     this.chosen = this.cells.data.row[i];
     this.draw();
-    return this.panel.open(this.chosen, this.decided()).then(() => this.panel.decide(this.decided()));
+    this.panel.open(this.chosen);
   }
 
   // The next or previous nucleus in view, from the middle outwards.
   step(by) {
-    const seen = this.seen(), { marks, policy } = this.controls, d = this.cells.data;
+    const seen = this.seen(), { marks } = this.controls, d = this.cells.data;
     if (!this.cells.marks) return this.trouble("Zoom in to step through single nuclei.", 4000);
     const [cx, cy] = [(seen.box[0] + seen.box[2]) / 2, (seen.box[1] + seen.box[3]) / 2];
-    const order = [];
+    const order = [], scored = this.cells.scored();
     for (let i = 0; i < d.n; i++) {
-      if (!marks[this.cells.marks[i]].shown || d.score[i] < Math.fround(policy.score) || !this.cells.inside(i, seen.box)) continue;
+      if (!marks[this.cells.marks[i]].shown || !scored(i) || !this.cells.inside(i, seen.box)) continue;
       const [x, y] = this.cells.place(i);
       order.push([(x - cx) ** 2 + (y - cy) ** 2, i]);
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cellslide.decode import compact, sums
+from cellslide.hover.decode import compact, sums
 from cellslide.types import Bool, Float64, Int32, Int64
 
 

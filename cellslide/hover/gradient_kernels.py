@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from cellslide.hover_kernels import Runs
+from cellslide.hover.label_kernels import Runs
 from cellslide.types import Float32, Float64
 
 
@@ -44,12 +44,15 @@ def _filter_row(line: Float32, kernel: Float64, padded: Float64, out: Float64) -
     for x in range(width):
         out[x] = weight * padded[x]
     k = 1
-    while k + 4 <= len(kernel):  # four taps a round save loads and stores; the order of sums stays
-        a, b, c, d = kernel[k], kernel[k + 1], kernel[k + 2], kernel[k + 3]
+    while k + 10 <= len(kernel):  # ten taps a round save loads and stores; the order of sums stays
+        a, b, c, d, e = kernel[k], kernel[k + 1], kernel[k + 2], kernel[k + 3], kernel[k + 4]
+        f, g, h, i, j = kernel[k + 5], kernel[k + 6], kernel[k + 7], kernel[k + 8], kernel[k + 9]
         for x in range(width):
-            at = x + k
-            out[x] = (((out[x] + a * padded[at]) + b * padded[at + 1]) + c * padded[at + 2]) + d * padded[at + 3]
-        k += 4
+            p = x + k
+            left = out[x] + a * padded[p] + b * padded[p + 1] + c * padded[p + 2] + d * padded[p + 3]
+            left = left + e * padded[p + 4] + f * padded[p + 5] + g * padded[p + 6]
+            out[x] = left + h * padded[p + 7] + i * padded[p + 8] + j * padded[p + 9]
+        k += 10
     while k < len(kernel):
         for x in range(width):
             out[x] += kernel[k] * padded[x + k]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cellslide.hover_energy import (
+from cellslide.hover.energy import (
     HV_LIMIT,
     HV_STEPS,
     ceil_float32,

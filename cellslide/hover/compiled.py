@@ -1,4 +1,4 @@
-"""HoverMaps -> label map with compiled kernels: the same labels as `hover_plain` gives, several times as fast."""
+"""HoverMaps -> label map with compiled kernels: the same labels as `plain` gives, several times as fast."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellslide.gradient_kernels import gradient, hv_steps
-from cellslide.hover_energy import (
+from cellslide.hover.energy import (
     HV_LIMIT,
     HV_STEPS,
     ceil_float32,
@@ -17,7 +16,8 @@ from cellslide.hover_energy import (
     sobel_kernels,
     stretch,
 )
-from cellslide.hover_kernels import Runs, components, fill_holes, flood, lay_out
+from cellslide.hover.gradient_kernels import gradient, hv_steps
+from cellslide.hover.label_kernels import Runs, components, fill_holes, flood, lay_out
 from cellslide.types import Float32, Float64, HoverDecode, HoverMaps, Int32, UInt8
 
 
@@ -34,9 +34,9 @@ def hover_labels(maps: HoverMaps, config: HoverDecode) -> Int32:
     if whole:
         return np.asarray(labels, np.int32)
     # Tied markers come out as the whole tile's heap has them, in the published form.
-    from cellslide import hover_plain
+    from cellslide.hover import plain
 
-    return hover_plain.hover_labels(maps, config)
+    return plain.hover_labels(maps, config)
 
 
 def _foreground(maps: HoverMaps, config: HoverDecode) -> UInt8:

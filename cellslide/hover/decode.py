@@ -1,8 +1,8 @@
 """HoVer maps of one tile -> nuclei. Work is done per object or on whole maps at once, never on a whole map per nucleus.
 
 The steps are those of HoVer-Net (Graham et al. 2019, section 3.2), which CellViT and CellVTA share: foreground,
-gradients of the horizontal and vertical distance maps, energy (`hover_energy`), markers, watershed. They stand twice,
-with the same results: `hover_compiled` where there are compiled kernels, else `hover_plain`.
+gradients of the horizontal and vertical distance maps, energy (`energy`), markers, watershed. They stand twice,
+with the same results: `compiled` where there are compiled kernels, else `plain`.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def hover_instances(maps: HoverMaps, config: HoverDecode) -> Int32:
     """
     _check_shapes(maps, maps.foreground.shape)
     if kernels.available():
-        from cellslide import hover_compiled
+        from cellslide.hover import compiled
 
-        return hover_compiled.hover_labels(maps, config)
-    from cellslide import hover_plain
+        return compiled.hover_labels(maps, config)
+    from cellslide.hover import plain
 
-    return hover_plain.hover_labels(maps, config)
+    return plain.hover_labels(maps, config)
 
 
 def measure_instances(labels: Int32, maps: HoverMaps) -> Instances:

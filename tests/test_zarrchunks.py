@@ -1,0 +1,84 @@
+"""Rows read from the files of chunks are those that zarr reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from zarr.codecs import GzipCodec
+
+from cellslide.anndata_store import CHUNK_ROWS, Columns, ColumnWriter, read_matrix, read_obs
+from cellslide.errors import CellslideError
+from cellslide.zarrchunks import Nodes, read_rows
+
+N = CHUNK_ROWS + 700
+RANGES = [(0, N), (CHUNK_ROWS - 5, CHUNK_ROWS + 5), (N - 3, N + 9), (7, 7), (3, None), (N, None), (0, 10)]
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = zarr.open_group(tmp_path_factory.mktemp("t"), mode="w", zarr_format=3)
+    rng, writer = np.random.default_rng(0), ColumnWriter(root)
+    obs = {
+        "f8": rng.random(N), "f4": rng.random(N, np.float32), "i8": rng.integers(-9, 9, N), "i1": np.arange(N) % 3 > 1,
+        "text": np.array([f"{i:06d}" for i in range(N)], "S6"), "uneven": np.arange(N).astype("S"),
+    }  # fmt: skip
+    writer.append(Columns(obs, {"prob": rng.random((N, 3), np.float32)}, rng.random((N, 2), np.float32)))
+    writer.close()
+    return root
+
+
+@pytest.mark.parametrize("path", ["obs/f8", "obs/f4", "obs/i8", "obs/i1", "obs/text", "obsm/prob", "X"])
+def test_rows_are_those_of_zarr(group: Any, path: str) -> None:
+    node, nodes = group[path], Nodes()
+    for start, stop in RANGES:
+        wanted = node[start:stop]
+        for kept in (nodes, None):
+            rows = read_rows(node, start, stop, kept)
+            assert (rows is None) == (len(wanted) == 0)
+            if rows is not None:
+                assert rows.tolist() == ([text.encode() for text in wanted] if path == "obs/text" else wanted.tolist())
+                assert rows.flags.writeable and (rows.dtype == wanted.dtype or path == "obs/text")
+
+
+def test_what_is_given_out_is_not_what_is_kept(group: Any) -> None:
+    nodes = Nodes()
+    read_matrix(group, "X", 0, 10, nodes)[:] = 7
+    assert (read_matrix(group, "X", 0, 10, nodes) < 1).all()
+
+
+def test_other_arrays_are_left_to_zarr(group: Any, tmp_path: Path) -> None:
+    assert read_rows(group["obs/uneven"], 0, 100) is None
+    assert read_obs(group, "uneven", 8, 11).tolist() == ["8", "9", "10"]  # type: ignore[union-attr]
+    root = zarr.open_group(tmp_path, mode="w", zarr_format=3)
+    whole = np.arange(60.0).reshape(20, 3)
+    for name, options in (
+        ("gzip", {"compressors": GzipCodec()}),
+        ("cut", {"chunks": (5, 2)}),
+        ("sharded", {"chunks": (5, 3), "shards": (10, 3)}),
+        ("big", {"serializer": zarr.codecs.BytesCodec(endian="big")}),
+    ):
+        array: Any = root.create_array(name=name, shape=(20, 3), dtype="f8", **options)
+        array[:] = whole
+        assert read_rows(array, 0, 20) is None, name
+        np.testing.assert_array_equal(read_matrix(root, name, 3, 17), whole[3:17])
+    memory: Any = zarr.create_array(zarr.storage.MemoryStore(), shape=(4,), dtype="f8")
+    assert read_rows(memory, 0, 4) is None
+
+
+def test_a_chunk_that_is_missing_or_damaged_is_left_to_zarr(tmp_path: Path) -> None:
+    root = zarr.open_group(tmp_path, mode="w", zarr_format=3)
+    writer = ColumnWriter(root)
+    writer.append(Columns({"a": np.arange(4.0), "empty": np.array(["one", "two", "", ""], object)}))
+    writer.close()
+    assert read_obs(root, "empty", 0, 4).tolist() == ["one", "two", "", ""]  # type: ignore[union-attr]
+    chunk = tmp_path / "obs" / "a" / "c" / "0"
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CellslideError, match="damaged"):
+        read_obs(root, "a", 0, 4)
+    chunk.unlink()
+    assert read_obs(root, "a", 0, 4).tolist() == [0.0] * 4  # type: ignore[union-attr]
