@@ -105,9 +105,19 @@ class Page:
         Asked again and again from outside: playwright's own way is an eval in the page, which a page may forbid.
         """
         end = time.monotonic() + PATIENCE_MS / 1000
-        while not self.run(condition, argument):
+        while not self._holds(condition, argument):
             assert time.monotonic() < end, f"never true: {condition}"
             self.raw.wait_for_timeout(20)
+
+    def _holds(self, condition: str, argument: Any) -> bool:
+        from playwright.sync_api import Error
+
+        try:
+            return bool(self.run(condition, argument))
+        except Error as error:
+            if "context was destroyed" in str(error):  # the page moves on to another
+                return False
+            raise
 
     def click(self, selector: str) -> None:
         """Click the first element of a selector."""

@@ -56,7 +56,8 @@ def looking(chromium: Chromium, server: Server, slide: str = "s", **window: Any)
 
 def settled(page: Page) -> None:
     """Wait until the view is at rest and its cells are there."""
-    page.wait("document.getElementById('status').dataset.n !== undefined")
+    # After a click on a link the page that it was on may still be there, without a status.
+    page.wait("document.getElementById('status')?.dataset.n !== undefined")
     page.raw.wait_for_load_state("networkidle")
     page.raw.wait_for_timeout(250)
 
