@@ -16,6 +16,7 @@ from torch import Tensor
 from cellslide.bench.flow import flow_rows
 from cellslide.bench.gpu import segment_rows
 from cellslide.bench.rows import BenchOptions, Row, Target, row
+from cellslide.bench.start import start_rows
 from cellslide.config import InferConfig, Precision
 from cellslide.infer import TileNet, TorchEngine
 from cellslide.models import cellvta, detr_layers, layers
@@ -32,7 +33,7 @@ FASTER = Target(more=True)
 
 
 def rows(options: BenchOptions) -> Iterator[Row]:
-    """Time one tile of each network on the CPU, the overlap of the stages, and a network of full size on a GPU."""
+    """Time a tile of each network on the CPU, the overlap of stages, the start, and a network of full size on a GPU."""
     named = options.model is not None or options.weights is not None
     models = [load_model(options.model, options.weights)] if named else shipped()
     # All of them before the first engine, which changes for good how this process takes memory.
@@ -41,6 +42,7 @@ def rows(options: BenchOptions) -> Iterator[Row]:
     for model, first in zip(models, plain, strict=True):
         yield from engine_rows(model, first, options.rounds)
     yield from flow_rows()
+    yield from start_rows([] if named else [model.spec.name for model in models], options.rounds)
     yield from segment_rows(options)
 
 

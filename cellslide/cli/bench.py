@@ -58,7 +58,7 @@ def command(stages: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     merge     overlapping tiles to one list of nuclei, beside outlines compared one by one
     write     table, GeoParquet and the QuPath file, beside features made one by one; and their memory
     crops     crops around nuclei, beside one read a crop
-    infer     the network, beside the same network run plainly
+    infer     the networks, beside the same networks run plainly; how stages overlap; the start
     classify  the same cells typed with each saving, and how it changes the probabilities
 
     Medians of CPU time; the ratio says how many times better than the stage's first row. With the first five, also
