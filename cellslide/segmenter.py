@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -16,7 +15,7 @@ from cellslide.allocator import share_freed_memory
 from cellslide.config import InferConfig, OutputFormat, SegmentConfig, TileConfig
 from cellslide.detect import Detector, default_workers, start_processes
 from cellslide.device import available_cpus, resolve_device
-from cellslide.errors import CellslideError, UsageError
+from cellslide.errors import UsageError
 from cellslide.infer import Engine, TorchEngine
 from cellslide.models import layers
 from cellslide.onnx import OnnxEngine
@@ -81,7 +80,9 @@ def load_segmenter(load: Load, config: SegmentConfig) -> Segmenter:
 
     Raises what `load` and `open_segmenter` raise.
     """
-    threading.Thread(target=prepare_loops, args=(config.infer.device,)).start()
+    # A device that is not there is told before anything starts.
+    if resolve_device(config.infer.device).type == "cpu":
+        threading.Thread(target=layers.prepare).start()
     pool = start_processes(worker_count(config.infer)) if may_need_decoding(config) else None
     try:
         return open_segmenter(load(config.model, config.weights), config, pool)
@@ -96,14 +97,7 @@ def may_need_decoding(config: SegmentConfig) -> bool:
     if config.model is None or config.weights is not None:
         return True
     entry = Manifest.load().entries.get(config.model)
-    return config.model != "detect" and (entry is None or entry.task == "segment")
-
-
-def prepare_loops(device: str) -> None:
-    """Load the compiled loops of networks, where they run on a CPU."""
-    with suppress(CellslideError):  # who puts the network on the device says it
-        if resolve_device(device).type == "cpu":
-            layers.prepare()
+    return entry is not None and entry.task == "segment"
 
 
 def worker_count(config: InferConfig) -> int:

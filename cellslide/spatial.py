@@ -216,7 +216,10 @@ class RingStream:
         """Return the next `n` outlines as flat rings."""
         parts = self._rest
         while sum(map(len, parts)) < n:
-            parts.append(next(self._batches))
+            batch = next(self._batches, None)
+            if batch is None:
+                raise TableError("the outlines end before the nuclei do; write the table again with --overwrite")
+            parts.append(batch)
         found = _in_one(parts)
         self._rest = [found.slice(n)] if n < len(found) else []
         return polygons_from_wkb(found.slice(0, n))

@@ -20,6 +20,8 @@ from zarr.storage import LocalStore
 
 from cellslide.errors import CellslideError
 
+ZSTD_LEVEL, LZ4_LEVEL = 1, 5
+
 
 @dataclass(frozen=True, slots=True)
 class Nodes:
@@ -34,8 +36,8 @@ class Nodes:
 def codec_of(dtype: np.dtype[Any]) -> BloscCodec | ZstdCodec:
     """Return what packs an array: LZ4 after a bit shuffle for numbers, Zstandard for texts and single bytes."""
     if dtype.kind in "OUST" or dtype.itemsize == 1:
-        return ZstdCodec(level=1)
-    return BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle")
+        return ZstdCodec(level=ZSTD_LEVEL)
+    return BloscCodec(cname="lz4", clevel=LZ4_LEVEL, shuffle="bitshuffle")
 
 
 def write_rows(array: Any, values: NDArray[Any], first: int) -> bool:
@@ -62,11 +64,11 @@ def _chunk_path(array: Any, k: int) -> Path:
 
 def _encoded(chunk: NDArray[Any]) -> bytes:
     if chunk.dtype.kind == "S":
-        return bytes(Zstd(level=1).encode(vlen_utf8(chunk)))
+        return bytes(Zstd(level=ZSTD_LEVEL).encode(vlen_utf8(chunk)))
     plain = np.ascontiguousarray(chunk.astype(chunk.dtype.newbyteorder("<"), copy=False))
     if chunk.dtype.itemsize == 1:
-        return bytes(Zstd(level=1).encode(plain.view(np.uint8)))
-    return bytes(Blosc("lz4", clevel=5, shuffle=Blosc.BITSHUFFLE).encode(plain))
+        return bytes(Zstd(level=ZSTD_LEVEL).encode(plain.view(np.uint8)))
+    return bytes(Blosc("lz4", clevel=LZ4_LEVEL, shuffle=Blosc.BITSHUFFLE).encode(plain))
 
 
 def vlen_utf8(values: NDArray[np.bytes_]) -> bytes:

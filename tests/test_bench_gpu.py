@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from cellslide.bench.fake import DrawnMaps
 from cellslide.bench.gpu import (
     NUCLEI,
     TYPINGS,
-    DrawnMaps,
     busy_row,
     classify_rows,
     network_row,
@@ -79,7 +79,7 @@ def test_drawn_maps_stand_for_what_a_network_finds(engine: TorchEngine) -> None:
             return 7
 
     counting, maps = Counting(), object()
-    drawn = DrawnMaps(counting, maps)  # type: ignore[arg-type]
+    drawn = DrawnMaps(engine.spec, maps, counting)  # type: ignore[arg-type]
     assert drawn.launch(np.zeros((3, 8, 8, 3), np.uint8))() == [maps] * 3 and drawn.peak_device_bytes() == 7
     one_after_another(drawn, np.zeros((3, 8, 8, 3), np.uint8), 8)
     assert counting.tiles == 3 + 8

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cellslide.bench import flow
-from cellslide.bench.infer import engine_rows, picture, plain_row, plainly, shipped
+from cellslide.bench.fake import picture
+from cellslide.bench.infer import engine_rows, plain_row, plainly, shipped
 from cellslide.infer import TileNet
 from cellslide.models.cellvta import CellVTA
 from cellslide.weights import LoadedModel

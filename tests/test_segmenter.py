@@ -10,7 +10,7 @@ import pytest
 
 from cellslide import segmenter
 from cellslide.config import InferConfig, SegmentConfig
-from cellslide.errors import WeightsError
+from cellslide.errors import MissingDependencyError, WeightsError
 from cellslide.segmenter import load_segmenter, may_need_decoding
 from cellslide.types import ModelKind
 from cellslide.weights import LoadedModel
@@ -58,6 +58,15 @@ def test_processes_end_where_the_weights_cannot_be_loaded(processes: Processes) 
     assert processes.ended
 
 
+def test_nothing_starts_for_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*given: object) -> LoadedModel:
+        raise AssertionError(given)
+
+    monkeypatch.setattr(segmenter, "start_processes", never)
+    with pytest.raises(MissingDependencyError, match="cuda:99"):
+        load_segmenter(never, replace(CONFIG, infer=InferConfig(device="cuda:99", workers=1)))
+
+
 @pytest.mark.parametrize(
     ("model", "weights", "expected"),
     [
@@ -65,7 +74,7 @@ def test_processes_end_where_the_weights_cannot_be_loaded(processes: Processes) 
         ("cellslide-nuclei-small", None, True),
         ("cellslide-points-small", None, False),
         ("detect", None, False),
-        ("no-such-model", None, True),  # whoever loads it says so
+        ("no-such-model", None, False),  # whoever loads it says so, and nothing is to be waited for
         ("detect", Path("other.safetensors"), True),
     ],
 )

@@ -333,6 +333,8 @@ def test_outlines_in_their_order_are_those_of_any_range(tmp_path: Path, monkeypa
             np.testing.assert_array_equal(one, other)
         first += n
     assert first == len(table)
+    with pytest.raises(TableError, match="end before the nuclei"):
+        stream.take(1)
 
 
 def test_uuids_as_bytes(tmp_path: Path) -> None:

@@ -1,16 +1,21 @@
-"""Nuclei that exist only as numbers, and a detector that sees them tile by tile: what merge and writers are fed."""
+"""Nuclei that exist only as numbers, a detector that sees them tile by tile, and an engine that finds drawn ones: what
+merge, writers and the flow are fed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cellslide.merge import to_cells
 from cellslide.tiles import TileGrid
-from cellslide.types import Cells, Float64, Instances, Int64, Level, SlideInfo, Tile
+from cellslide.types import Cells, Float64, HoverMaps, Instances, Int64, Level, ModelSpec, SlideInfo, Tile, UInt8
+
+if TYPE_CHECKING:
+    from cellslide.infer import Engine, TileOutput
 
 
 def scattered(n: int, size_px: int, seed: int, radius_px: tuple[float, float] = (5.0, 16.0)) -> tuple[Float64, Float64]:
@@ -88,3 +93,38 @@ def detect_cells(detector: FakeDetector, grid: TileGrid, info: SlideInfo) -> Ite
     """Yield each tile's cells, in tile order, as the pipeline stores them."""
     for tile in grid.tiles():
         yield to_cells(detector.detect(tile), tile, grid.plane, info)
+
+
+class DrawnMaps:
+    """An engine whose every tile comes out as the same drawn maps; `network`, where there is one, runs all the same."""
+
+    name, precision, device, batch_size = "drawn", "fp32", "cpu", 1
+
+    def __init__(self, spec: ModelSpec, maps: HoverMaps, network: Engine | None = None) -> None:
+        self.spec, self._maps, self._network = spec, maps, network
+        if network is not None:
+            self.precision, self.device, self.batch_size = network.precision, network.device, network.batch_size
+
+    def launch(self, images: UInt8) -> Callable[[], list[TileOutput]]:
+        """Take tiles (B, H, W, 3)."""
+        wait = (lambda: None) if self._network is None else self._network.launch(images)
+
+        def fetch() -> list[TileOutput]:
+            wait()
+            return [self._maps for _ in images]
+
+        return fetch
+
+    def peak_device_bytes(self) -> int:
+        """Return what the network holds."""
+        return 0 if self._network is None else self._network.peak_device_bytes()
+
+
+def picture(size_px: int, n: int = 1) -> UInt8:
+    """Return tiles uint8 (n, H, W, 3) of noise: what a network costs does not depend on what it sees."""
+    return np.random.default_rng(0).integers(0, 256, (n, size_px, size_px, 3), np.uint8)
+
+
+def covered_mm2(spec: ModelSpec) -> float:
+    """Return the area of the slide that one tile adds."""
+    return ((spec.tile_px - spec.overlap_px) * spec.mpp / 1000) ** 2

@@ -15,12 +15,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cellslide.bench.decode import synthetic_maps
+from cellslide.bench.fake import DrawnMaps, covered_mm2, picture
 from cellslide.bench.read import write_tiled
-from cellslide.bench.rows import BenchOptions, Row, Target, row
+from cellslide.bench.rows import BenchOptions, Row, Target, row, timed
 from cellslide.config import ClassifyConfig, InferConfig
 from cellslide.detect import Detector, default_workers
 from cellslide.device import available_cpus, resolve_device
@@ -29,7 +29,7 @@ from cellslide.models import layers
 from cellslide.pipeline import read_tile
 from cellslide.slide import Slide, open_slide
 from cellslide.tiles import tile_grid
-from cellslide.types import Float64, HoverDecode, HoverMaps, ModelSpec, Plane, Seconds, UInt8
+from cellslide.types import Float64, HoverDecode, ModelSpec, Plane, Seconds, UInt8
 from cellslide.weights.classifier import LoadedClassifier
 
 # The published CellVTA on UNI.
@@ -90,10 +90,9 @@ def segment_rows(options: BenchOptions) -> Iterator[Row]:
 def network_row(engine: Engine, rounds: int) -> Row:
     """Return the seconds per mm2 of a network alone, batch after batch."""
     spec, size = engine.spec, engine.batch_size
-    images = np.random.default_rng(0).integers(0, 256, (size, spec.tile_px, spec.tile_px, 3), np.uint8)
-    engine.launch(images)()
-    covered = size * ((spec.tile_px - spec.overlap_px) * spec.mpp / 1000) ** 2
-    seconds = [passed(lambda: engine.launch(images)()) / covered for _ in range(rounds)]
+    images = picture(spec.tile_px, size)
+    covered = size * covered_mm2(spec)
+    seconds = [s / covered for s in timed(lambda: engine.launch(images)(), rounds, time.perf_counter)]
     return row("infer", f"{spec.name}, cuda {engine.precision}", seconds, "s a mm2", size, None, Target(0.7))
 
 
@@ -115,7 +114,7 @@ def busy_row(engine: Engine, slide: Slide, workers: int) -> Row:
     spec = engine.spec
     plane = Plane.of(slide.info, spec.mpp)
     tiles = list(tile_grid(plane, spec.tile_px, spec.overlap_px).tiles())
-    drawn = DrawnMaps(engine, synthetic_maps(NUCLEI_A_TILE, spec.tile_px).hover_maps())
+    drawn = DrawnMaps(spec, synthetic_maps(NUCLEI_A_TILE, spec.tile_px).hover_maps(), engine)
     with Detector(drawn, workers) as detector:
         read = partial(read_tile, slide, plane)
         for _ in detector.run(read, tiles[: engine.batch_size], Seconds()):
@@ -136,24 +135,6 @@ def one_after_another(engine: Engine, images: UInt8, n: int) -> None:
         waiting = current
     if waiting is not None:
         waiting()
-
-
-class DrawnMaps:
-    """An engine whose network runs as ever, but whose every tile comes out as the same drawn maps."""
-
-    def __init__(self, engine: Engine, maps: HoverMaps) -> None:
-        self._engine, self._maps = engine, maps
-        self.spec, self.name, self.precision, self.device = engine.spec, engine.name, engine.precision, engine.device
-        self.batch_size = engine.batch_size
-
-    def launch(self, images: UInt8) -> Callable[[], list[TileOutput]]:
-        """Start on tiles (B, H, W, 3)."""
-        wait = self._engine.launch(images)
-        return lambda: [self._maps for _ in wait()]
-
-    def peak_device_bytes(self) -> int:
-        """Return what the engine holds."""
-        return self._engine.peak_device_bytes()
 
 
 def classify_rows(options: BenchOptions) -> Iterator[Row]:
@@ -179,8 +160,7 @@ def typing_row(
     from cellslide.classify.engine import open_classifier
 
     classifier = open_classifier(loaded, replace(typing.config, infer=infer))
-    classifier.measure()
-    return _typed(typing, [passed(lambda: gather(slide, xy, 0, classifier)) for _ in range(rounds)], len(xy))
+    return _typed(typing, timed(lambda: gather(slide, xy, 0, classifier), rounds, time.perf_counter), len(xy))
 
 
 def _typed(typing: Typing, seconds: Sequence[float], count: int) -> Row:
@@ -193,6 +173,4 @@ def passed(call: Callable[[], object]) -> float:
     """Return the seconds that a call takes."""
     begin = time.perf_counter()
     call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
     return time.perf_counter() - begin

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from functools import partial
 from unittest.mock import patch
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cellslide.bench.fake import covered_mm2, picture
 from cellslide.bench.flow import flow_rows
 from cellslide.bench.gpu import segment_rows
-from cellslide.bench.rows import BenchOptions, Row, Target, row
+from cellslide.bench.rows import BenchOptions, Row, Target, row, timed
 from cellslide.bench.start import start_rows
 from cellslide.config import InferConfig, Precision
 from cellslide.infer import TileNet, TorchEngine
@@ -135,24 +135,3 @@ class Masked:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend with queries, keys and values (B, heads, N, d)."""
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
-
-
-def timed(call: Callable[[], object], rounds: int, clock: Callable[[], float]) -> list[float]:
-    """Return the seconds of each round; a first call, not counted, loads what it needs."""
-    call()
-    seconds = []
-    for _ in range(rounds):
-        begin = clock()
-        call()
-        seconds.append(clock() - begin)
-    return seconds
-
-
-def picture(size_px: int) -> UInt8:
-    """Return a tile uint8 (1, H, W, 3) of noise: what a network costs does not depend on what it sees."""
-    return np.random.default_rng(0).integers(0, 256, (1, size_px, size_px, 3), np.uint8)
-
-
-def covered_mm2(spec: ModelSpec) -> float:
-    """Return the area of the slide that one tile adds."""
-    return ((spec.tile_px - spec.overlap_px) * spec.mpp / 1000) ** 2

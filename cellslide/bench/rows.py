@@ -149,6 +149,17 @@ def cpu_ms(call: Callable[[], int], rounds: int) -> tuple[int, list[float]]:
     return count, times
 
 
+def timed(call: Callable[[], object], rounds: int, clock: Callable[[], float]) -> list[float]:
+    """Return the seconds of each round; a first call, not counted, loads what it needs."""
+    call()
+    seconds = []
+    for _ in range(rounds):
+        begin = clock()
+        call()
+        seconds.append(clock() - begin)
+    return seconds
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Where rows were measured: processor, cores this process may use, GPU or an empty string, versions by name."""
