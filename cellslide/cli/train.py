@@ -50,8 +50,13 @@ def course_options(samples: str) -> Callable[[Any], Any]:
 
 
 shared_options = chain(
-    click.argument("datasets", nargs=-1, required=True, metavar="DATASET...", type=FOLDER), course_options("crops")
-)
+    click.argument("datasets", nargs=-1, required=True, metavar="DATASET...", type=FOLDER),
+    course_options("crops"),
+    click.option(
+        "--fold", metavar="K/N",
+        help="Cross-validate: part K of N, by patient or organ, validates in place of what the recipe says.",
+    ),
+)  # fmt: skip
 
 
 @click.group()
@@ -70,9 +75,13 @@ def command() -> None:
 @command.command()
 @shared_options
 @click.option("--init", type=FILE, help="Weights of the whole model to start from.")
+@click.option(
+    "--encoder-weights", metavar="FILE|ID",
+    help="Encoder to start from: weights of a timm network (EfficientNet-Lite too), of a ViT, or an id of the manifest.",
+)
 @click.option("--mpp", type=float, help="Pixel size that all sets are resampled to, µm per pixel.")
 @click.option("--crop-size", "crop_px", type=int, help="Edge of the training crops, px.")
-def cellvta(recipe: Path | None, init: Path | None, **rest: Any) -> None:
+def cellvta(recipe: Path | None, init: Path | None, encoder_weights: str | None, **rest: Any) -> None:  # fmt: skip
     """Train CellVTA (or any model with its branches) on DATASET folders.
 
     Writes model.safetensors, model.yaml and card.json (best by validation bPQ), last/ (newest), last.ckpt and logs/.
@@ -83,7 +92,7 @@ def cellvta(recipe: Path | None, init: Path | None, **rest: Any) -> None:
     from cellslide.train.run import train
 
     datasets, options, overrides = _run_options(init, rest)
-    train(datasets, load_recipe(recipe, overrides), options)
+    train(datasets, load_recipe(recipe, overrides, encoder_weights), options)
 
 
 @command.command("nuclass-local")

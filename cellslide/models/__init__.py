@@ -25,6 +25,12 @@ def _cellvta(config: Mapping[str, Any]) -> nn.Module:
     return CellVTA(CellVTAConfig(**config))
 
 
+def _hover_unet(config: Mapping[str, Any]) -> nn.Module:
+    from cellslide.models.hover_unet import HoverUNet, HoverUNetConfig
+
+    return HoverUNet(HoverUNetConfig(**config))
+
+
 def _cellvit(arch: str, config: Mapping[str, Any]) -> nn.Module:
     from cellslide.models.cellvit import build
 
@@ -68,6 +74,7 @@ _CELLVIT = (
 
 ARCHITECTURES: dict[str, Builder] = {
     "cellvta": _cellvta,
+    "hover_unet": _hover_unet,
     **{name: partial(_cellvit, name) for name in _CELLVIT},
     "nuclass": _nuclass,
     "celldetr": _celldetr,

@@ -235,12 +235,66 @@ def is_hf_dinov3(state: State) -> bool:
     return "embeddings.register_tokens" in state
 
 
+# Names inside a block of an EfficientNet in the files of efficientnet-pytorch, and timm's for them: a block without
+# expansion has two batch norms, one with it three.
+_PLAIN_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_EXPANDED_BLOCK = {
+    "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2", "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}  # fmt: skip
+_AROUND_BLOCKS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_LAST_LAYERS = ("conv_head.", "bn2.", "classifier.")
+
+
+def is_efficientnet(state: State) -> bool:
+    """Tell whether names are those of efficientnet-pytorch, in which EfficientNet-Lite is published."""
+    return "_conv_stem.weight" in state
+
+
+def efficientnet_to_timm(state: State, backbone: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of an EfficientNet-Lite under timm's names.
+
+    Its blocks are counted through, timm's within stages; stages and last layers that `backbone` was built without are
+    left out. Raises KeyError for a name that no EfficientNet-Lite has.
+    """
+    expanded = {name.split(".")[1] for name in state if "._expand_conv." in name}
+    stages = _stages(state)
+    own = {name.split(".")[1] for name in backbone.state_dict() if name.startswith("blocks.")}
+    found = {}
+    for name, tensor in state.items():
+        if name.startswith("_blocks."):
+            _, block, part, leaf = name.split(".")
+            names = _EXPANDED_BLOCK if block in expanded else _PLAIN_BLOCK
+            stage, place = stages[int(block)]
+            if str(stage) in own:
+                found[f"blocks.{stage}.{place}.{names[part]}.{leaf}"] = tensor
+        else:
+            part, leaf = name.split(".")
+            found[f"{_AROUND_BLOCKS[part]}.{leaf}"] = tensor
+    kept = set(backbone.state_dict())
+    return {name: t for name, t in found.items() if name in kept or not name.startswith(_LAST_LAYERS)}
+
+
+def _stages(state: State) -> list[tuple[int, int]]:
+    """Return (stage, place in it) of each block: a stage begins where the number of channels that comes out changes."""
+    n = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("_blocks."))
+    widths = [int(state[f"_blocks.{i}._project_conv.weight"].shape[0]) for i in range(n)]
+    places: list[tuple[int, int]] = []
+    for i, width in enumerate(widths):
+        stage, place = places[-1] if places else (-1, 0)
+        places.append((stage, place + 1) if i and width == widths[i - 1] else (stage + 1, 0))
+    return places
+
+
 def to_timm(state: State, backbone: nn.Module) -> dict[str, Tensor]:
-    """Return a backbone's tensors under timm's names: DINOv3 of transformers or Meta, else as they are.
+    """Return a backbone's tensors under timm's names: DINOv3 of transformers or Meta, EfficientNet-Lite, else as they
+    are.
 
     Biases and a mask token that a DINOv3 file leaves out are zero; where `backbone` has no place for them, zero biases
     and the mask token are left out, as is the classifier of a timm file.
     """
+    if is_efficientnet(state):
+        return efficientnet_to_timm(state, backbone)
     if is_hf_dinov3(state):
         found = _join_qkv(rename(state, HF_DINOV3))
     elif "storage_tokens" in state:

@@ -23,9 +23,11 @@ from cellslide.models.layers import (
     HoverBranch,
     MSDeformAttn,
     PatchEmbed,
+    enlarged,
     reference_points,
     resample_abs_pos_embed,
 )
+from cellslide.models.pyramid import conv_network
 from cellslide.models.windows import Windows
 
 Shapes = Sequence[tuple[int, int]]
@@ -35,6 +37,8 @@ Shapes = Sequence[tuple[int, int]]
 class CellVTAConfig:
     """Sizes of a CellVTA; the defaults are the published UNI variant on PanNuke.
 
+    prior               convolutional network of timm whose maps at 1/2 to 1/32 are the spatial prior, so that it can start
+                        from weights that have seen images; None is the published stem, of width `conv_inplane`.
     num_nuclei_classes  includes background; 0 leaves the type branch out.
     num_tissue_classes  0 leaves the (constant) tissue head out.
     decoder_widths      skip channels at scale 1, 1/2, 1/4, 1/8; None takes the published ones for `embed_dim`.
@@ -56,6 +60,7 @@ class CellVTAConfig:
     drop_path_rate: float = 0.0
     interaction_indexes: tuple[tuple[int, int], ...] = ((0, 5), (6, 11), (12, 17), (18, 23))
     conv_inplane: int = 64
+    prior: str | None = None
     n_points: int = 4
     deform_num_heads: int = 8
     deform_ratio: float = 0.5
@@ -96,8 +101,7 @@ class SpatialPrior(nn.Module):
         self.conv2 = self._down(p, 2 * p)
         self.conv3 = self._down(2 * p, 4 * p)
         self.conv4 = self._down(4 * p, 4 * p)
-        for i, c_in in enumerate((p, 2 * p, 4 * p, 4 * p), start=1):
-            setattr(self, f"fc{i}", nn.Conv2d(c_in, dim, 1))
+        add_projections(self, (p, 2 * p, 4 * p, 4 * p), dim)
 
     @staticmethod
     def _down(c_in: int, c_out: int) -> nn.Sequential:
@@ -115,8 +119,37 @@ class SpatialPrior(nn.Module):
         c2 = self.conv2(c1)
         c3 = self.conv3(c2)
         c4 = self.conv4(c3)
-        flat = [fc(c).flatten(2).transpose(1, 2) for fc, c in ((self.fc2, c2), (self.fc3, c3), (self.fc4, c4))]
-        return self.fc1(c1), *flat
+        return self.fc1(c1), *flattened((self.fc2(c2), self.fc3(c3), self.fc4(c4)))
+
+
+class PyramidPrior(nn.Module):
+    """Spatial prior from a convolutional network of timm: its maps at 1/2, 1/4, 1/8 and 1/16, projected to `dim`.
+
+    The map at 1/32, which knows most of what is in the image, is enlarged and added to the last. Raises ValueError if
+    timm has no such network, or if it has no maps of these sizes.
+    """
+
+    def __init__(self, name: str, dim: int) -> None:
+        super().__init__()
+        self.net, self._indices, channels = conv_network(name, (2, 4, 8, 16, 32))
+        add_projections(self, channels, dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        maps = self.net.forward_intermediates(x, indices=self._indices, intermediates_only=True)
+        c1, c2, c3, c4, c5 = (getattr(self, f"fc{i}")(c) for i, c in enumerate(maps, start=1))
+        c4 = c4 + enlarged(c5, 2)[..., : c4.shape[-2], : c4.shape[-1]]
+        return c1, *flattened((c2, c3, c4))
+
+
+def add_projections(prior: nn.Module, channels: Sequence[int], dim: int) -> None:
+    """Give a spatial prior its 1x1 convolutions fc1, fc2 and so on, from `channels` of its maps to `dim`."""
+    for i, c_in in enumerate(channels, start=1):
+        setattr(prior, f"fc{i}", nn.Conv2d(c_in, dim, 1))
+
+
+def flattened(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return maps (B, C, h, w) as tokens (B, h * w, C)."""
+    return tuple(c.flatten(2).transpose(1, 2) for c in maps)
 
 
 class DepthwiseConv(nn.Module):
@@ -238,7 +271,7 @@ class AdapterEncoder(nn.Module):
             Block(dim, cfg.num_heads, cfg.mlp_ratio, cfg.init_values, drop_path=rate) for rate in rates
         )
         self.level_embed = nn.Parameter(torch.zeros(3, dim))
-        self.spm = SpatialPrior(cfg.conv_inplane, dim)
+        self.spm = PyramidPrior(cfg.prior, dim) if cfg.prior else SpatialPrior(cfg.conv_inplane, dim)
         last = len(cfg.interaction_indexes) - 1
         self.interactions = nn.ModuleList(
             InteractionBlock(cfg, cfg.n_extra_extractors if i == last else 0) for i in range(last + 1)
@@ -282,24 +315,6 @@ class AdapterEncoder(nn.Module):
         if self.head is None or self.norm is None or self.cls_token is None or pos is None:
             return None
         return self.head(self.norm((self.cls_token + pos[:, :1]).expand(x.shape[0], -1, -1))[:, 0])
-
-
-def enlarged(x: Tensor, scale: int) -> Tensor:
-    """Enlarge maps (B, C, h, w) bilinearly by a whole factor.
-
-    Without a gradient to keep on a CPU, by a product with each axis' weights, which is several times as fast as
-    torch's own filter and differs by rounding.
-    """
-    if scale == 1:
-        return x
-    if x.device.type != "cpu" or torch.is_grad_enabled():
-        return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
-    down, across = (
-        F.interpolate(torch.eye(n)[None], scale_factor=scale, mode="linear", align_corners=False)[0].t().to(x.dtype)
-        for n in x.shape[-2:]
-    )
-    rows = down @ x.permute(0, 2, 3, 1).flatten(2)  # (B, scale * h, w * C)
-    return (across @ rows.unflatten(2, (x.shape[-1], -1))).permute(0, 3, 1, 2)
 
 
 def _to_map(tokens: Tensor, shape: tuple[int, int]) -> Tensor:

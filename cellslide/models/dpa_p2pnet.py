@@ -12,8 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cellslide.models.muse import conv_network
 from cellslide.models.point_head import PointHead, PointOutput, found_points, mask_head, size_of
+from cellslide.models.pyramid import conv_network
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +70,13 @@ class TwoPyramids(nn.Module):
 
     def __init__(self, config: DpaP2pnetConfig) -> None:
         super().__init__()
-        self.backbone, channels = conv_network(config.encoder)
+        self.backbone, self._indices, channels = conv_network(config.encoder, (4, 8, 16, 32))
         self.neck = Pyramid(channels, config.hidden, config.n_levels)
         self.neck1 = Pyramid(channels, config.hidden, 1)
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the maps that the points are read from, the finest first, and the one for the mask."""
-        maps = self.backbone.forward_intermediates(x, indices=4, norm=False, intermediates_only=True)
+        maps = self.backbone.forward_intermediates(x, indices=self._indices, norm=False, intermediates_only=True)
         return self.neck(maps), self.neck1(maps)[0]
 
 

@@ -269,6 +269,24 @@ def reference_points(shapes: Sequence[tuple[int, int]], device: torch.device, dt
     return torch.cat(points)[None, :, None].to(dtype)
 
 
+def enlarged(x: Tensor, scale: int) -> Tensor:
+    """Enlarge maps (B, C, h, w) bilinearly by a whole factor.
+
+    Without a gradient to keep on a CPU, by a product with each axis' weights, which is several times as fast as
+    torch's own filter and differs by rounding.
+    """
+    if scale == 1:
+        return x
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+    down, across = (
+        F.interpolate(torch.eye(n)[None], scale_factor=scale, mode="linear", align_corners=False)[0].t().to(x.dtype)
+        for n in x.shape[-2:]
+    )
+    rows = down @ x.permute(0, 2, 3, 1).flatten(2)  # (B, scale * h, w * C)
+    return (across @ rows.unflatten(2, (x.shape[-1], -1))).permute(0, 3, 1, 2)
+
+
 class Conv2DBlock(nn.Module):
     """3×3 convolution, batch norm, ReLU."""
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cellslide.models.layers import Block, PatchEmbed
+from cellslide.models.pyramid import conv_network
 
 STRIDE_PX = 4
 # Strides of the four maps that the decoder reads.
@@ -206,30 +207,11 @@ class ConvEncoder(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.encoder, self.channels = conv_network(name)
+        self.encoder, self._indices, self.channels = conv_network(name, _STRIDES)
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        maps = self.encoder.forward_intermediates(x, indices=4, intermediates_only=True)
+        maps = self.encoder.forward_intermediates(x, indices=self._indices, intermediates_only=True)
         return maps, maps[-1].mean(dim=(2, 3))
-
-
-def conv_network(name: str) -> tuple[nn.Module, tuple[int, int, int, int]]:
-    """Return a network of timm without what stands after its last map, and the channels at strides 4, 8, 16, 32.
-
-    Raises ValueError when timm has no such network or it has no such maps.
-    """
-    # timm takes a second to import, which those who read checkpoints of other models need not wait for.
-    from cellslide.models.backbones import create_backbone
-
-    network = create_backbone(name)
-    info = list(getattr(network, "feature_info", []))[-4:]
-    if tuple(level["reduction"] for level in info) != _STRIDES or not hasattr(network, "forward_intermediates"):
-        raise ValueError(f"encoder {name!r}: has no maps at strides 4, 8, 16 and 32; take a resnet or convnext of timm")
-    for part in ("head", "conv_head", "bn2", "norm_head", "global_pool"):
-        if hasattr(network, part):
-            setattr(network, part, nn.Identity())
-    c1, c2, c3, c4 = (int(level["num_chs"]) for level in info)
-    return network, (c1, c2, c3, c4)
 
 
 class Decoder(nn.Module):

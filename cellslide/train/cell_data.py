@@ -84,7 +84,7 @@ def load_cell_sets(paths: Sequence[Path], recipe: NuClassRecipe) -> list[CellSet
     Raises UsageError on an unknown patient, organ or pixel size, or if no cell is left to train.
     """
     sets = []
-    for path, chosen in zip(paths, choose_samples(paths, recipe.datasets, CellSetConfig()), strict=True):
+    for path, chosen in zip(paths, choose_samples(paths, recipe.datasets, CellSetConfig(), recipe.fold), strict=True):
         name = path.resolve().name
         config = recipe.datasets.get(name, CellSetConfig())
         parts = ([s for s in part if s.points_path is not None] for part in (chosen.train, chosen.val))

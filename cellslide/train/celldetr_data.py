@@ -51,7 +51,9 @@ def load_box_sets(paths: Sequence[Path], recipe: CellDETRRecipe) -> list[BoxSet]
     def outlined(sample: Sample, config: DatasetConfig) -> TrainImage:
         return _outlined(sample, config, recipe)
 
-    return read_sets(paths, recipe.datasets, outlined, lambda sample, config: marked(sample, config, recipe))
+    return read_sets(
+        paths, recipe.datasets, outlined, lambda sample, config: marked(sample, config, recipe), recipe.fold
+    )
 
 
 def _outlined(sample: Sample, config: DatasetConfig, recipe: CellDETRRecipe) -> TrainImage:

@@ -127,6 +127,7 @@ class CellDETRRecipe(RunLength):
     epoch_samples: int = 4000
     max_minutes: float | None = None
     nuclei_share: float = 0.8
+    fold: str | None = None
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     channels_last: bool = True

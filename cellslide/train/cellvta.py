@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from cellslide.train.losses import hover_losses
 from cellslide.train.module import ImageTraining
 from cellslide.train.recipe import Recipe
 from cellslide.types import HoverDecode, HoverMaps, Int32, UInt8
+from cellslide.weights.backbone import fill_backbone
 
 
 class CellVTATraining(ImageTraining):
@@ -42,7 +44,7 @@ class CellVTATraining(ImageTraining):
 
     def rate_share(self, name: str) -> float:
         """Return the share of the learning rate of a parameter: the ViT has its own."""
-        return self.recipe.optim.encoder_lr_scale if is_encoder(name) else 1.0
+        return self.recipe.optim.encoder_lr_scale if name.startswith(encoder_parts(self.model)) else 1.0
 
     def train(self, mode: bool = True) -> CellVTATraining:
         """Switch modes, leaving a frozen encoder in evaluation mode."""
@@ -73,38 +75,60 @@ class CellVTATraining(ImageTraining):
 
 # The published adapter is trained beside the frozen ViT; these are the ViT's own parts.
 VIT_PARTS = ("encoder.blocks.", "encoder.patch_embed.", "encoder.cls_token", "encoder.pos_embed", "encoder.norm.")
+# Where a convolutional network of timm stands in a model that has one.
+PYRAMIDS = ("encoder.spm.net", "encoder")
 
 
-def is_encoder(name: str) -> bool:
-    """Whether a parameter belongs to the ViT itself, not to the adapter or the decoder."""
-    return name.startswith(VIT_PARTS)
+def pyramid_of(model: nn.Module) -> str | None:
+    """Return the name of the convolutional network of timm in a model, None if it has none."""
+    for name in PYRAMIDS:
+        with suppress(AttributeError):
+            if hasattr(model.get_submodule(name), "feature_info"):
+                return name
+    return None
+
+
+def encoder_parts(model: nn.Module) -> tuple[str, ...]:
+    """Return the beginnings of the names of what `encoder_weights` fills: a network of timm, else the ViT."""
+    pyramid = pyramid_of(model)
+    return VIT_PARTS if pyramid is None else (f"{pyramid}.",)
 
 
 def freeze_encoder(model: nn.Module) -> None:
-    """Stop the gradient of the ViT's parameters."""
+    """Stop the gradient of the encoder's parameters."""
     for name, parameter in model.named_parameters():
-        if is_encoder(name):
+        if name.startswith(encoder_parts(model)):
             parameter.requires_grad_(False)
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the modules of the ViT that stay in evaluation mode when it is frozen."""
-    return [module for name, module in model.named_modules() if f"{name}." in VIT_PARTS]
+    """Return the modules of the encoder that stay in evaluation mode when it is frozen."""
+    return [module for name, module in model.named_modules() if f"{name}." in encoder_parts(model)]
 
 
-def load_start(model: nn.Module, path: Path, encoder_only: bool = False) -> None:
-    """Load weights to start from (a file, or the folder of a run); raises as `read_state`, and if they do not fit.
-
-    `encoder_only` takes ViT weights with or without the prefix `encoder.` and leaves everything else as it is.
-    """
+def load_start(model: nn.Module, path: Path) -> None:
+    """Load weights to start from (a file, or the folder of a run); raises as `read_state`, and if they do not fit."""
     state = read_state(path)
-    wanted = model.state_dict()
-    if encoder_only:
-        state = {k if k.startswith("encoder.") else f"encoder.{k}": v for k, v in state.items()}
-        wanted = {k: v for k, v in wanted.items() if is_encoder(k)}
-        state = {k: v for k, v in state.items() if k in wanted}
-    check_fit(wanted, state, f"{path}: does not fit")
-    model.load_state_dict(state, strict=not encoder_only)
+    check_fit(model.state_dict(), state, f"{path}: does not fit")
+    model.load_state_dict(state)
+
+
+def load_encoder(model: nn.Module, source: str) -> None:
+    """Fill the encoder with published weights and leave everything else as it is.
+
+    A network of timm takes what `fill_backbone` takes, a ViT the tensors of a file, with or without the prefix
+    `encoder.`. Raises WeightsError if they do not fit.
+    """
+    pyramid = pyramid_of(model)
+    if pyramid is not None:
+        fill_backbone(model.get_submodule(pyramid), source)
+        return
+    state = read_state(Path(source))
+    wanted = {k: v for k, v in model.state_dict().items() if k.startswith(VIT_PARTS)}
+    named = {k if k.startswith("encoder.") else f"encoder.{k}": v for k, v in state.items()}
+    state = {k: v for k, v in named.items() if k in wanted}
+    check_fit(wanted, state, f"{source}: does not fit")
+    model.load_state_dict(state, strict=False)
 
 
 @torch.no_grad()

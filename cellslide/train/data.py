@@ -5,6 +5,7 @@ Every crop is a function of (seed, draw number) alone, so neither workers nor re
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import Sample, read_dataset
+from cellslide.train.artefacts import add_artefact
 from cellslide.train.augment import crop_matrix, pale_nuclei, recolor, warp
 from cellslide.train.loaders import Draws, draw_loader
-from cellslide.train.recipe import DatasetConfig, Recipe, Supervision, ValConfig
+from cellslide.train.recipe import DatasetConfig, Fold, Recipe, Supervision, ValConfig
 from cellslide.train.targets import IGNORE, hover_map, point_labels, single_nuclei
 from cellslide.types import Bool, Float64, Int32, UInt8
 
@@ -93,7 +95,7 @@ def load_sets(paths: Sequence[Path], recipe: Recipe) -> list[TrainSet]:
     def prepared(sample: Sample, config: DatasetConfig) -> TrainImage:
         return prepare(sample, config, recipe)
 
-    return read_sets(paths, recipe.datasets, prepared, prepared)
+    return read_sets(paths, recipe.datasets, prepared, prepared, recipe.fold)
 
 
 def read_sets(
@@ -101,13 +103,14 @@ def read_sets(
     configs: Mapping[str, DatasetConfig],
     train: Callable[[Sample, DatasetConfig], TrainT],
     val: Callable[[Sample, DatasetConfig], ValT],
+    fold: str | None = None,
 ) -> list[ImageSet[TrainT, ValT]]:
     """Return the data sets, `configs` by the folders' names, each image as `train` or `val` makes it of its sample.
 
     Raises UsageError as `choose_samples` does, and if nothing is left to train.
     """
     sets = []
-    for path, chosen in zip(paths, choose_samples(paths, configs, DatasetConfig()), strict=True):
+    for path, chosen in zip(paths, choose_samples(paths, configs, DatasetConfig(), fold), strict=True):
         name = path.resolve().name
         config = configs.get(name, DatasetConfig())
         # A set that is never drawn is there to validate.
@@ -128,6 +131,8 @@ class SetConfig(Protocol):
     def val(self) -> ValConfig: ...
     @property
     def exclude_patients(self) -> tuple[str, ...]: ...
+    @property
+    def folds(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,33 +143,75 @@ class Chosen:
     val: list[Sample]
 
 
-def choose_samples(paths: Sequence[Path], configs: Mapping[str, SetConfig], default: SetConfig) -> list[Chosen]:
+def choose_samples(
+    paths: Sequence[Path], configs: Mapping[str, SetConfig], default: SetConfig, fold: str | None = None
+) -> list[Chosen]:
     """Return which samples of each data set train and validate, `configs` by the folders' names.
 
-    A patient that validates in one set trains in none. Raises UsageError for a name or a patient that is not there.
+    `fold` "K/N" takes the place of what the sets say of validation. A patient that validates in one set trains in none.
+    Raises UsageError for a name, a patient, an organ or an image that is not there.
     """
     names = [path.resolve().name for path in paths]
     unused = sorted(set(configs) - set(names))
     if unused:
         raise UsageError(f"recipe datasets: no DATASET folder is named {', '.join(unused)}")
-    found = [_choose(path, configs.get(name, default)) for path, name in zip(paths, names, strict=True)]
+    part = Fold.of(fold)
+    found = [_choose(path, configs.get(name, default), part) for path, name in zip(paths, names, strict=True)]
     held_out = {s.patient for chosen in found for s in chosen.val if s.patient}
     return [Chosen([s for s in chosen.train if s.patient not in held_out], chosen.val) for chosen in found]
 
 
-def _choose(path: Path, config: SetConfig) -> Chosen:
+def _choose(path: Path, config: SetConfig, fold: Fold | None) -> Chosen:
     samples = [s for s in read_dataset(path).samples if s.patient not in config.exclude_patients and s.split != "test"]
+    if fold is not None:
+        return _choose_fold(samples, config, fold)
     val = [s for s in samples if _validates(s, config.val)]
-    missing = sorted(set(config.val.patients) - {s.patient for s in val})
-    if missing:
-        name = path.resolve().name
-        raise UsageError(f"{path}: recipe datasets.{name}.val.patients: no such patient {', '.join(missing)}")
+    for name in ("patients", "organs", "images"):
+        missing = sorted(set(getattr(config.val, name)) - {_val_key(s, name) for s in val})
+        if missing:
+            where = f"{path}: recipe datasets.{path.resolve().name}.val.{name}"
+            raise UsageError(f"{where}: no such {name.removesuffix('s')} {', '.join(missing)}")
     return Chosen([s for s in samples if s not in val and config.split in (None, s.split)], val)
+
+
+def _choose_fold(samples: list[Sample], config: SetConfig, fold: Fold) -> Chosen:
+    if not config.folds:
+        # What is no truth teaches without the patients of the fold, wherever their truth is.
+        return Chosen([s for s in samples if not s.patient or _part_of(s.patient, fold) != fold.index - 1], [])
+    parts = _parts(samples, fold)
+    pairs = list(zip(samples, parts, strict=True))
+    train, val = ([s for s, part in pairs if (part == fold.index - 1) is held] for held in (False, True))
+    return Chosen(train, val)
+
+
+def _parts(samples: Sequence[Sample], fold: Fold) -> list[int]:
+    """Return the part of each sample: that of its patient, or of its organ, or its place in the order of the images."""
+    organs = {s.organ for s in samples}
+    return [
+        _part_of(s.patient, fold) if s.patient
+        else _part_of(s.organ, fold) if len(organs) > 1
+        else i * fold.count // len(samples)
+        for i, s in enumerate(samples)
+    ]  # fmt: skip
+
+
+def _part_of(group: str, fold: Fold) -> int:
+    return zlib.crc32(group.encode()) % fold.count
+
+
+_VAL_KEYS: Mapping[str, Callable[[Sample], str]] = {
+    "patients": lambda s: s.patient, "organs": lambda s: s.organ, "images": lambda s: s.stem
+}  # fmt: skip
+
+
+def _val_key(sample: Sample, name: str) -> str:
+    return _VAL_KEYS[name](sample)
 
 
 def _validates(sample: Sample, val: ValConfig) -> bool:
     """Whether a sample validates under a data set's settings."""
-    return sample.patient in val.patients or (val.split is not None and sample.split == val.split)
+    named = any(_val_key(sample, name) in getattr(val, name) for name in _VAL_KEYS)
+    return named or (val.split is not None and sample.split == val.split)
 
 
 def prepare(sample: Sample, config: DatasetConfig, recipe: Recipe) -> TrainImage:
@@ -301,6 +348,7 @@ class CropDataset(Dataset[Crops]):
         matrix = crop_matrix(rng, self.recipe.augment, centre, crop)
         image, labels = warp(item.image, item.labels, matrix, crop)
         image = pale_nuclei(rng, self.recipe.augment, image, labels)
+        image, labels = add_artefact(rng, self.recipe.augment, image, labels)
         return recolor(rng, self.recipe.augment, image), labels, item
 
 

@@ -27,6 +27,7 @@ class CellSetConfig:
     organ             one of the recipe's organs; None takes the manifest's where its first word is one, else unknown.
     mpp               µm/px of the images where the manifest states none.
     classes           names of the points' classes that the recipe calls otherwise; points of other classes are dropped.
+    folds             whether its images validate in a cross-validation.
     """
 
     split: str | None = "train"
@@ -35,6 +36,7 @@ class CellSetConfig:
     organ: str | None = None
     mpp: float | None = None
     classes: Mapping[str, str] = field(default_factory=dict)
+    folds: bool = True
 
     def __post_init__(self) -> None:
         require(self.split != "test", "datasets.split", self.split, "another split: test data never enters training")
@@ -169,6 +171,7 @@ class NuClassRecipe(RunLength):
     max_minutes: float | None = None
     freeze_epochs: float = 1.0
     monitor: str = "val/macro_f1"
+    fold: str | None = None
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = True

@@ -104,7 +104,7 @@ def load_point_sets(paths: Sequence[Path], recipe: PointsRecipe) -> list[PointSe
     def prepared(sample: Sample, config: DatasetConfig) -> PointImage:
         return prepare(sample, config, recipe, around())
 
-    return read_sets(paths, recipe.datasets, prepared, prepared)
+    return read_sets(paths, recipe.datasets, prepared, prepared, recipe.fold)
 
 
 @dataclass(frozen=True, slots=True)

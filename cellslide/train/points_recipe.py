@@ -112,6 +112,7 @@ class PointsRecipe(RunLength):
     centred: float = 0.5
     balance: float = 0.0
     mask_radius_um: float = 2.0
+    fold: str | None = None
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = True

@@ -27,10 +27,40 @@ def require(ok: bool, key: str, value: object, legal: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ValConfig:
-    """Which samples of a data set validate: whole patients, or a split of the manifest. Patients never straddle."""
+    """Which samples of a data set validate: whole patients, whole organs, a split of the manifest, or images by name
+    (without suffix). Patients never straddle."""
 
     patients: tuple[str, ...] = ()
+    organs: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
     split: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """One fold of a cross-validation, "K/N" with K from 1: every K-th of N parts validates, the others train.
+
+    The parts of a data set are made of whole patients, of whole organs where no patient is named, and of runs of
+    consecutive images where there is one organ; what a set's `val` says is pooled with the rest. A patient or an organ
+    is in the same part in every data set, whatever else is in them.
+    """
+
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        ok = self.count >= 2 and 1 <= self.index <= self.count
+        require(ok, "fold", f"{self.index}/{self.count}", "K/N with N of 2 or more and K from 1 to N")
+
+    @classmethod
+    def of(cls, text: str | None) -> Fold | None:
+        """Read "K/N"; None stays None. Raises UsageError for anything else."""
+        if text is None:
+            return None
+        first, _, second = text.partition("/")
+        if not (first.isdigit() and second.isdigit()):
+            raise UsageError(f"recipe fold: {text} must be K/N, such as 1/5")
+        return cls(int(first), int(second))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +73,8 @@ class DatasetConfig:
                      `nucleus_um` as its diameter).
     weight           share of the drawn crops, relative to the other sets.
     split            the rows of the manifest that are used at all; "test" is never read.
+    folds            whether its images validate in a cross-validation; False for labels that are no truth, which only
+                     train, without the patients that validate elsewhere.
     trust_single     foreground sets: train the HoVer branch too where a blob holds one nucleus.
     exclude_patients patients that are left out altogether, because they stand in a set kept for evaluation.
     point_radius_um, background_um
@@ -54,6 +86,7 @@ class DatasetConfig:
     mpp: float | str = "manifest"
     nucleus_um: float = 5.25
     split: str | None = "train"
+    folds: bool = True
     trust_single: bool = True
     exclude_patients: tuple[str, ...] = ()
     point_radius_um: float = 1.25
@@ -74,11 +107,13 @@ class AugmentConfig:
     """Strength of the augmentation; a probability of 0 turns a step off.
 
     Ranges are (low, high); `he_scale` and `he_shift` act on stain amounts, `od_shift` on the optical density.
-    `pale_p` is the share of crops in which some nuclei are bleached from within, as vesicular nuclei are.
+    `pale_p` is the share of crops in which some nuclei are bleached from within, as vesicular nuclei are, `artefact_p`
+    the share that gets a patch out of focus, ink, a fold, or the rim of a bubble.
     """
 
     flip: bool = True
     pale_p: float = 0.0
+    artefact_p: float = 0.0
     rotate_p: float = 0.5
     scale: Range = (0.7, 1.4)
     scale_p: float = 0.8
@@ -102,7 +137,7 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.scale[0] <= self.scale[1], "augment.scale", self.scale, "a rising pair above 0")
-        for name in ("pale_p", "rotate_p", "scale_p", "stain_p", "color_p", "blur_p", "sharpen_p", "jpeg_p", "noise_p"):
+        for name in ("pale_p", "artefact_p", "rotate_p", "scale_p", "stain_p", "color_p", "blur_p", "sharpen_p", "jpeg_p", "noise_p"):
             require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "0 to 1")
 
 
@@ -182,15 +217,17 @@ class RunLength:
     batch_size: int
     epochs: int
     epoch_samples: int
+    fold: str | None
 
     def check_length(self, least_batch: int) -> None:
-        """Raise UsageError for an id, a pixel size or a length that cannot be."""
+        """Raise UsageError for an id, a pixel size, a length or a fold that cannot be."""
         require(is_id(self.id), "id", repr(self.id), "letters, digits, dots, hyphens and underscores")
         require(0.05 <= self.mpp <= 2, "mpp", self.mpp, "0.05 to 2 µm/px")
         require(self.batch_size >= least_batch, "batch_size", self.batch_size, f"{least_batch} or more")
         require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         ok = self.epoch_samples >= self.batch_size
         require(ok, "epoch_samples", self.epoch_samples, f"at least one batch ({self.batch_size})")
+        Fold.of(self.fold)
 
     @property
     def epoch_steps(self) -> int:
@@ -224,6 +261,7 @@ class Recipe(RunLength):
     epoch_samples: int = 800
     max_minutes: float | None = None
     nuclei_share: float = 0.8
+    fold: str | None = None
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = True
@@ -241,12 +279,18 @@ class Recipe(RunLength):
         require(0 <= self.nuclei_share <= 1, "nuclei_share", self.nuclei_share, "0 to 1")
 
 
-def load_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    path: Path | None, overrides: Mapping[str, Any] | None = None, encoder_weights: str | None = None
+) -> Recipe:
     """Read a recipe from YAML (None: all defaults); `overrides` replace its top-level keys.
 
-    Raises UsageError that names an unknown key or a value of the wrong kind.
+    encoder_weights  wins over the recipe's own, unless None. Raises UsageError that names an unknown key or a value of
+    the wrong kind.
     """
-    return recipe_from(read_document(path, overrides))
+    recipe = recipe_from(read_document(path, overrides))
+    if encoder_weights is None:
+        return recipe
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, encoder_weights=encoder_weights))
 
 
 def read_document(path: Path | None, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:

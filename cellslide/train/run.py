@@ -17,7 +17,7 @@ from torch import nn
 from cellslide.device import cpu_computes_bf16
 from cellslide.errors import MissingDependencyError, UsageError
 from cellslide.train.callbacks import AveragedWeights, Keeper, Progress, StopRequest
-from cellslide.train.cellvta import CellVTATraining, load_start
+from cellslide.train.cellvta import CellVTATraining, load_encoder, load_start
 from cellslide.train.data import TrainImage, TrainSet, load_sets, train_loader
 from cellslide.train.export import ModelWriter, class_specs, drawn_from, model_writer, trained_entry, used
 from cellslide.train.framework import CSVLogger, L, Logger, TensorBoardLogger
@@ -62,7 +62,7 @@ def train(
 
         model = build_model(recipe.model.arch, recipe.model.config)
     if recipe.model.encoder_weights is not None:
-        load_start(model, Path(recipe.model.encoder_weights), encoder_only=True)
+        load_encoder(model, recipe.model.encoder_weights)
     if options.init is not None and start.checkpoint is None:
         load_start(model, options.init)
     module = CellVTATraining(recipe, model)

@@ -20,6 +20,7 @@ import torch
 from scipy import ndimage
 from skimage.segmentation import watershed
 
+from cellslide.device import cpu_computes_bf16
 from cellslide.evaluate.dataset import Sample, read_dataset
 from cellslide.train.data import resample_image
 from cellslide.train.export import licences
@@ -65,7 +66,7 @@ def predict(model: LoadedModel, image: np.ndarray) -> tuple[np.ndarray, np.ndarr
     padded = np.pad(image, ((0, -h % 16), (0, -w % 16), (0, 0)), mode="reflect")
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.spec.mean, model.spec.std))
     x = (torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255 - mean) / std
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=cpu_computes_bf16()):
         out = model.module(x)
     prob, hv = out["nuclei_binary_map"].float().softmax(1)[0, 1], out["hv_map"][0].float()
     return prob[:h, :w].numpy(), hv[:, :h, :w].numpy()
