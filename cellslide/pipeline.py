@@ -17,13 +17,19 @@ import numpy as np
 
 from cellslide import __version__
 from cellslide.config import OUTPUT_FORMATS, OutputConfig, SegmentConfig, TissueConfig
-from cellslide.detect import TileResult
 from cellslide.errors import CellslideError, Interrupted, SlideError, TileError, UsageError, in_words
-from cellslide.export import export_table
-from cellslide.lock import hold
-from cellslide.merge import merge_stream, same_point_um, to_cells
-from cellslide.parts import PARTS_FOLDER, Parts, TilePart
-from cellslide.record import (
+from cellslide.formats.export import export_table
+from cellslide.inference.segmenter import Segmenter, Setup, open_segmenter, resolved
+from cellslide.inference.stream import TileResult
+from cellslide.nuclei.merge import merge_stream, same_point_um, to_cells
+from cellslide.slides.inputs import SlideInput
+from cellslide.slides.slide import Slide, open_slide, slide_from_array
+from cellslide.slides.tiles import TileGrid, fitting_grid, select_tiles
+from cellslide.slides.tissue import TissueMask, find_tissue, write_tissue
+from cellslide.store.atomic import remove_folder, restore
+from cellslide.store.cell_table import CellTableWriter, open_table
+from cellslide.store.lock import hold
+from cellslide.store.run_record import (
     TABLE,
     describe_slide,
     differences,
@@ -33,13 +39,7 @@ from cellslide.record import (
     read_record,
     write_record,
 )
-from cellslide.segmenter import Segmenter, Setup, open_segmenter, resolved
-from cellslide.slide import Slide, open_slide, slide_from_array
-from cellslide.slides import SlideInput
-from cellslide.staging import remove_folder, restore
-from cellslide.table import CellTableWriter, open_table
-from cellslide.tiles import TileGrid, fitting_grid, select_tiles
-from cellslide.tissue import TissueMask, find_tissue, write_tissue
+from cellslide.store.tile_checkpoint import PARTS_FOLDER, Parts, TilePart
 from cellslide.types import (
     Cells,
     FailedTile,

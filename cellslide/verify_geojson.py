@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from cellslide.geojson import shown_class
-from cellslide.nuclei_files.geojson_objects import class_name, geometry_parts
-from cellslide.nuclei_files.json_files import open_texts
-from cellslide.nuclei_files.json_stream import JsonText
-from cellslide.spatial import ring_boxes
-from cellslide.table import CellChunk, CellTable
+from cellslide.formats.geojson import shown_class
+from cellslide.formats.importers.geojson_objects import class_name, geometry_parts
+from cellslide.formats.importers.json_files import open_texts
+from cellslide.formats.importers.json_stream import JsonText
+from cellslide.store.cell_table import CellChunk, CellTable
+from cellslide.store.shapes import ring_boxes
 from cellslide.types import Float64
 
 # A mended outline lies inside the one that crossed itself; one of no area is drawn as a pixel about its centroid.

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import shapely
 
-from cellslide import kernels, uuids
-from cellslide.geojson import SMALLEST_PX2
-from cellslide.outlines import ring_bounds, ring_features, sure_rings, to_polygons
-from cellslide.spatial import TableError, polygons_from_wkb, polygons_to_wkb
+from cellslide.formats.geojson import SMALLEST_PX2
+from cellslide.geometry import kernels
+from cellslide.geometry.outlines import ring_bounds, ring_features, sure_rings, to_polygons
+from cellslide.store import uuids
+from cellslide.store.shapes import TableError, polygons_from_wkb, polygons_to_wkb
 from cellslide.types import Float64, Int64
 from tests.random_cells import ellipses
 

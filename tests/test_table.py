@@ -16,10 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
-from cellslide import anndata_store, spatial, table
-from cellslide.anndata_store import CHUNK_ROWS, ColumnWriter, read_ascii, read_obs
-from cellslide.outlines import SHAPE_FEATURES, ring_features
-from cellslide.table import (
+from cellslide.geometry.outlines import SHAPE_FEATURES, ring_features
+from cellslide.store import anndata_columns as anndata_store
+from cellslide.store import cell_table as table
+from cellslide.store import shapes as spatial
+from cellslide.store.anndata_columns import CHUNK_ROWS, ColumnWriter, read_ascii, read_obs
+from cellslide.store.cell_table import (
     NUCLEUS,
     Categorical,
     CellTable,
@@ -29,8 +31,8 @@ from cellslide.table import (
     TableExtender,
     open_table,
 )
+from cellslide.store.uuids import NAMESPACE, SeenPlaces, make_uuids, pack_places, times_seen
 from cellslide.types import Cells, ClassSpec
-from cellslide.uuids import NAMESPACE, SeenPlaces, make_uuids, pack_places, times_seen
 from tests.random_cells import CLASSES, as_kind, ellipses, model_spec, run_record, slide_info, write_table
 
 CONTRACT_OBS = {"cell_id", "x", "y", "area_um2", "uuid", "score", "class", "class_prob", "region", "instance_id"}

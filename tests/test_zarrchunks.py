@@ -10,8 +10,8 @@ import pytest
 import zarr
 from zarr.codecs import GzipCodec
 
-from cellslide.anndata_store import CHUNK_ROWS, Columns, ColumnWriter, read_matrix, read_obs
 from cellslide.errors import CellslideError
+from cellslide.store.anndata_columns import CHUNK_ROWS, Columns, ColumnWriter, read_matrix, read_obs
 from cellslide.zarrchunks import Nodes, read_rows
 
 N = CHUNK_ROWS + 700

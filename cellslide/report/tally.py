@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellslide.anndata_store import Categorical
 from cellslide.report.histogram import Histogram
 from cellslide.report.picks import Picks
-from cellslide.table import BLOCK_ROWS, CellTable
+from cellslide.store.anndata_columns import Categorical
+from cellslide.store.cell_table import BLOCK_ROWS, CellTable
 from cellslide.types import Bool, Float32, Float64, Int64, SlideInfo
 
 MOST_DOTS = 20_000
