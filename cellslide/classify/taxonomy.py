@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cellslide.errors import UsageError
 from cellslide.types import Float32
 
-FOLDER = Path(__file__).resolve().parent / "data" / "taxonomies"
+FOLDER = Path(__file__).resolve().parent.parent / "data" / "taxonomies"
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,18 +76,6 @@ def choice(texts: Sequence[str], index: NDArray[Any]) -> UInt8:
     return rows
 
 
-def digits(values: Int64) -> NDArray[np.bytes_]:
-    """Return numbers 0 <= value < 10^9 (N,) as texts; quick where all are of one length."""
-    if not len(values) or (width := len(str(values.max()))) != len(str(values.min())):
-        return values.astype(np.bytes_)
-    text, rest = np.empty((len(values), width), np.uint8), values.astype(np.uint32)
-    for k in range(width - 1, -1, -1):
-        tenth = rest // np.uint32(10)
-        text[:, k] = 48 + rest - tenth * np.uint32(10)
-        rest = tenth
-    return text.view(f"S{width}")[:, 0]
-
-
 def strings(values: NDArray[Any], width: int) -> UInt8:
     """Return ASCII strings (N,) of at most `width` bytes."""
     return np.ascontiguousarray(values.astype(f"S{width}")).view(np.uint8).reshape(len(values), width)

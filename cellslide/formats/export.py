@@ -19,8 +19,8 @@ from cellslide.config import OutputFormat
 from cellslide.formats.csv_text import harmless_column
 from cellslide.formats.geojson import PROBABILITIES, Origin, Profile, write_geojson
 from cellslide.formats.ome_labels import write_labels
+from cellslide.formats.parquet_join import join_column
 from cellslide.formats.tissuumaps import POINTS_NAME, TMAP_NAME, project_text, shown_points
-from cellslide.parquetjoin import join_column
 from cellslide.store.anndata_columns import Categorical, Column
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable
 from cellslide.store.shapes import ROW_GROUP, ShapeReader, geo_metadata, points_to_wkb, polygons_to_wkb

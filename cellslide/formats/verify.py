@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from cellslide.errors import UsageError, one_line
 from cellslide.formats.export import CSV_NAME, PARQUET_NAME, arrow_blocks
 from cellslide.formats.geojson import GZ_NAME, PROBABILITIES, ZIP_NAME, Profile
+from cellslide.formats.verify_geojson import compare_geojson
 from cellslide.store.anndata_columns import Categorical
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable, open_table
 from cellslide.store.run_record import RUN_FILE, TABLE, differences, flatten, head_sha256, read_record, to_dict
 from cellslide.store.uuids import SeenPlaces, make_uuids, pack_places
 from cellslide.types import RunRecord
-from cellslide.verify_geojson import compare_geojson
 
 COMPLETE = ("done", "done_with_errors")
 # Of the record in the table and that in run.json: times and memory are written last, formats may be written again, and

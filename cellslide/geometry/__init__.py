@@ -1,1 +1,1 @@
-"""geometry."""
+"""Outlines and label maps as numpy columns, with their compiled loops."""

@@ -1,7 +1,7 @@
 """Tiles through the network: normalise, forward, reduce on the device, hand small maps back.
 
-The engines (torch here, onnxruntime in `cellslide.inference.onnx_engine`) take uint8 RGB and give `HoverMaps` for models that find
-masks, `Instances` for models that find boxes or points. A launch returns at once on a GPU, so that the next batch can
+The engines (torch here, onnxruntime in `onnx_engine`) take uint8 RGB and give `HoverMaps` for models that find masks,
+`Instances` for models that find boxes or points. A launch returns at once on a GPU, so that the next batch can
 be put on the device before the last one is fetched.
 """
 

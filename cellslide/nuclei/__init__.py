@@ -1,1 +1,1 @@
-"""HoVer maps of a tile to nuclei: `decode` is the way in, the other files are its steps."""
+"""Network output to nuclei: HoVer decoding, non-maximum suppression of points, and the merge of tiles."""

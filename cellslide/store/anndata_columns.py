@@ -14,7 +14,7 @@ import zarr
 from numpy.typing import NDArray
 
 from cellslide.errors import CellslideError
-from cellslide.zarrchunks import Nodes, codec_of, read_rows, write_rows
+from cellslide.store.zarr_chunks import Nodes, codec_of, read_rows, write_rows
 
 CHUNK_ROWS = 50_000
 CHUNK_BYTES = 16 << 20

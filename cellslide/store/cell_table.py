@@ -17,7 +17,6 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from cellslide.formats.ascii_columns import digits
 from cellslide.geometry.outlines import SHAPE_FEATURES, ring_features
 from cellslide.geometry.record_rows import slice_across
 from cellslide.store import run_record as record
@@ -40,6 +39,7 @@ from cellslide.store.anndata_columns import (
 from cellslide.store.atomic import Staging
 from cellslide.store.shapes import ShapeReader, ShapeWriter, cell_rings, link_shapes, mark_store, ring_boxes
 from cellslide.store.uuids import SeenPlaces, pack_places, uuid_bytes
+from cellslide.store.zarr_chunks import Nodes
 from cellslide.types import (
     Cells,
     ClassSpec,
@@ -53,7 +53,6 @@ from cellslide.types import (
     SlideInfo,
     hex_color,
 )
-from cellslide.zarrchunks import Nodes
 
 __all__ = [
     "Categorical",
@@ -425,3 +424,15 @@ class TableExtender:
     def abort(self) -> None:
         """Remove what was written; the old table stays."""
         self.staging.abort()
+
+
+def digits(values: Int64) -> NDArray[np.bytes_]:
+    """Return numbers 0 <= value < 10^9 (N,) as texts; quick where all are of one length."""
+    if not len(values) or (width := len(str(values.max()))) != len(str(values.min())):
+        return values.astype(np.bytes_)
+    text, rest = np.empty((len(values), width), np.uint8), values.astype(np.uint32)
+    for k in range(width - 1, -1, -1):
+        tenth = rest // np.uint32(10)
+        text[:, k] = 48 + rest - tenth * np.uint32(10)
+        rest = tenth
+    return text.view(f"S{width}")[:, 0]

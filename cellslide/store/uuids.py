@@ -80,7 +80,7 @@ def uuid_bytes(key: str, place: Int64, repeat: Int64) -> NDArray[np.bytes_]:
     prefix = NAMESPACE.bytes + f"{key}/".encode()
     x, y = place >> 32, (place << 32) >> 32
     if kernels.available():
-        from cellslide.uuid_kernels import place_uuids
+        from cellslide.store.uuid_kernels import place_uuids
 
         return np.asarray(place_uuids(np.frombuffer(prefix, np.uint8), x, y, repeat)).view("S36")[:, 0]
     return _hashed(prefix, x, y, repeat)
