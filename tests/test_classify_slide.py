@@ -18,7 +18,8 @@ from cellslide.classify.taxonomy import Taxonomy
 from cellslide.config import OutputConfig, SegmentConfig, TissueConfig
 from cellslide.errors import Interrupted, UsageError
 from cellslide.inference.segmenter import open_segmenter
-from cellslide.pipeline import Silent, Watch, segment_slide
+from cellslide.pipeline import segment_slide
+from cellslide.progress import Silent, Watch
 from cellslide.slides.inputs import SlideInput
 from cellslide.slides.slide import Slide, open_slide
 from cellslide.store.anndata_columns import Categorical

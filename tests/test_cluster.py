@@ -31,7 +31,8 @@ from cellslide.cli.main import cli
 from cellslide.config import InferConfig, SegmentConfig, TissueConfig
 from cellslide.errors import CellslideError, Interrupted, SlideError, UsageError
 from cellslide.inference.segmenter import open_segmenter
-from cellslide.pipeline import Silent, Watch, segment_slide
+from cellslide.pipeline import segment_slide
+from cellslide.progress import Silent, Watch
 from cellslide.slides.inputs import SlideInput
 from cellslide.store.cell_table import open_table
 from cellslide.store.run_record import read_record, write_json

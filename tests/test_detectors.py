@@ -15,7 +15,8 @@ from cellslide.classify import classify_slide
 from cellslide.config import OutputConfig, SegmentConfig, TileConfig
 from cellslide.errors import Interrupted, UsageError
 from cellslide.inference.segmenter import open_segmenter
-from cellslide.pipeline import Watch, segment_array, segment_slide
+from cellslide.pipeline import segment_array, segment_slide
+from cellslide.progress import Watch
 from cellslide.report.overlay import render_overlay
 from cellslide.slides.inputs import SlideInput
 from cellslide.slides.slide import open_slide

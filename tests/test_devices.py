@@ -15,7 +15,7 @@ from cellslide.batch.work import SegmentWork, on_device
 from cellslide.cli.main import cli
 from cellslide.config import InferConfig
 from cellslide.errors import Interrupted, UsageError
-from cellslide.pipeline import Silent
+from cellslide.progress import Silent
 from cellslide.weights import LoadedModel
 from tests.fakes import fake_model
 from tests.hazards import Hazard, Light, LightSource

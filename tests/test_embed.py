@@ -17,7 +17,7 @@ from cellslide.config import EmbedConfig, InferConfig
 from cellslide.embed import Embedder, embed_array, embed_slide, open_embedder
 from cellslide.errors import CellslideError, Interrupted, UsageError
 from cellslide.models.muse import MuseBackbone, MuseConfig
-from cellslide.pipeline import Watch
+from cellslide.progress import Watch
 from cellslide.slides.slide import Slide, open_slide, slide_from_array
 from cellslide.store.cell_table import CellTableWriter, open_table
 from cellslide.store.run_record import read_record

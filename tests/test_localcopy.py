@@ -18,7 +18,7 @@ from cellslide.classify.targets import Target
 from cellslide.config import InferConfig, OutputConfig, SegmentConfig, TissueConfig
 from cellslide.errors import Interrupted
 from cellslide.inference.segmenter import open_segmenter
-from cellslide.pipeline import Silent, Watch
+from cellslide.progress import Silent, Watch
 from cellslide.slides import reopen
 from cellslide.slides.inputs import SlideInput
 from cellslide.store.run_record import read_record

@@ -17,7 +17,8 @@ from cellslide.errors import Interrupted, SlideError, TileError, UsageError
 from cellslide.inference.segmenter import Segmenter, open_segmenter, resolve_tiles
 from cellslide.inference.torch_engine import TorchEngine
 from cellslide.models.cellvta import CellVTA
-from cellslide.pipeline import Silent, Watch, lay_out, segment_array, segment_slide
+from cellslide.pipeline import lay_out, segment_array, segment_slide
+from cellslide.progress import Silent, Watch
 from cellslide.slides.inputs import SlideInput
 from cellslide.slides.slide import Slide, slide_from_array
 from cellslide.store.cell_table import CellTable, open_table

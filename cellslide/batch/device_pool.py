@@ -25,7 +25,7 @@ from cellslide.errors import CellslideError, Interrupted, UsageError
 if TYPE_CHECKING:
     from cellslide.batch.run import SlideOutcome
     from cellslide.classify.targets import Target
-    from cellslide.pipeline import Progress, StopCheck
+    from cellslide.progress import Progress, StopCheck
 
 # Does one slide; hears who wants to know of its progress, and what says whether to stop.
 Handle = Callable[["Target", "Progress", "StopCheck"], "SlideOutcome"]

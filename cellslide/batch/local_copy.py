@@ -24,7 +24,7 @@ import tifffile
 
 from cellslide.classify.targets import Target
 from cellslide.errors import CellslideError
-from cellslide.pipeline import IDLE, Watch
+from cellslide.progress import IDLE, Watch
 from cellslide.slides.inputs import SlideInput, dicom_series
 from cellslide.store.run_record import read_record
 

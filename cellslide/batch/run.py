@@ -24,7 +24,8 @@ from cellslide.config import OutputConfig
 from cellslide.embed import Embedder, embed_slide
 from cellslide.errors import BusyError, CellslideError, Interrupted, in_words
 from cellslide.inference.segmenter import Segmenter
-from cellslide.pipeline import IDLE, Layout, Watch, begin_record, held, lay_out, open_source, read_tile, run_slide
+from cellslide.pipeline import Layout, begin_record, held, lay_out, open_source, read_tile, run_slide
+from cellslide.progress import IDLE, Watch
 from cellslide.report import keep_report
 from cellslide.slides.inputs import SlideInput
 from cellslide.slides.slide import Slide

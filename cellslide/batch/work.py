@@ -21,7 +21,7 @@ from cellslide.config import ClassifyConfig, InferConfig, SegmentConfig
 from cellslide.inference.device import available_cpus
 from cellslide.inference.segmenter import Segmenter, load_segmenter
 from cellslide.inference.stream import default_workers
-from cellslide.pipeline import Progress, StopCheck, Watch
+from cellslide.progress import Progress, StopCheck, Watch
 from cellslide.types import ClassifierSpec
 from cellslide.weights import LoadedModel, load_model
 from cellslide.weights.classifier import LoadedClassifier, load_classifier

@@ -21,7 +21,8 @@ from cellslide.classify.engine import Classifier
 from cellslide.classify.store import PartialProbs
 from cellslide.config import ClassifyConfig, OutputConfig, TissueConfig
 from cellslide.errors import SlideError, UsageError
-from cellslide.pipeline import FILES, IDLE, Watch, write_formats, write_missing
+from cellslide.pipeline import FILES, write_formats, write_missing
+from cellslide.progress import IDLE, Watch
 from cellslide.slides.slide import Slide
 from cellslide.slides.tissue import find_tissue
 from cellslide.store.anndata_columns import Categorical, Columns, write_values

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from cellslide.classify.slide import Organ
     from cellslide.classify.targets import Target
     from cellslide.config import ClassifyConfig
-    from cellslide.pipeline import Watch
+    from cellslide.progress import Watch
     from cellslide.types import Calibration, ClassifierSpec
 
 log = logging.getLogger(__name__)

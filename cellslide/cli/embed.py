@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cellslide.classify.targets import Target
     from cellslide.config import EmbedConfig
     from cellslide.embed import Embedder
-    from cellslide.pipeline import Watch
+    from cellslide.progress import Watch
 
 from cellslide.cli.classify import bring_cells, cells_options
 from cellslide.cli.many import Telling, finish, ledger_for, one_by_one, telling

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cellslide.batch.run import SlideOutcome
     from cellslide.classify.targets import Target
     from cellslide.cli.progress import RunProgress
-    from cellslide.pipeline import StopCheck, Watch
+    from cellslide.progress import StopCheck, Watch
     from cellslide.slides.inputs import SlideInput
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def one_by_one(
 ) -> list[SlideOutcome]:
     """Do slides one after another in this process; each is copied first if `copies` says where, unless it is done."""
     from cellslide.batch.local_copy import local_targets
-    from cellslide.pipeline import Watch
+    from cellslide.progress import Watch
 
     with watched(len(targets), tell.shown, stages) as (progress, stop):
         watch = Watch(progress, stop)

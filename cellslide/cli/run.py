@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from cellslide.classify.slide import Organ
     from cellslide.classify.targets import Target
     from cellslide.config import ClassifyConfig, SegmentConfig
-    from cellslide.pipeline import Watch
+    from cellslide.progress import Watch
 
 classifier_options = chain(
     click.option("--classifier", metavar="ID", help="Classifier from `cellslide weights list`.  [default: what ships]"),

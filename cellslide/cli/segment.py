@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from cellslide.batch.run import SlideOutcome
     from cellslide.classify.targets import Target
     from cellslide.config import SegmentConfig
-    from cellslide.pipeline import Watch
+    from cellslide.progress import Watch
     from cellslide.slides.inputs import SlideInput
 
 

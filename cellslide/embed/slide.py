@@ -17,7 +17,7 @@ from cellslide.classify.slide import read_places
 from cellslide.embed.engine import Embedder, Windows, embed_cells
 from cellslide.embed.store import PartialVectors
 from cellslide.errors import UsageError
-from cellslide.pipeline import IDLE, Watch
+from cellslide.progress import IDLE, Watch
 from cellslide.slides.slide import Slide
 from cellslide.store.anndata_columns import Columns
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable, TableExtender, open_table

@@ -22,7 +22,7 @@ from cellslide.batch.dask.telling import hear, topic_of
 from cellslide.batch.run import SlideOutcome
 from cellslide.classify.targets import Target
 from cellslide.errors import CellslideError, Interrupted, in_words
-from cellslide.pipeline import Progress, StopCheck
+from cellslide.progress import Progress, StopCheck
 
 if TYPE_CHECKING:
     from distributed import Future

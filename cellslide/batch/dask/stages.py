@@ -21,7 +21,8 @@ from cellslide.classify.slide import Typing, type_slide, write_typed
 from cellslide.classify.targets import Target, check_slide, open_target, require_cells
 from cellslide.errors import BusyError, CellslideError, Interrupted, MissingDependencyError, in_words
 from cellslide.inference.segmenter import Segmenter, Setup, load_segmenter
-from cellslide.pipeline import Watch, held, run_slide, write_slide
+from cellslide.pipeline import held, run_slide, write_slide
+from cellslide.progress import Watch
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from cellslide.batch.device_pool import Teller
 if TYPE_CHECKING:
     from distributed import Worker
 
-    from cellslide.pipeline import Progress
+    from cellslide.progress import Progress
 
 TELL_S = 1.0
 
