@@ -99,17 +99,14 @@ def h5_columns(path: Path) -> Iterator[tuple[str, str]]:
 def csv_columns(path: Path) -> Iterator[tuple[str, str]]:
     import pandas as pd
 
-    text = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with text:
-        table = pd.read_csv(text, keep_default_na=False)
+    table = pd.read_csv(path, keep_default_na=False)
     for name in table:
         yield str(name), hashed(table[name].tolist())
 
 
 def geojson_columns(path: Path) -> Iterator[tuple[str, str]]:
-    text = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with text:
-        document = json.load(text)
+    raw = path.read_bytes()
+    document = json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)
     features = document.pop("features")
     yield "head", hashed(document)
     for name in sorted({name for feature in features for name in feature}):
