@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
@@ -198,16 +199,21 @@ def _row_faults(table: CellTable) -> Iterator[str]:
             wrong["prob"] += int((np.abs(sums[np.isfinite(sums)] - 1) > 1e-3).sum())
         if key is not None:
             place = pack_places(xy[:, 0], xy[:, 1])
-            wrong["uuid"] += int((uuid != make_uuids(key, place, seen.repeats(place))).sum())
+            wrong["uuid"] += int((uuid != make_uuids(key, place, seen.repeats(place)).astype(str)).sum())
     yield from (f"{name} cannot be right in {count} rows" for name, count in wrong.items() if count)
     if len(ids) != len(table):
         yield f"{len(table) - len(ids)} UUIDs are given twice"
 
 
 def _uuid_key(table: CellTable) -> str | None:
-    """Return what the UUIDs were made from, None where they came with the nuclei of another tool."""
+    """Return what the UUIDs were made from, None where they came with another tool's nuclei or are of version 5.
+
+    Tables written before version 8 keep the ids that they have.
+    """
     sha256 = table.run.config.get("spec", {}).get("weights_sha256")
     if sha256 is None or "source_id" in table.columns:
+        return None
+    if len(table) and UUID(str(table.vector("uuid", 0, 1)[0])).version == 5:
         return None
     return f"{table.run.slide.get('sha256_head') or table.slide.slide_id}/{sha256}"
 

@@ -38,7 +38,7 @@ from cellslide.store.anndata_columns import (
 )
 from cellslide.store.atomic import Staging
 from cellslide.store.shapes import ShapeReader, ShapeWriter, cell_rings, link_shapes, mark_store, ring_boxes
-from cellslide.store.uuids import SeenPlaces, pack_places, uuid_bytes
+from cellslide.store.uuids import SeenPlaces, make_uuids, pack_places
 from cellslide.store.zarr_chunks import Nodes
 from cellslide.types import (
     Cells,
@@ -215,7 +215,7 @@ def _write_columns(group: zarr.Group, given: Mapping[str, Column]) -> None:
 
 
 def _write_uuids(group: zarr.Group, n: int, key: str, given: Column | None = None) -> None:
-    """Add the column `uuid`: the one given, else a version 5 UUID of `key` and the centroid to 0.01 px.
+    """Add the column `uuid`: the one given, else a version 8 UUID of `key` and the centroid to 0.01 px.
 
     Equal places are counted on.
     """
@@ -225,7 +225,7 @@ def _write_uuids(group: zarr.Group, n: int, key: str, given: Column | None = Non
     for first in blocks:
         x, y = (np.asarray(read_obs(group, name, first, first + BLOCK_ROWS, nodes)) for name in ("x", "y"))
         place = pack_places(x, y)
-        uuid: NDArray[Any] = uuid_bytes(key, place, seen.repeats(place))
+        uuid: NDArray[Any] = make_uuids(key, place, seen.repeats(place))
         if isinstance(given, np.ndarray):
             source = given[first : first + len(uuid)]
             uuid = np.where(source != "", source, uuid.astype(str).astype(object))

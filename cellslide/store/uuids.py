@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from hashlib import sha1
-from typing import Any
+from hashlib import sha256
 from uuid import UUID
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellslide.geometry import kernels
 from cellslide.types import Float64, Int64
 
 NAMESPACE = UUID("6f0c4f0e-6a35-5d0b-9d0c-2c1f5f7f3a11")
@@ -67,38 +65,27 @@ class SeenPlaces:
         return before
 
 
-def make_uuids(key: str, place: Int64, repeat: Int64) -> NDArray[Any]:
-    """Return uuid5(NAMESPACE, "key/x,y") as text (N,) for places packed as x << 32 | y in 0.01 px (RFC 9562, 5.5).
+def make_uuids(key: str, place: Int64, repeat: Int64) -> NDArray[np.bytes_]:
+    """Return version 8 UUIDs (RFC 9562, 5.8) as bytes (N,) of 36 for places packed as x << 32 | y in 0.01 px.
 
-    A place that came `repeat` times before gets "/repeat" behind it.
+    A place that came `repeat` times before gets another UUID each time. The first half is one to one in the place, so
+    that different places of a slide never share it; the key decides which half that is.
     """
-    return uuid_bytes(key, place, repeat).astype(str).astype(object)
-
-
-def uuid_bytes(key: str, place: Int64, repeat: Int64) -> NDArray[np.bytes_]:
-    """Return the same UUIDs as bytes (N,) of 36."""
-    prefix = NAMESPACE.bytes + f"{key}/".encode()
-    x, y = place >> 32, (place << 32) >> 32
-    if kernels.available():
-        from cellslide.store.uuid_kernels import place_uuids
-
-        return np.asarray(place_uuids(np.frombuffer(prefix, np.uint8), x, y, repeat)).view("S36")[:, 0]
-    return _hashed(prefix, x, y, repeat)
-
-
-def _hashed(prefix: bytes, x: Int64, y: Int64, repeat: Int64) -> NDArray[np.bytes_]:
-    base = sha1(prefix, usedforsecurity=False)
-    digests = bytearray()
-    for x_cpx, y_cpx, k in zip(x.tolist(), y.tolist(), repeat.tolist(), strict=True):
-        name = f"{x_cpx / 100:.2f},{y_cpx / 100:.2f}"
-        digest = base.copy()
-        digest.update((f"{name}/{k}" if k else name).encode())
-        digests += digest.digest()[:16]
-    raw = np.frombuffer(bytes(digests), np.uint8).reshape(-1, 16).copy()
-    raw[:, 6] = raw[:, 6] & 0x0F | 0x50
+    seeds = np.frombuffer(sha256(f"{NAMESPACE}/{key}".encode()).digest(), "<u8")
+    high = _mix(place.astype(np.uint64) ^ seeds[0])
+    low = _mix(high + repeat.astype(np.uint64) * (seeds[2] | np.uint64(1)) ^ seeds[1])
+    raw = np.stack([high, low], axis=1).astype(">u8").view(np.uint8).reshape(-1, 16)
+    raw[:, 6] = raw[:, 6] & 0x0F | 0x80
     raw[:, 8] = raw[:, 8] & 0x3F | 0x80
-    digits = np.frombuffer(b"0123456789abcdef", np.uint8)
+    digits = np.frombuffer(raw.tobytes().hex().encode(), np.uint8).reshape(-1, 32)
     text = np.full((len(raw), 36), ord("-"), np.uint8)
-    nibbles = np.stack([raw >> 4, raw & 15], axis=2).reshape(-1, 32)
-    text[:, [i for i in range(36) if i not in (8, 13, 18, 23)]] = digits[nibbles]
+    for first, stop, hyphens in ((0, 8, 0), (8, 12, 1), (12, 16, 2), (16, 20, 3), (20, 32, 4)):
+        text[:, first + hyphens : stop + hyphens] = digits[:, first:stop]
     return text.view("S36")[:, 0]
+
+
+def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return 64 bits spread over all 64, one to one: the last step of SplitMix64."""
+    value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return value ^ value >> np.uint64(31)
