@@ -19,8 +19,8 @@ import numpy as np
 
 from cellslide.classify.slide import read_places
 from cellslide.evaluate.detection import RADIUS_UM, pair_points
-from cellslide.record import read_record
-from cellslide.table import open_table
+from cellslide.store.cell_table import open_table
+from cellslide.store.run_record import read_record
 from cellslide.types import Float64, RunRecord
 
 TABLE, TISSUE = "cells.zarr", "tissue.geojson"

@@ -16,10 +16,10 @@ import tifffile
 from scipy import ndimage
 
 from cellslide.config import InferConfig, OutputConfig, OutputFormat, SegmentConfig, TissueConfig
-from cellslide.detect import Detector
+from cellslide.inference.segmenter import open_segmenter
+from cellslide.inference.stream import Detector
 from cellslide.pipeline import run_slide
-from cellslide.segmenter import open_segmenter
-from cellslide.slides import SlideInput
+from cellslide.slides.inputs import SlideInput
 from cellslide.types import HoverMaps, Instances, ModelSpec, NoOutput, RunRecord, UInt8
 from tests.fakes import fake_model
 

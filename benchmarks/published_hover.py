@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from cellslide.bench import BenchOptions, measure, plain_hover, synthetic_maps
-from cellslide.hover.decode import hover_instances
+from cellslide.nuclei.hover_decode import hover_instances
 from cellslide.types import HoverDecode
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from cellslide.bench import FakeDetector, detect_cells, square_slide
 from cellslide.bench.merge import MPP, PER_MM2
 from cellslide.bench.write import PARTS, in_process, write_part
-from cellslide.merge import merge_stream
-from cellslide.tiles import tile_grid
+from cellslide.nuclei.merge import merge_stream
+from cellslide.slides.tiles import tile_grid
 from cellslide.types import Cells, Plane
 
 LEAST, FIT_FROM, WARM = 1_000, 100_000, 2_000

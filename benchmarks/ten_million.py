@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.lattice import STEP_PX, paint_lattice, segment_lattice
-from cellslide.table import open_table
+from cellslide.store.cell_table import open_table
 
 MIB = 1 << 20
 

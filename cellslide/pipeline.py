@@ -6,24 +6,31 @@ slide -> plane -> tissue -> tiles -> (read, network, decode) -> cells -> parts o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from cellslide import __version__
 from cellslide.config import OUTPUT_FORMATS, OutputConfig, SegmentConfig, TissueConfig
-from cellslide.detect import TileResult
 from cellslide.errors import CellslideError, Interrupted, SlideError, TileError, UsageError, in_words
-from cellslide.export import export_table
-from cellslide.lock import hold
-from cellslide.merge import merge_stream, same_point_um, to_cells
-from cellslide.parts import PARTS_FOLDER, Parts, TilePart
-from cellslide.record import (
+from cellslide.formats.export import export_table
+from cellslide.inference.segmenter import Segmenter, Setup, open_segmenter, resolved
+from cellslide.inference.stream import TileResult
+from cellslide.nuclei.merge import merge_stream, same_point_um, to_cells
+from cellslide.progress import IDLE, Watch
+from cellslide.slides.inputs import SlideInput
+from cellslide.slides.slide import Slide, open_slide, slide_from_array
+from cellslide.slides.tiles import TileGrid, fitting_grid, select_tiles
+from cellslide.slides.tissue import TissueMask, find_tissue, write_tissue
+from cellslide.store.atomic import remove_folder, restore
+from cellslide.store.cell_table import CellTableWriter, open_table
+from cellslide.store.lock import hold
+from cellslide.store.run_record import (
     TABLE,
     describe_slide,
     differences,
@@ -33,13 +40,7 @@ from cellslide.record import (
     read_record,
     write_record,
 )
-from cellslide.segmenter import Segmenter, Setup, open_segmenter, resolved
-from cellslide.slide import Slide, open_slide, slide_from_array
-from cellslide.slides import SlideInput
-from cellslide.staging import remove_folder, restore
-from cellslide.table import CellTableWriter, open_table
-from cellslide.tiles import TileGrid, fitting_grid, select_tiles
-from cellslide.tissue import TissueMask, find_tissue, write_tissue
+from cellslide.store.tile_checkpoint import PARTS_FOLDER, Parts, TilePart
 from cellslide.types import (
     Cells,
     FailedTile,
@@ -70,52 +71,6 @@ SHAPING = {"geojson_origin": ("geojson",), "profile": ("geojson", "parquet", "cs
 # A part is written after so many tiles or seconds: a killed run loses little, and a slide is not a thousand files.
 PART_TILES = 64
 PART_SECONDS = 20.0
-
-StopCheck = Callable[[], int | None]
-
-
-class Progress(Protocol):
-    """Hears how a slide gets on."""
-
-    def begin(self, slide_id: str, tiles: int, done: int) -> None:
-        """Hear that a slide starts, with `done` of its tiles finished by an earlier run."""
-
-    def advance(self, nuclei: int) -> None:
-        """Hear that one more tile is done, with so many nuclei."""
-
-    def stage(self, name: str) -> None:
-        """Hear what follows when the tiles are done."""
-
-
-class Silent:
-    """Progress that nobody sees."""
-
-    def begin(self, slide_id: str, tiles: int, done: int) -> None:
-        """Say nothing."""
-
-    def advance(self, nuclei: int, tiles: int = 1) -> None:
-        """Say nothing."""
-
-    def stage(self, name: str) -> None:
-        """Say nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Watch:
-    """What goes along with a run: who hears of it, who may stop it (with the exit code to end with), its lock."""
-
-    progress: Progress = Silent()
-    stop: StopCheck = lambda: None
-    lock: Callable[[], None] = lambda: None
-
-    def check(self) -> None:
-        """Raise Interrupted when it is time to stop, CellslideError where the folder was lost to another run."""
-        if (code := self.stop()) is not None:
-            raise Interrupted(code)
-        self.lock()
-
-
-IDLE = Watch()
 
 
 @dataclass(frozen=True, slots=True)

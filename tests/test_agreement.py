@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.agreement import agree, compare, read_run, tissue_mm2
 from cellslide.config import InferConfig, SegmentConfig, TissueConfig
+from cellslide.inference.segmenter import open_segmenter
 from cellslide.pipeline import segment_slide
-from cellslide.segmenter import open_segmenter
-from cellslide.slides import SlideInput
+from cellslide.slides.inputs import SlideInput
 from tests.fakes import fake_model
 from tests.painted import paint_slide
 

@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from cellslide.allocator import share_freed_memory
+from cellslide.inference.cpu_memory import share_freed_memory
 from tests.conftest import CHECKOUT
 
 CODE = """
 import resource, threading
-from cellslide.allocator import {names}
+from cellslide.inference.cpu_memory import {names}
 {calls}
 import numpy as np
 

@@ -18,8 +18,8 @@ from cellslide.bench.rows import Form, Row, Target, cpu_rows, row
 from cellslide.bench.whole import TILE_PX, segmented, whole_rows
 from cellslide.cli import bench as command
 from cellslide.cli.main import cli
-from cellslide.merge import merge_stream
-from cellslide.table import open_table
+from cellslide.nuclei.merge import merge_stream
+from cellslide.store.cell_table import open_table
 from cellslide.types import concat
 
 

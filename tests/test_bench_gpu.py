@@ -25,10 +25,10 @@ from cellslide.bench.gpu import (
 from cellslide.bench.rows import BenchOptions
 from cellslide.classify.effects import random_classifier
 from cellslide.config import InferConfig
-from cellslide.infer import TorchEngine
+from cellslide.inference.torch_engine import TorchEngine
 from cellslide.models import layers
 from cellslide.models.cellvta import CellVTA
-from cellslide.slide import slide_from_array
+from cellslide.slides.slide import slide_from_array
 from cellslide.types import HoverDecode
 from tests.fakes import fake_spec
 from tests.test_infer import TINY

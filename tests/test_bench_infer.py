@@ -10,7 +10,7 @@ import torch
 from cellslide.bench import flow
 from cellslide.bench.fake import picture
 from cellslide.bench.infer import engine_rows, plain_row, plainly, shipped
-from cellslide.infer import TileNet
+from cellslide.inference.torch_engine import TileNet
 from cellslide.models.cellvta import CellVTA
 from cellslide.weights import LoadedModel
 from tests.fakes import CLASSES, fake_spec
@@ -37,14 +37,14 @@ def test_the_plain_form_is_the_same_network(model: LoadedModel) -> None:
 
 
 def test_rows_compare_with_the_plain_form(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cellslide.device.cpu_computes_bf16", lambda: True)
+    monkeypatch.setattr("cellslide.inference.device.cpu_computes_bf16", lambda: True)
     first = plain_row(model, 1)
     assert first.ratio is None and first.met is None and first.value is not None
     found = list(engine_rows(model, first, 1))
     assert [made.form for made in found] == ["fake, fp32", "fake, bf16 (default)"]
     assert all(made.value is not None and made.ratio == pytest.approx(made.value / first.value) for made in found)
     assert [made.target for made in found] == ["", "≥ 2 ×"]  # what is asked of the default
-    monkeypatch.setattr("cellslide.device.cpu_computes_bf16", lambda: False)
+    monkeypatch.setattr("cellslide.inference.device.cpu_computes_bf16", lambda: False)
     assert [made.form for made in engine_rows(model, first, 1)] == ["fake, fp32 (default)"]
 
 

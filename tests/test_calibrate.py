@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellslide.calibrate import (
+from cellslide.classify.decision import DecisionConfig, decide, mix, temper
+from cellslide.errors import UsageError
+from cellslide.evaluate.calibration import (
     FitConfig,
     accuracy_threshold,
     class_labels,
@@ -18,9 +20,7 @@ from cellslide.calibrate import (
     fit_temperature,
     measure,
 )
-from cellslide.errors import UsageError
 from cellslide.evaluate.classification import expected_calibration_error
-from cellslide.gate import DecisionConfig, decide, mix, temper
 from cellslide.types import Calibration, Float32, PathProbs
 
 

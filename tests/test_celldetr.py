@@ -12,13 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cellslide.models.celldetr import (
-    CellDETR,
-    CellDETRConfig,
-    DetrOutput,
-    contrastive_slots,
-    parallel_slots,
-)
+from cellslide.models.celldetr import CellDETR, CellDETRConfig, DetrOutput, contrastive_slots, parallel_slots
 from cellslide.models.detr_layers import BoxDeformAttn, DecoderLayer, Memory
 from tests.parity import fill, load_fixture, max_error, shapes_of
 

@@ -7,20 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cellslide.classify import (
-    Classifier,
-    classify_array,
-    open_classifier,
-    prepare,
-)
+from cellslide.classify import Classifier, classify_array, open_classifier, prepare
 from cellslide.classify.columns import Rule
+from cellslide.classify.decision import DecisionConfig
 from cellslide.classify.engine import Seconds
 from cellslide.classify.slide import Organ, estimate, in_time
 from cellslide.config import ClassifyConfig, InferConfig, OutputConfig
-from cellslide.crops import REGION_PX
 from cellslide.errors import CellslideError, UsageError
-from cellslide.gate import DecisionConfig
-from cellslide.slide import slide_from_array
+from cellslide.inference.crops import REGION_PX
+from cellslide.slides.slide import slide_from_array
 from cellslide.types import Calibration, PathProbs, Plane, UInt8
 from tests.fake_classifier import SPEC, FakeNuClass, fake_loaded
 
@@ -112,7 +107,7 @@ def test_regions_change_nothing(picture: UInt8, xy: np.ndarray, monkeypatch: pyt
 
 
 def _small_regions() -> object:
-    from cellslide.crops import plan_regions
+    from cellslide.inference.crops import plan_regions
 
     return lambda centre, crops, size: plan_regions(centre, crops, 96)
 
@@ -146,7 +141,7 @@ def test_local_paths_alone_cut_no_context(picture: UInt8, xy: np.ndarray) -> Non
 def test_adaptive_skips_where_the_local_path_is_sure(picture: UInt8, xy: np.ndarray) -> None:
     c, whole = classifier(adaptive=0.6), typed(classifier(), picture, xy)
     probs = typed(c, picture, xy)
-    from cellslide.gate import temper
+    from cellslide.classify.decision import temper
 
     sure = temper(whole.local, SPEC.calibration.temperature_local).max(axis=1) >= 0.6
     assert 0 < sure.sum() < len(xy)

@@ -10,24 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellslide.anndata_store import Categorical
-from cellslide.classify import (
-    classify_cells,
-    classify_slide,
-    regate_slide,
-)
+from cellslide.classify import classify_cells, classify_slide, regate_slide
+from cellslide.classify.decision import DecisionConfig, decide
 from cellslide.classify.slide import Organ, choose_cells, read_places, spec_of_record
 from cellslide.classify.store import FOLDER, PartialProbs
+from cellslide.classify.taxonomy import Taxonomy
 from cellslide.config import OutputConfig, SegmentConfig, TissueConfig
 from cellslide.errors import Interrupted, UsageError
-from cellslide.gate import DecisionConfig, decide
-from cellslide.pipeline import Silent, Watch, segment_slide
-from cellslide.record import fingerprint, read_record
-from cellslide.segmenter import open_segmenter
-from cellslide.slide import Slide, open_slide
-from cellslide.slides import SlideInput
-from cellslide.table import CellTable, open_table
-from cellslide.taxonomy import Taxonomy
+from cellslide.inference.segmenter import open_segmenter
+from cellslide.pipeline import segment_slide
+from cellslide.progress import Silent, Watch
+from cellslide.slides.inputs import SlideInput
+from cellslide.slides.slide import Slide, open_slide
+from cellslide.store.anndata_columns import Categorical
+from cellslide.store.cell_table import CellTable, open_table
+from cellslide.store.run_record import fingerprint, read_record
 from cellslide.types import Calibration, PathProbs, Plane
 from tests.fake_classifier import SPEC, FakeNuClass
 from tests.fakes import fake_model

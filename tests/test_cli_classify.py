@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from cellslide.anndata_store import Categorical
 from cellslide.classify.targets import expand_targets
 from cellslide.cli.main import cli
 from cellslide.errors import UsageError
-from cellslide.record import read_record
-from cellslide.staging import tables_below
-from cellslide.table import open_table
+from cellslide.store.anndata_columns import Categorical
+from cellslide.store.atomic import tables_below
+from cellslide.store.cell_table import open_table
+from cellslide.store.run_record import read_record
 from tests.fake_classifier import SPEC, FakeNuClass, fake_loaded
 from tests.fakes import fake_model
 from tests.painted import DISC, PINK_DISC, paint_slide

@@ -215,7 +215,7 @@ def test_image_without_nuclei_counts_false_positives_only(tmp_path: Path) -> Non
 
 
 def test_cell_tables_as_predictions(tmp_path: Path, masks: Path) -> None:
-    from cellslide.table import CellTableWriter
+    from cellslide.store.cell_table import CellTableWriter
     from cellslide.types import Level, RunRecord, SlideInfo
 
     prob = np.array([[0.9, 0.1]] * 3, np.float32)

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cellslide.cli.main import cli
-from cellslide.table import open_table
+from cellslide.store.cell_table import open_table
 from cellslide.types import ModelSpec
 from cellslide.weights import LoadedModel
 from tests.conftest import CHECKOUT

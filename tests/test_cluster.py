@@ -17,25 +17,26 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cellslide.batch import STOPPING, SlideOutcome
+from cellslide.batch.dask import guard, stages
+from cellslide.batch.dask.connect import Cluster, LocalWorkers, open_cluster
+from cellslide.batch.dask.drive import over_cluster
+from cellslide.batch.dask.guard import guarded
+from cellslide.batch.dask.paths import absolute
+from cellslide.batch.dask.stages import Handed, Job, Stage, StageEnd, do_stage
+from cellslide.batch.run import STOPPING, SlideOutcome
+from cellslide.batch.work import SegmentWork
 from cellslide.classify.targets import Target
 from cellslide.cli.cluster import place_of
 from cellslide.cli.main import cli
-from cellslide.cluster import guard, stages
-from cellslide.cluster.connect import Cluster, LocalWorkers, open_cluster
-from cellslide.cluster.drive import over_cluster
-from cellslide.cluster.guard import guarded
-from cellslide.cluster.paths import absolute
-from cellslide.cluster.stages import Handed, Job, Stage, StageEnd, do_stage
 from cellslide.config import InferConfig, SegmentConfig, TissueConfig
-from cellslide.devicework import SegmentWork
 from cellslide.errors import CellslideError, Interrupted, SlideError, UsageError
-from cellslide.parts import PARTS_FOLDER
-from cellslide.pipeline import Silent, Watch, segment_slide
-from cellslide.record import read_record, write_json
-from cellslide.segmenter import open_segmenter
-from cellslide.slides import SlideInput
-from cellslide.table import open_table
+from cellslide.inference.segmenter import open_segmenter
+from cellslide.pipeline import segment_slide
+from cellslide.progress import Silent, Watch
+from cellslide.slides.inputs import SlideInput
+from cellslide.store.cell_table import open_table
+from cellslide.store.run_record import read_record, write_json
+from cellslide.store.tile_checkpoint import PARTS_FOLDER
 from tests.cluster_fakes import POISON, load_deadly, load_fake_classifier
 from tests.painted import paint_slide
 
@@ -216,7 +217,7 @@ def test_other_errors_are_the_slides_or_everybodys(tmp_path: Path) -> None:
 
 
 def test_a_slide_that_is_given_back_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cellslide.cluster.drive.AGAIN_S", 0.0)
+    monkeypatch.setattr("cellslide.batch.dask.drive.AGAIN_S", 0.0)
     answers = [FakeFuture("cancelled"), ends(undone=True), done("a")]
     assert drive(FakeClient(lambda *_: answers.pop(0)), tmp_path, "a")["a"].status == "done"
     outcome = drive(FakeClient(lambda *_: ends(undone=True)), tmp_path, "a")["a"]
@@ -281,7 +282,7 @@ class InProcess(FakeClient):
 
 def test_run_with_jobs_is_run_without(here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = InProcess()
-    monkeypatch.setattr("cellslide.cluster.connect.open_cluster", lambda *_: nullcontext(Cluster(client)))
+    monkeypatch.setattr("cellslide.batch.dask.connect.open_cluster", lambda *_: nullcontext(Cluster(client)))
     monkeypatch.setattr("cellslide.weights.load_model", load_deadly)
     monkeypatch.setattr("cellslide.weights.classifier.load_classifier", load_fake_classifier)
     monkeypatch.chdir(tmp_path)
@@ -347,7 +348,7 @@ class FakeSpec:
 
 def test_a_process_that_stays_away_is_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, now = FakeSpec(), [0.0]
-    monkeypatch.setattr("cellslide.cluster.connect.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("cellslide.batch.dask.connect.time", SimpleNamespace(monotonic=lambda: now[0]))
     local, second = LocalWorkers(spec), spec.workers[1]
     local.mend({0})
     now[0] = 119.0
@@ -359,7 +360,7 @@ def test_a_process_that_stays_away_is_started_anew(monkeypatch: pytest.MonkeyPat
 
 
 def test_gpus_go_to_one_worker_each() -> None:
-    from cellslide.cluster.connect import local_spec
+    from cellslide.batch.dask.connect import local_spec
 
     workers, _ = local_spec(3, ["2", "5"], "scratch")
     assert [w["options"]["env"] for w in workers.values()] == [
@@ -370,7 +371,7 @@ def test_gpus_go_to_one_worker_each() -> None:
 
 
 def test_visible_devices_and_cores_are_those_granted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cellslide.cluster.connect import share_of_cores, visible_gpus
+    from cellslide.batch.dask.connect import share_of_cores, visible_gpus
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 7")
@@ -392,7 +393,7 @@ def test_where_the_work_goes() -> None:
     [("tcp://127.0.0.1:9", 3, "no Dask scheduler answers"), ("gone.json", 2, "no such file")],
 )
 def test_a_scheduler_that_is_not_there(scheduler: str, code: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cellslide.cluster.connect.ANSWER_S", 1)
+    monkeypatch.setattr("cellslide.batch.dask.connect.ANSWER_S", 1)
     with pytest.raises(CellslideError, match=words) as error, open_cluster(scheduler, None):
         pass
     assert error.value.exit_code == code

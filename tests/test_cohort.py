@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from cellslide.batch import SlideOutcome
+from cellslide.batch import PAGE_FILE, SUMMARY_FILE, Ledger, summary_folders, write_summary
+from cellslide.batch import summary as ledger_module
+from cellslide.batch.run import SlideOutcome
+from cellslide.batch.summary import ROWS_FOLDER, read_rows, write_row
 from cellslide.classify.targets import Target
-from cellslide.cohort import PAGE_FILE, SUMMARY_FILE, Ledger, summary_folders, write_summary
-from cellslide.cohort import ledger as ledger_module
-from cellslide.cohort.ledger import ROWS_FOLDER, read_rows, write_row
-from cellslide.cohort.page import page
-from cellslide.cohort.row import Row, outliers
-from cellslide.record import write_json
-from cellslide.slides import SlideInput
+from cellslide.report.cohort_page import page
+from cellslide.report.cohort_row import Row, outliers
+from cellslide.slides.inputs import SlideInput
+from cellslide.store.run_record import write_json
 from tests.browser import Chromium
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cellslide.crops import (
+from cellslide.inference.crops import (
     CropCutter,
     crop_corners,
     cut_naive,
@@ -21,7 +21,7 @@ from cellslide.crops import (
     plan_regions,
     read_region,
 )
-from cellslide.slide import Slide, open_slide, slide_from_array
+from cellslide.slides.slide import Slide, open_slide, slide_from_array
 from cellslide.types import CropSpec, Float64, Plane, UInt8
 from tests.painted import write_pyramid
 

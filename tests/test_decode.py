@@ -11,10 +11,10 @@ import pytest
 from scipy import ndimage
 
 from cellslide.bench import RawMaps, plain_hover, synthetic_maps
-from cellslide.hover.decode import decode_hover, hover_instances, measure_instances
-from cellslide.hover.energy import gradient_range
-from cellslide.hover.published import published_instances
-from cellslide.outlines import ring_areas
+from cellslide.geometry.outlines import ring_areas
+from cellslide.nuclei.hover_decode import decode_hover, hover_instances, measure_instances
+from cellslide.nuclei.hover_energy import gradient_range
+from cellslide.nuclei.hover_published import published_instances
 from cellslide.types import HoverDecode, HoverMaps
 
 MAGNIFICATIONS = {40: HoverDecode("published", 21, 10), 20: HoverDecode("published", 11, 3)}

@@ -11,9 +11,9 @@ import openslide
 import pytest
 from click.testing import CliRunner
 
-from cellslide import demo
 from cellslide.cli.main import cli
 from cellslide.errors import CellslideError
+from cellslide.slides import painted as demo
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_demo_finds_the_painted_nuclei(tmp_path: Path, painting: demo.Painting) 
 
 def _found_labels(table_path: Path, painting: demo.Painting) -> np.ndarray:
     """The painted nucleus under each cell's centroid, 0 where there is none."""
-    from cellslide.table import open_table
+    from cellslide.store.cell_table import open_table
 
     with open_table(table_path) as table:
         xy = np.concatenate([chunk.cells.centroid_xy for chunk in table.iter_chunks(outlines=False)])

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from cellslide.config import InferConfig
-from cellslide.detect import (
+from cellslide.inference.stream import (
     Detector,
     TileResult,
     decode_alone,
@@ -23,7 +23,7 @@ from cellslide.detect import (
     read_ahead,
     start_processes,
 )
-from cellslide.infer import TileOutput, TorchEngine
+from cellslide.inference.torch_engine import TileOutput, TorchEngine
 from cellslide.types import HoverDecode, HoverMaps, Instances, ModelSpec, Seconds, Tile, UInt8
 from tests.conftest import CHECKOUT
 from tests.fakes import FakeBox, FakeMask, fake_spec
@@ -206,7 +206,7 @@ def test_a_tile_that_kills_its_process_fails_alone(monkeypatch: pytest.MonkeyPat
         asked.append("alone")
         return decode_alone(maps, config)
 
-    monkeypatch.setattr("cellslide.detect.decode_alone", dies)
+    monkeypatch.setattr("cellslide.inference.stream.decode_alone", dies)
     bad = Deadly(*(getattr(maps_of(tile(2)), f.name) for f in fields(HoverMaps)))
     with Detector(Scripted([maps_of(tile(1)), bad, maps_of(tile(2))]), 1) as chain:
         results = list(chain.run(paint, map(tile, range(3)), Seconds()))
@@ -216,7 +216,7 @@ def test_a_tile_that_kills_its_process_fails_alone(monkeypatch: pytest.MonkeyPat
 
 
 def test_maps_take_the_pipe_where_a_process_cannot_see_its_parents_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cellslide.handing._Block.path", "/nowhere")
+    monkeypatch.setattr("cellslide.inference.shared_memory._Block.path", "/nowhere")
     tiles = [tile(i) for i in range(3)]
     with detector(workers=1) as seen_by_none, detector() as usual:
         assert found(seen_by_none.run(paint, tiles, Seconds())) == found(usual.run(paint, tiles, Seconds()))
@@ -233,7 +233,7 @@ class Deadly(HoverMaps):
 def test_decoding_processes_end_with_a_parent_that_was_killed() -> None:
     code = (
         "import os, signal, numpy as np\n"
-        "from cellslide.detect import _processes\n"
+        "from cellslide.inference.stream import _processes\n"
         "if __name__ == '__main__':\n"
         "    pool = _processes(1)\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"
@@ -251,7 +251,7 @@ def test_decoding_processes_do_not_import_torch() -> None:
     with detector(workers=1) as chain:
         instances, _ = chain._executor().submit(decode_task, maps_of(tile(2)), fake_spec().decode).result()
         loaded = chain._executor().submit(eval, "set(__import__('sys').modules)").result()
-    assert len(instances) == 2 and "cellslide.hover.decode" in loaded
+    assert len(instances) == 2 and "cellslide.nuclei.hover_decode" in loaded
     assert not loaded & {"torch", "timm", "zarr", "geopandas"}
 
 

@@ -15,10 +15,10 @@ from torch import nn
 
 from cellslide.config import InferConfig, OutputConfig, SegmentConfig, TissueConfig
 from cellslide.errors import UsageError, WeightsError
-from cellslide.infer import TorchEngine
+from cellslide.inference.onnx_engine import OnnxEngine
+from cellslide.inference.torch_engine import TorchEngine
 from cellslide.models import DETECTORS, build_model, kind_of
 from cellslide.models.celldetr_layout import MEAN, STD
-from cellslide.onnx import OnnxEngine
 from cellslide.pipeline import segment_array
 from cellslide.types import DetectDecode, Instances
 from cellslide.weights import LoadedModel, Manifest, add_weights, load_model

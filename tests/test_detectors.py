@@ -11,18 +11,19 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cellslide.anndata_store import Categorical
 from cellslide.classify import classify_slide
 from cellslide.config import OutputConfig, SegmentConfig, TileConfig
 from cellslide.errors import Interrupted, UsageError
-from cellslide.overlay import render_overlay
-from cellslide.pipeline import Watch, segment_array, segment_slide
-from cellslide.record import read_record
-from cellslide.segmenter import open_segmenter
-from cellslide.slide import open_slide
-from cellslide.slides import SlideInput
-from cellslide.spatial import polygons_from_wkb, ring_boxes
-from cellslide.table import CellTable, open_table
+from cellslide.inference.segmenter import open_segmenter
+from cellslide.pipeline import segment_array, segment_slide
+from cellslide.progress import Watch
+from cellslide.report.overlay import render_overlay
+from cellslide.slides.inputs import SlideInput
+from cellslide.slides.slide import open_slide
+from cellslide.store.anndata_columns import Categorical
+from cellslide.store.cell_table import CellTable, open_table
+from cellslide.store.run_record import read_record
+from cellslide.store.shapes import polygons_from_wkb, ring_boxes
 from cellslide.types import DetectDecode, Float32, ModelKind, RunRecord
 from cellslide.weights import LoadedModel
 from tests.fakes import CLASSES, EMBEDDED, fake_model
@@ -113,7 +114,7 @@ def test_the_record_holds_what_decided_and_no_more(slide: PaintedSlide, tmp_path
 
 def test_masks_keep_their_record() -> None:
     with open_segmenter(fake_model(), BASE) as segmenter:
-        from cellslide.segmenter import resolved
+        from cellslide.inference.segmenter import resolved
 
         spec = resolved(segmenter.config, segmenter.spec)["spec"]
     assert "decode" in spec and "detect" not in spec and "embedding_dim" not in spec

@@ -13,7 +13,7 @@ from cellslide.classify import classify_array, open_classifier
 from cellslide.classify.effects import Effect, compare, grids, measure_effects, random_classifier
 from cellslide.cli.main import cli
 from cellslide.config import ClassifyConfig, InferConfig
-from cellslide.slide import slide_from_array
+from cellslide.slides.slide import slide_from_array
 from cellslide.types import PathProbs
 from tests.fake_classifier import FakeNuClass, fake_loaded
 
@@ -63,8 +63,8 @@ def test_comparison_is_of_the_mix() -> None:
 
 def test_command_prints_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cellslide.classify.effects.random_classifier", lambda size: fake_loaded(mpp=0.25))
-    monkeypatch.setattr("cellslide.demo.WIDTH_PX", 700)
-    monkeypatch.setattr("cellslide.demo.HEIGHT_PX", 560)
+    monkeypatch.setattr("cellslide.slides.painted.WIDTH_PX", 700)
+    monkeypatch.setattr("cellslide.slides.painted.HEIGHT_PX", 560)
     flags = ["--random", "small", "--nuclei", "12", "--device", "cpu"]
     result = CliRunner().invoke(cli, ["bench", "classify", *flags, "--json"])
     assert result.exit_code == 0, result.output

@@ -17,10 +17,10 @@ from cellslide.config import EmbedConfig, InferConfig
 from cellslide.embed import Embedder, embed_array, embed_slide, open_embedder
 from cellslide.errors import CellslideError, Interrupted, UsageError
 from cellslide.models.muse import MuseBackbone, MuseConfig
-from cellslide.pipeline import Watch
-from cellslide.record import read_record
-from cellslide.slide import Slide, open_slide, slide_from_array
-from cellslide.table import CellTableWriter, open_table
+from cellslide.progress import Watch
+from cellslide.slides.slide import Slide, open_slide, slide_from_array
+from cellslide.store.cell_table import CellTableWriter, open_table
+from cellslide.store.run_record import read_record
 from cellslide.types import Cells, RunRecord
 from tests.fake_muse import FakeMuse, fake_muse
 from tests.fakes import fake_spec
@@ -149,7 +149,7 @@ def test_vectors_of_the_detector_are_not_lost_in_silence(slide: Slide, folder: P
     (folder / "run.json").unlink()
     with open_table(folder / "cells.zarr") as table:
         foreign = replace(table.run, config={})
-    from cellslide.record import write_record
+    from cellslide.store.run_record import write_record
 
     write_record(folder, foreign)
     with pytest.raises(UsageError, match="of the detector or of elsewhere; --overwrite"):

@@ -12,6 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from cellslide.classify.decision import DecisionConfig
+from cellslide.classify.taxonomy import Taxonomy
 from cellslide.cli.main import cli
 from cellslide.errors import UsageError
 from cellslide.evaluate import classification
@@ -20,8 +22,6 @@ from cellslide.evaluate.dataset import Sample, read_dataset
 from cellslide.evaluate.diagram import GAP, RIGHT, Layout, draw_reliability, write_reliability
 from cellslide.evaluate.paths import TypedCells, gather, image_confusion, paths_report, projection, score_paths
 from cellslide.evaluate.score import ClassSet, dataset_classes
-from cellslide.gate import DecisionConfig
-from cellslide.taxonomy import Taxonomy
 from cellslide.types import Calibration, Cells, Float64, PathProbs
 from tests.fake_classifier import fake_loaded
 from tests.typed_set import CENTRES, NAMES, write_typed_set
@@ -309,7 +309,7 @@ def test_command_on_detected_nuclei(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return Cells(xy, zero, zero, one, one)
 
     monkeypatch.setattr("cellslide.weights.load_model", lambda model: SimpleNamespace(spec=None))
-    monkeypatch.setattr("cellslide.segmenter.open_segmenter", lambda loaded, config: Opened())
+    monkeypatch.setattr("cellslide.inference.segmenter.open_segmenter", lambda loaded, config: Opened())
     monkeypatch.setattr("cellslide.pipeline.segment_array", segment_array)
     root = write_typed_set(tmp_path / "set", 1)
     table = tmp_path / "images.csv"

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from cellslide.cli.main import cli
-from cellslide.record import read_record
+from cellslide.store.run_record import read_record
 from tests.conftest import CHECKOUT
 from tests.painted import paint_slide
 

@@ -17,15 +17,15 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from cellslide.anndata_store import Categorical, Columns
+from cellslide.classify.decision import PATHS
 from cellslide.cli.explain import command, parse_ids
 from cellslide.errors import UsageError
-from cellslide.explain import Selection, explain_slide, select_cells
-from cellslide.explain.gallery import Bars, Card, Heading, Picture, overlay_heat, scale_bar_um, write_gallery
-from cellslide.gate import PATHS
-from cellslide.record import describe_slide, plain, write_record
-from cellslide.slide import open_slide
-from cellslide.table import CellTable, CellTableWriter, TableExtender, open_table
+from cellslide.report.explain import Selection, explain_slide, select_cells
+from cellslide.report.explain.gallery import Bars, Card, Heading, Picture, overlay_heat, scale_bar_um, write_gallery
+from cellslide.slides.slide import open_slide
+from cellslide.store.anndata_columns import Categorical, Columns
+from cellslide.store.cell_table import CellTable, CellTableWriter, TableExtender, open_table
+from cellslide.store.run_record import describe_slide, plain, write_record
 from cellslide.types import Cells, ClassSpec, ModelSpec, RunRecord, SlideInfo
 from tests.fake_paths import CLASSES, SPEC, fake_classifier
 from tests.painted import paint_slide
@@ -155,14 +155,14 @@ def test_disagreeing_cells_come_surest_first(table: CellTable) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_choice_does_not_depend_on_the_block(table: CellTable, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr("cellslide.explain.select.BLOCK_ROWS", rows)
+    monkeypatch.setattr("cellslide.report.explain.select.BLOCK_ROWS", rows)
     assert select_cells(table, Selection("uncertain", 2)).tolist() == [4, 1]
     assert select_cells(table, Selection("disagree", 2)).tolist() == [5, 2]
 
 
 def test_equal_cells_go_by_id(table: CellTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cellslide.explain.select.BLOCK_ROWS", 2)
-    monkeypatch.setattr("cellslide.explain.select._doubt", lambda table, start, stop: np.full(stop - start, 0.5))
+    monkeypatch.setattr("cellslide.report.explain.select.BLOCK_ROWS", 2)
+    monkeypatch.setattr("cellslide.report.explain.select._doubt", lambda table, start, stop: np.full(stop - start, 0.5))
     assert select_cells(table, Selection("uncertain", 4)).tolist() == [0, 1, 2, 3]
 
 
@@ -300,7 +300,7 @@ def test_other_weights_and_other_slides_are_refused(made: Path, tmp_path: Path) 
 
 def test_same_choice_gives_the_same_page(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = explain_slide(folder, Selection("uncertain", 5), fake_classifier(), tmp_path / "a.html")
-    monkeypatch.setattr("cellslide.explain.slide.CELLS_AT_ONCE", 2)
+    monkeypatch.setattr("cellslide.report.explain.slide.CELLS_AT_ONCE", 2)
     second, _ = explain_slide(folder, Selection("uncertain", 5), fake_classifier(), tmp_path / "b.html")
     assert first.read_bytes() == second.read_bytes()
 

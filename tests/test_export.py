@@ -11,13 +11,15 @@ import pytest
 import zarr
 from click.testing import CliRunner
 
-from cellslide import export, labels, spatial
 from cellslide.cli.main import cli
 from cellslide.errors import UsageError
-from cellslide.export import export_table
-from cellslide.labels import level_shapes
-from cellslide.outlines import rasterise
-from cellslide.table import Columns, TableExtender, open_table
+from cellslide.formats import export
+from cellslide.formats import ome_labels as labels
+from cellslide.formats.export import export_table
+from cellslide.formats.ome_labels import level_shapes
+from cellslide.geometry.outlines import rasterise
+from cellslide.store import shapes as spatial
+from cellslide.store.cell_table import Columns, TableExtender, open_table
 from tests.qupath_rules import file_faults
 from tests.random_cells import CLASSES, as_kind, ellipses, model_spec, run_record, slide_info, write_table
 
@@ -64,7 +66,7 @@ def test_csv_is_one_line_a_nucleus(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_missing_word_is_empty(tmp_path: Path) -> None:
-    from cellslide.table import Categorical
+    from cellslide.store.cell_table import Categorical
 
     extender = TableExtender(write_table(tmp_path, ellipses(2)))
     extender.append(Columns({"organ": Categorical(np.array([0, -1]), ("breast",))}))

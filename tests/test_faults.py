@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from cellslide import pipeline
-from cellslide.batch import SlideOutcome, StopOnSignal, segment_slides
+from cellslide.batch.run import SlideOutcome, StopOnSignal, segment_slides
 from cellslide.errors import UsageError, trouble
+from cellslide.inference.segmenter import open_segmenter
 from cellslide.pipeline import run_slide
-from cellslide.record import read_record
-from cellslide.segmenter import open_segmenter
-from cellslide.table import CellTableWriter, open_table
+from cellslide.store.cell_table import CellTableWriter, open_table
+from cellslide.store.run_record import read_record
 from tests.conftest import CHECKOUT
 from tests.fakes import fake_model
 from tests.painted import PaintedSlide, grid_centres, paint_slide

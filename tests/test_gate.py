@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellslide.errors import UsageError
-from cellslide.gate import (
+from cellslide.classify.decision import (
     GLOBAL,
     LOCAL,
     MIX,
@@ -24,6 +23,7 @@ from cellslide.gate import (
     safe_paths,
     temper,
 )
+from cellslide.errors import UsageError
 from cellslide.types import Calibration, Float32, PathProbs
 
 CLASSES = ("lymphocyte", "tumour", "stroma")

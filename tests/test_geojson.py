@@ -16,11 +16,12 @@ import pytest
 import shapely
 from shapely.geometry import shape
 
-from cellslide import geojson, kernels
-from cellslide.featuretext import Features, ten_thousandths
-from cellslide.geojson import write_geojson
-from cellslide.jsontext import MISSING, decimals, digits, vertices
-from cellslide.table import NUCLEUS, Columns, TableExtender, open_table
+from cellslide.formats import geojson
+from cellslide.formats.ascii_columns import MISSING, decimals, vertices
+from cellslide.formats.geojson import write_geojson
+from cellslide.formats.geojson_text import Features, ten_thousandths
+from cellslide.geometry import kernels
+from cellslide.store.cell_table import NUCLEUS, Columns, TableExtender, digits, open_table
 from cellslide.types import Cells
 from tests.qupath_rules import collection_faults, file_faults, read_collections, read_features
 from tests.random_cells import BOUNDS, CLASSES, as_kind, ellipses, model_spec, run_record, slide_info, write_table

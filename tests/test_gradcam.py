@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from cellslide.errors import CellslideError
-from cellslide.explain.gradcam import last_block, watching
-from cellslide.explain.paths import Explainer
+from cellslide.report.explain.gradcam import last_block, watching
+from cellslide.report.explain.paths import Explainer
 from tests.fake_paths import SPEC, ColourNet
 
 

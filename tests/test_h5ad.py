@@ -9,9 +9,9 @@ import h5py
 import numpy as np
 import pytest
 
-from cellslide import h5ad
-from cellslide.export import export_table
-from cellslide.table import Categorical, Columns, TableExtender, open_table
+from cellslide.formats import h5ad
+from cellslide.formats.export import export_table
+from cellslide.store.cell_table import Categorical, Columns, TableExtender, open_table
 from tests.random_cells import as_kind, ellipses, model_spec, run_record, write_table
 
 anndata = pytest.importorskip("anndata", reason="extra `test` is not installed")

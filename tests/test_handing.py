@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from cellslide import handing
-from cellslide.handing import Blocks, NotSeen, taken
+from cellslide.inference import shared_memory as handing
+from cellslide.inference.shared_memory import Blocks, NotSeen, taken
 from cellslide.types import HoverMaps
 
 pytestmark = pytest.mark.skipif(not os.path.isdir(handing.FOLDER), reason="no shared memory as Linux has it")

@@ -9,20 +9,22 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from cellslide import kernels
 from cellslide.bench import synthetic_maps
 from cellslide.bench.decode import identical
-from cellslide.hover import decode, plain
-from cellslide.hover.energy import sobel_kernels, stretch
-from cellslide.outlines import trace_outlines
+from cellslide.geometry import kernels
+from cellslide.geometry.outlines import trace_outlines
+from cellslide.nuclei import hover_decode as decode
+from cellslide.nuclei import hover_reference as plain
+from cellslide.nuclei.hover_energy import sobel_kernels, stretch
 from cellslide.types import HoverDecode, HoverMaps, Instances, Int32
 
 if not kernels.available():
     pytest.skip(f"no compiled kernels here: {kernels.why_not()}", allow_module_level=True)
 
-from cellslide import shape_kernels
-from cellslide.hover import compiled as compiled_form
-from cellslide.hover import gradient_kernels, label_kernels
+from cellslide.geometry import label_kernels as shape_kernels
+from cellslide.nuclei import gradient_kernels
+from cellslide.nuclei import hover_labels as compiled_form
+from cellslide.nuclei import watershed_kernels as label_kernels
 
 CONFIGS = [
     HoverDecode("published", 21, 10),

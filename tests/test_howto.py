@@ -176,7 +176,7 @@ def vitessce_finds_everything(world: dict[str, Any]) -> None:
 
 
 def corrected_nuclei_keep_their_ids(_: dict[str, Any]) -> None:
-    from cellslide.table import open_table
+    from cellslide.store.cell_table import open_table
 
     first, second = (open_table(Path(name) / "slide" / "cells.zarr") for name in ("out", "corrected"))
     assert sorted(first.vector("uuid")) == sorted(second.vector("uuid")) and len(second) == N

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from cellslide.config import InferConfig
-from cellslide.device import available_cpus, batch_limit, resolve_device, resolve_precision
 from cellslide.errors import MissingDependencyError, UsageError, WeightsError
-from cellslide.infer import TorchEngine, output_names
+from cellslide.inference.device import available_cpus, batch_limit, resolve_device, resolve_precision
+from cellslide.inference.torch_engine import TorchEngine, output_names
 from cellslide.models.cellvta import CellVTA, CellVTAConfig
 from cellslide.types import DetectDecode, HoverMaps, Instances, NoOutput, UInt8
 from tests.fakes import CLASSES, FakeBox, FakeMask, FakePoint, HungryMask, fake_spec
@@ -216,7 +216,7 @@ def test_a_network_whose_scores_hold_in_bf16_takes_it_where_the_cpu_computes_in_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for able, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr("cellslide.device.cpu_computes_bf16", lambda able=able: able)
+        monkeypatch.setattr("cellslide.inference.device.cpu_computes_bf16", lambda able=able: able)
         assert TorchEngine(FakeMask(), fake_spec(bf16_on_cpu=True), CPU, 64).precision == expected
         assert TorchEngine(FakeMask(), fake_spec(), CPU, 64).precision == "fp32"
         assert resolve_precision("fp32", torch.device("cpu"), True) == "fp32"

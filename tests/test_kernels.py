@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from cellslide import detect, kernels
 from cellslide.cli import doctor
-from cellslide.hover import decode
+from cellslide.geometry import kernels
+from cellslide.inference import stream as detect
+from cellslide.nuclei import hover_decode as decode
 from tests.conftest import CHECKOUT
 
 
@@ -63,7 +64,7 @@ def test_a_second_process_compiles_nothing() -> None:
     decode.prepare()
     code = (
         "import json\nfrom cellslide import shape_kernels\n"
-        "from cellslide.hover import decode, gradient_kernels, label_kernels\ndecode.prepare()\n"
+        "from cellslide.nuclei import decode, gradient_kernels, label_kernels\ndecode.prepare()\n"
         "modules = (gradient_kernels, label_kernels, shape_kernels)\n"
         "used = [f.stats for m in modules for f in vars(m).values() if hasattr(f, 'stats')]\n"
         "print(json.dumps([sum(sum(s.cache_hits.values()) for s in used),"

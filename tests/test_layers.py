@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cellslide import kernels
+from cellslide.geometry import kernels
 from cellslide.models import layers
 from tests.parity import fill, load_fixture, max_error
 

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import tifffile
 
-from cellslide import reopen
-from cellslide.batch import segment_slides
+from cellslide.batch.local_copy import PREFIX, LocalCopies, done_before, local_targets, pieces_of, remove_left
+from cellslide.batch.run import segment_slides
 from cellslide.classify.targets import Target
 from cellslide.config import InferConfig, OutputConfig, SegmentConfig, TissueConfig
 from cellslide.errors import Interrupted
-from cellslide.localcopy import PREFIX, LocalCopies, done_before, local_targets, pieces_of, remove_left
-from cellslide.pipeline import Silent, Watch
-from cellslide.record import read_record
-from cellslide.segmenter import open_segmenter
-from cellslide.slides import SlideInput
+from cellslide.inference.segmenter import open_segmenter
+from cellslide.progress import Silent, Watch
+from cellslide.slides import reopen
+from cellslide.slides.inputs import SlideInput
+from cellslide.store.run_record import read_record
 from tests.fakes import fake_model
 from tests.painted import paint_slide
 
@@ -102,7 +102,7 @@ def test_a_disk_that_fills_up_or_a_source_that_is_gone_costs_no_slide(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cellslide.localcopy._copy", full)
+        patch.setattr("cellslide.batch.local_copy._copy", full)
         with copies.of(source) as local:
             assert local.local is None and not any((tmp_path / "stage").iterdir())
     assert "No space left" in caplog.text
@@ -134,7 +134,7 @@ def test_copies_change_no_result_and_done_slides_are_not_copied(
     paint_slide(tmp_path / "s.tif", 300, 200, 0.5, [(100, 100)], 7.0)
     source, copied = SlideInput(tmp_path / "s.tif", slide_id="s"), []
     real = shutil.rmtree
-    monkeypatch.setattr("cellslide.localcopy.shutil.rmtree", lambda p, **k: (copied.append(p), real(p, **k)))
+    monkeypatch.setattr("cellslide.batch.local_copy.shutil.rmtree", lambda p, **k: (copied.append(p), real(p, **k)))
     read_from, opened = [], reopen.open_reader
     monkeypatch.setattr(reopen, "open_reader", lambda path: (read_from.append(path), opened(path))[1])
     config = SegmentConfig(

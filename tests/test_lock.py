@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from cellslide import lock
-from cellslide.batch import segment_slides
+from cellslide.batch.run import segment_slides
 from cellslide.errors import BusyError, CellslideError, Interrupted
-from cellslide.lock import PREFIX, STALE_S, hold
-from cellslide.segmenter import open_segmenter
-from cellslide.staging import Staging, put_back, restore
+from cellslide.inference.segmenter import open_segmenter
+from cellslide.store import lock
+from cellslide.store.atomic import Staging, put_back, restore
+from cellslide.store.lock import PREFIX, STALE_S, hold
 from tests.conftest import CHECKOUT
 from tests.fakes import fake_model
 from tests.painted import paint_slide
@@ -51,7 +51,7 @@ def test_a_held_folder_is_refused_and_free_afterwards(tmp_path: Path) -> None:
 
 
 def test_a_process_killed_while_it_asks_leaves_nothing_to_the_next(tmp_path: Path) -> None:
-    code = "import os, sys; from pathlib import Path; from cellslide.lock import hold\n"
+    code = "import os, sys; from pathlib import Path; from cellslide.store.lock import hold\n"
     code += "os.replace = lambda *names: os.kill(os.getpid(), 9)\nhold(Path(sys.argv[1])).__enter__()"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=CHECKOUT, timeout=60, check=False)
     assert done.returncode == -9 and len(files(tmp_path)) == 1
@@ -62,7 +62,7 @@ def test_a_process_killed_while_it_asks_leaves_nothing_to_the_next(tmp_path: Pat
 
 
 def test_a_killed_process_leaves_a_lock_that_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    code = "import os, sys; from pathlib import Path; from cellslide.lock import hold\n"
+    code = "import os, sys; from pathlib import Path; from cellslide.store.lock import hold\n"
     code += "with hold(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=CHECKOUT, timeout=60, check=False)
     assert len(files(tmp_path)) == 1

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from scipy.spatial import cKDTree
 
-from cellslide import kernels
 from cellslide.bench import FakeDetector, detect_cells, square_slide, synthetic_maps
-from cellslide.hover.decode import decode_hover
-from cellslide.merge import BAND_UM, SAME_POINT_UM, SeamMerger, merge_stream, to_cells
-from cellslide.tiles import TileGrid, tile_grid
+from cellslide.geometry import kernels
+from cellslide.nuclei.hover_decode import decode_hover
+from cellslide.nuclei.merge import BAND_UM, SAME_POINT_UM, SeamMerger, merge_stream, to_cells
+from cellslide.slides.tiles import TileGrid, tile_grid
 from cellslide.types import Cells, HoverDecode, HoverMaps, Instances, Plane, SlideInfo, Tile, concat
 
 

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pytest
 
 from cellslide.errors import UsageError
-from cellslide.geojson import write_geojson
-from cellslide.nuclei_files import (
+from cellslide.formats.geojson import write_geojson
+from cellslide.formats.importers import (
     ForeignNuclei,
     NucleiReport,
     Source,
@@ -26,10 +26,10 @@ from cellslide.nuclei_files import (
     read_nuclei,
     tables,
 )
-from cellslide.outlines import ring_bounds
-from cellslide.record import read_record
-from cellslide.slide import slide_from_array
-from cellslide.table import Categorical, open_table
+from cellslide.geometry.outlines import ring_bounds
+from cellslide.slides.slide import slide_from_array
+from cellslide.store.cell_table import Categorical, open_table
+from cellslide.store.run_record import read_record
 from tests import random_cells
 from tests.foreign_files import (
     cellvit_cells,
@@ -378,7 +378,7 @@ def test_a_table_of_ours_keeps_everything(tmp_path: Path) -> None:
 
 
 def test_exports_of_ours_are_read_again(tmp_path: Path) -> None:
-    from cellslide.export import export_table
+    from cellslide.formats.export import export_table
 
     with random_cells.write_table(tmp_path, random_cells.ellipses(40), slide=slide_info()) as table:
         files = export_table(table, tmp_path, ("geojson", "parquet", "csv"))

@@ -11,9 +11,9 @@ import torch
 
 from cellslide.config import InferConfig
 from cellslide.errors import MissingDependencyError, UsageError
-from cellslide.infer import TorchEngine
+from cellslide.inference.onnx_engine import OnnxEngine, check_providers, exported, model_key, providers
+from cellslide.inference.torch_engine import TorchEngine
 from cellslide.models.cellvta import CellVTA
-from cellslide.onnx import OnnxEngine, check_providers, exported, model_key, providers
 from tests.fakes import CLASSES, fake_spec
 from tests.test_infer import TINY
 
@@ -103,7 +103,7 @@ def test_flags_that_onnx_cannot_follow_are_refused() -> None:
 
 def test_without_the_export_packages_the_error_names_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CELLSLIDE_CACHE", str(tmp_path))
-    monkeypatch.setattr("cellslide.onnx.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("cellslide.inference.onnx_engine.importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"onnx and onnxscript: pip install 'cellslide\[export\]'"):
         exported(tiny(), SPEC, SIZE)
 

@@ -8,8 +8,7 @@ import shapely
 from scipy import ndimage
 
 from cellslide.bench import synthetic_maps
-from cellslide.hover.decode import hover_instances
-from cellslide.outlines import (
+from cellslide.geometry.outlines import (
     SHAPE_FEATURES,
     rasterise,
     ring_areas,
@@ -19,6 +18,7 @@ from cellslide.outlines import (
     trace_outlines,
     valid_rings,
 )
+from cellslide.nuclei.hover_decode import hover_instances
 from cellslide.types import HoverDecode
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cellslide.demo import write_pyramid
 from cellslide.errors import UsageError
-from cellslide.overlay import densest_region, render_overlay
-from cellslide.slide import Slide, open_slide
-from cellslide.table import CellTableWriter
+from cellslide.report.overlay import densest_region, render_overlay
+from cellslide.slides.painted import write_pyramid
+from cellslide.slides.slide import Slide, open_slide
+from cellslide.store.cell_table import CellTableWriter
 from cellslide.types import Cells, ClassSpec, ModelSpec, RunRecord
 
 GREEN, RED = (0, 255, 0), (255, 0, 0)

@@ -10,9 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cellslide import export, spatial, table
-from cellslide.export import write_parquet
-from cellslide.parquetjoin import join_column
+from cellslide.formats import export
+from cellslide.formats.export import write_parquet
+from cellslide.formats.parquet_join import join_column
+from cellslide.store import cell_table as table
+from cellslide.store import shapes as spatial
 from tests.random_cells import as_kind, ellipses, model_spec, write_table
 
 

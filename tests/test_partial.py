@@ -9,7 +9,7 @@ import pytest
 
 from cellslide.embed.store import PartialVectors
 from cellslide.errors import SlideError, UsageError
-from cellslide.partial import FINGERPRINT_FILE
+from cellslide.store.row_checkpoint import FINGERPRINT_FILE
 
 SETTINGS = {"mpp": "0.5"}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cellslide.errors import UsageError
-from cellslide.parts import Parts, TilePart
+from cellslide.store.tile_checkpoint import Parts, TilePart
 from cellslide.types import Cells, concat
 
 PRINT = {"weights": "a", "tile": "256"}

@@ -11,16 +11,17 @@ import pytest
 import torch
 
 from cellslide import pipeline
-from cellslide.batch import SlideOutcome, StopOnSignal, exit_code, in_shard, plan, segment_slides
+from cellslide.batch.run import SlideOutcome, StopOnSignal, exit_code, in_shard, plan, segment_slides
 from cellslide.config import InferConfig, OutputConfig, SegmentConfig, TileConfig, TissueConfig
 from cellslide.errors import Interrupted, SlideError, TileError, UsageError
-from cellslide.infer import TorchEngine
+from cellslide.inference.segmenter import Segmenter, open_segmenter, resolve_tiles
+from cellslide.inference.torch_engine import TorchEngine
 from cellslide.models.cellvta import CellVTA
-from cellslide.pipeline import Silent, Watch, lay_out, segment_array, segment_slide
-from cellslide.segmenter import Segmenter, open_segmenter, resolve_tiles
-from cellslide.slide import Slide, slide_from_array
-from cellslide.slides import SlideInput
-from cellslide.table import CellTable, open_table
+from cellslide.pipeline import lay_out, segment_array, segment_slide
+from cellslide.progress import Silent, Watch
+from cellslide.slides.inputs import SlideInput
+from cellslide.slides.slide import Slide, slide_from_array
+from cellslide.store.cell_table import CellTable, open_table
 from cellslide.types import Cells, Plane, RunRecord, UInt8
 from cellslide.weights import LoadedModel
 from tests.fakes import CLASSES, FakeMask, fake_model

@@ -12,7 +12,7 @@ import torch
 from cellslide.errors import WeightsError
 from cellslide.models import build_model, kind_of
 from cellslide.models.point_head import MusePointsConfig, PointHead, PointOutput, found_points, proposals
-from cellslide.points import point_nms
+from cellslide.nuclei.nms import point_nms
 from tests.parity import load_fixture, max_error, shapes_of
 from tests.published_muse import TINY_CONV, TINY_HEAD, TINY_VIT, build, fixture_input
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellslide.points import point_nms
+from cellslide.nuclei.nms import point_nms
 from tests.parity import load_fixture
 
 

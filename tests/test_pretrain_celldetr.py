@@ -14,10 +14,10 @@ pytest.importorskip("cellslide.train.framework", reason="extra `train` is not in
 
 from cellslide.errors import UsageError
 from cellslide.models import build_model
-from cellslide.pretrain.celldetr import CellDETRPretraining, pretrain_celldetr
-from cellslide.pretrain.fields import Sources
-from cellslide.pretrain.recipe import CellDETRPretrainRecipe
 from cellslide.train.celldetr_run import load_init
+from cellslide.train.pretrain.celldetr import CellDETRPretraining, pretrain_celldetr
+from cellslide.train.pretrain.fields import Sources
+from cellslide.train.pretrain.recipe import CellDETRPretrainRecipe
 from cellslide.train.recipe import build
 from cellslide.train.run import RunOptions
 from tests.train_sets import write_set

@@ -11,12 +11,12 @@ pytest.importorskip("cellslide.train.framework", reason="extra `train` is not in
 
 from cellslide.config import OutputConfig, SegmentConfig, TissueConfig
 from cellslide.errors import UsageError
+from cellslide.inference.segmenter import open_segmenter
 from cellslide.pipeline import segment_slide
-from cellslide.pretrain.data import BoxCrops, MuseViews, ShardedDraws, crop_to, sample_views, shown_boxes, side_of
-from cellslide.pretrain.fields import FieldRules, OnSlide, Sources, load_fields, places_of
-from cellslide.pretrain.recipe import CellDETRPretrainRecipe, MuseRecipe, ViewConfig
-from cellslide.segmenter import open_segmenter
-from cellslide.slides import SlideInput
+from cellslide.slides.inputs import SlideInput
+from cellslide.train.pretrain.data import BoxCrops, MuseViews, ShardedDraws, crop_to, sample_views, shown_boxes, side_of
+from cellslide.train.pretrain.fields import FieldRules, OnSlide, Sources, load_fields, places_of
+from cellslide.train.pretrain.recipe import CellDETRPretrainRecipe, MuseRecipe, ViewConfig
 from tests.fakes import fake_model
 from tests.painted import DISC, paint_slide
 from tests.pretrain_sets import PLAIN, grey_field, grey_of, grey_sets

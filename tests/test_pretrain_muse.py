@@ -18,12 +18,12 @@ pytest.importorskip("cellslide.train.framework", reason="extra `train` is not in
 from cellslide.errors import UsageError, WeightsError
 from cellslide.models import build_model
 from cellslide.models.muse_layout import fill_backbone
-from cellslide.pretrain.distill import Center, DinoHead, cosine_between, image_loss, nucleus_loss
-from cellslide.pretrain.fields import Sources
-from cellslide.pretrain.muse import MuseTraining, pretrain_muse
-from cellslide.pretrain.recipe import HeadConfig, MuseRecipe, WatchConfig, load_muse_recipe
-from cellslide.pretrain.watch import CollapseError, Reading, Watch, collapse_of, read, spread_of
 from cellslide.train import points_run
+from cellslide.train.pretrain.distill import Center, DinoHead, cosine_between, image_loss, nucleus_loss
+from cellslide.train.pretrain.fields import Sources
+from cellslide.train.pretrain.muse import MuseTraining, pretrain_muse
+from cellslide.train.pretrain.recipe import HeadConfig, MuseRecipe, WatchConfig, load_muse_recipe
+from cellslide.train.pretrain.watch import CollapseError, Reading, Watch, collapse_of, read, spread_of
 from cellslide.train.recipe import build
 from cellslide.train.run import RunOptions
 from tests.train_sets import write_set

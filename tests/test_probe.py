@@ -12,8 +12,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from cellslide.cli.main import cli
+from cellslide.embed.probe import Labelled, ProbeConfig, knn_accuracies, linear_probe, load, probe, save
 from cellslide.errors import UsageError
-from cellslide.probe import Labelled, ProbeConfig, knn_accuracies, linear_probe, load, probe, save
 from tests.fake_muse import fake_muse
 from tests.typed_set import write_typed_set
 

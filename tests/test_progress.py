@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from cellslide.batch import SlideOutcome
+from cellslide.batch.run import SlideOutcome
 from cellslide.cli.progress import Drawn, Lines, Meter, RunProgress, progress_bar, summary
 
 

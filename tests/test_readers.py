@@ -21,12 +21,12 @@ from click.testing import CliRunner
 from cellslide.bench import crops as bench_crops
 from cellslide.bench import read as bench_read
 from cellslide.cli.main import cli
-from cellslide.crops import crop_corners, plan_regions, read_region
 from cellslide.errors import TileError
-from cellslide.readers import OpenSlideReader, SlideReader, TiffReader, TiledReader, open_reader, tiled
-from cellslide.readers.cache import TileCache
-from cellslide.readers.dicom import ITEM, _frames
-from cellslide.slide import open_slide
+from cellslide.inference.crops import crop_corners, plan_regions, read_region
+from cellslide.slides.readers import OpenSlideReader, SlideReader, TiffReader, TiledReader, open_reader, tiled
+from cellslide.slides.readers.cache import TileCache
+from cellslide.slides.readers.dicom import ITEM, _frames
+from cellslide.slides.slide import open_slide
 from cellslide.types import CropSpec, Plane, UInt8
 
 WIDTH, HEIGHT = 700, 530
@@ -146,7 +146,7 @@ def test_large_boxes_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     reader = open_reader(path)
     assert isinstance(reader, OpenSlideReader)
     expected = [reader.read_level(level, -9, -5, 300, 260) for level in (0, 1)]
-    monkeypatch.setattr("cellslide.readers.vendor.LINES_PX", 5000)
+    monkeypatch.setattr("cellslide.slides.readers.vendor.LINES_PX", 5000)
     for level in (0, 1):
         assert np.array_equal(reader.read_level(level, -9, -5, 300, 260), expected[level])
 

@@ -8,7 +8,7 @@ import pytest
 
 from cellslide.config import SegmentConfig
 from cellslide.errors import SlideError
-from cellslide.record import (
+from cellslide.store.run_record import (
     beside,
     describe_slide,
     differences,

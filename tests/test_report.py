@@ -16,14 +16,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cellslide.anndata_store import Categorical
 from cellslide.classify import classify_slide
 from cellslide.cli.main import cli
 from cellslide.config import SegmentConfig, TissueConfig
 from cellslide.errors import UsageError
-from cellslide.lock import hold
+from cellslide.inference.segmenter import open_segmenter
 from cellslide.pipeline import segment_slide
-from cellslide.record import read_record, write_record
 from cellslide.report import keep_report, needs_report, tally, write_report
 from cellslide.report import slide as report_slide
 from cellslide.report.histogram import Histogram
@@ -33,11 +31,13 @@ from cellslide.report.page import Budget, render
 from cellslide.report.quality import broken_outlines, flags
 from cellslide.report.seams import SeamCheck
 from cellslide.report.tally import Frame, tally_cells
-from cellslide.segmenter import open_segmenter
-from cellslide.slide import open_slide, slide_from_array
-from cellslide.slides import SlideInput
-from cellslide.table import CellTable, open_table
-from cellslide.tiles import tile_grid
+from cellslide.slides.inputs import SlideInput
+from cellslide.slides.slide import open_slide, slide_from_array
+from cellslide.slides.tiles import tile_grid
+from cellslide.store.anndata_columns import Categorical
+from cellslide.store.cell_table import CellTable, open_table
+from cellslide.store.lock import hold
+from cellslide.store.run_record import read_record, write_record
 from cellslide.types import ClassSpec, FailedTile, Plane, RunRecord
 from tests.browser import Chromium
 from tests.fakes import fake_model

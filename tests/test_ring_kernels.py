@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import shapely
 
-from cellslide import kernels, uuids
-from cellslide.geojson import SMALLEST_PX2
-from cellslide.outlines import ring_bounds, ring_features, sure_rings, to_polygons
-from cellslide.spatial import TableError, polygons_from_wkb, polygons_to_wkb
+from cellslide.formats.geojson import SMALLEST_PX2
+from cellslide.geometry import kernels
+from cellslide.geometry.outlines import ring_bounds, ring_features, sure_rings, to_polygons
+from cellslide.store.shapes import TableError, polygons_from_wkb, polygons_to_wkb
 from cellslide.types import Float64, Int64
 from tests.random_cells import ellipses
 
@@ -81,13 +81,3 @@ def test_ordinary_outlines_are_sure() -> None:
     # Twice round is no polygon, though every step turns the same way.
     twice = np.concatenate([cents[:24], cents[:24]])
     assert not sure_rings(twice, np.array([0, 48]), SMALLEST_PX2).any()
-
-
-@pytest.mark.parametrize("key", ["", "k", "a" * 46, "b" * 47, "0123456789abcdef" * 12])
-def test_uuids_are_those_of_hashlib(key: str) -> None:
-    rng = np.random.default_rng(2)
-    place = uuids.pack_places(rng.uniform(-999, 99_999, 500), rng.uniform(-999, 99_999, 500))
-    repeat = np.where(rng.random(500) < 0.2, rng.integers(1, 10**9, 500), 0)
-    prefix = uuids.NAMESPACE.bytes + f"{key}/".encode()
-    wanted = uuids._hashed(prefix, place >> 32, (place << 32) >> 32, repeat)
-    np.testing.assert_array_equal(uuids.uuid_bytes(key, place, repeat), wanted)

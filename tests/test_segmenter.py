@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cellslide import segmenter
 from cellslide.config import InferConfig, SegmentConfig
 from cellslide.errors import MissingDependencyError, WeightsError
-from cellslide.segmenter import load_segmenter, may_need_decoding
+from cellslide.inference import segmenter
+from cellslide.inference.segmenter import load_segmenter, may_need_decoding
 from cellslide.types import ModelKind
 from cellslide.weights import LoadedModel
 from tests.fakes import fake_model

@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 from cellslide.cli.main import cli
 from cellslide.config import SegmentConfig, TileConfig
 from cellslide.pipeline import segment_array
-from cellslide.slide import open_slide
+from cellslide.slides.slide import open_slide
 from cellslide.weights import LoadedModel, load_model
 
 CLASSES = ["lymphocyte", "tumor_epithelial", "stromal"]

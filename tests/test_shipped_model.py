@@ -11,9 +11,9 @@ from scipy.spatial import cKDTree
 from cellslide.config import SegmentConfig, TileConfig
 from cellslide.evaluate.dataset import read_dataset
 from cellslide.evaluate.matching import overlaps, panoptic_quality
-from cellslide.outlines import rasterise
+from cellslide.geometry.outlines import rasterise
 from cellslide.pipeline import segment_array
-from cellslide.slide import open_slide
+from cellslide.slides.slide import open_slide
 from cellslide.types import Cells
 from cellslide.weights import LoadedModel, load_model
 

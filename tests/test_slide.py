@@ -13,10 +13,10 @@ import tifffile
 from PIL import Image
 
 from cellslide.errors import PixelSizeError, SlideError, TileError, UsageError
-from cellslide.pixelsize import PixelSize, choose, from_ome, from_openslide, from_tiff
-from cellslide.readers import WHITE, OpenSlideReader, TiffReader, composite
-from cellslide.resample import axis_taps
-from cellslide.slide import Slide, inspect_slide, nominal_downsample, open_slide, slide_from_array
+from cellslide.slides.pixel_size import PixelSize, choose, from_ome, from_openslide, from_tiff
+from cellslide.slides.readers import WHITE, OpenSlideReader, TiffReader, composite
+from cellslide.slides.resample import axis_taps
+from cellslide.slides.slide import Slide, inspect_slide, nominal_downsample, open_slide, slide_from_array
 from cellslide.types import Plane, UInt8
 from tests.painted import GLASS, grid_centres, paint_slide, shrink, write_pyramid
 
@@ -65,7 +65,7 @@ def test_large_reads_in_parts_are_the_same(pyramids: dict[str, Path], monkeypatc
     with open_slide(pyramids["noise.tif"]) as slide:
         plane = Plane.of(slide.info, MPP * 1.3)
         expected = whole(slide, plane)
-        monkeypatch.setattr("cellslide.slide.MAX_READ_PX", 500)
+        monkeypatch.setattr("cellslide.slides.slide.MAX_READ_PX", 500)
         assert np.array_equal(whole(slide, plane), expected)
 
 

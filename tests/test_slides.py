@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cellslide.errors import UsageError
-from cellslide.slides import SlideInput, dicom_series, expand_slides
+from cellslide.slides.inputs import SlideInput, dicom_series, expand_slides
 
 
 def touch(folder: Path, *names: str) -> None:

@@ -9,17 +9,19 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid5
+from uuid import RFC_4122, UUID
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import zarr
 
-from cellslide import anndata_store, spatial, table
-from cellslide.anndata_store import CHUNK_ROWS, ColumnWriter, read_ascii, read_obs
-from cellslide.outlines import SHAPE_FEATURES, ring_features
-from cellslide.table import (
+from cellslide.geometry.outlines import SHAPE_FEATURES, ring_features
+from cellslide.store import anndata_columns as anndata_store
+from cellslide.store import cell_table as table
+from cellslide.store import shapes as spatial
+from cellslide.store.anndata_columns import CHUNK_ROWS, ColumnWriter, read_ascii, read_obs
+from cellslide.store.cell_table import (
     NUCLEUS,
     Categorical,
     CellTable,
@@ -29,8 +31,8 @@ from cellslide.table import (
     TableExtender,
     open_table,
 )
+from cellslide.store.uuids import SeenPlaces, make_uuids, pack_places, times_seen
 from cellslide.types import Cells, ClassSpec
-from cellslide.uuids import NAMESPACE, SeenPlaces, make_uuids, pack_places, times_seen
 from tests.random_cells import CLASSES, as_kind, ellipses, model_spec, run_record, slide_info, write_table
 
 CONTRACT_OBS = {"cell_id", "x", "y", "area_um2", "uuid", "score", "class", "class_prob", "region", "instance_id"}
@@ -191,14 +193,32 @@ def test_writing_needs_no_spatial_package(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_uuids_are_version_5_and_repeat(tmp_path: Path) -> None:
+def test_uuids_are_version_8_and_repeat(tmp_path: Path) -> None:
     cells = ellipses(40)
     read = write_table(tmp_path / "a", cells)
-    key = f"{'f0' * 32}/{'ab' * 32}"
-    wanted = [str(uuid5(NAMESPACE, f"{key}/{x:.2f},{y:.2f}")) for x, y in cells.centroid_xy]
+    key, place = f"{'f0' * 32}/{'ab' * 32}", pack_places(*cells.centroid_xy.T)
+    wanted = make_uuids(key, place, np.zeros(40, np.int64)).astype(str).tolist()
     assert list(read.vector("uuid")) == wanted
     assert list(write_table(tmp_path / "b", cells).vector("uuid")) == wanted
-    assert all(UUID(text).version == 5 for text in wanted)
+    assert all(UUID(text).version == 8 and UUID(text).variant == RFC_4122 for text in wanted)
+
+
+def test_uuids_of_places_keys_and_repeats_differ() -> None:
+    """Places side by side, many repeats of one place, and keys that hardly differ."""
+    near = pack_places(*np.meshgrid(np.arange(300) / 100, np.arange(-300, 300) / 100)).ravel()
+    once, often = np.zeros(len(near), np.int64), np.arange(len(near))
+    repeats = make_uuids("a", np.full_like(near, near[7]), often + 1)
+    found = [make_uuids("a", near, once), make_uuids("b", near, once), repeats]
+    assert len(np.unique(np.concatenate(found))) == 3 * len(near)
+
+
+def test_a_uuid_is_what_it_was() -> None:
+    """Ids join edits back to nuclei, so they may not change."""
+    place = pack_places(np.array([1.0, -3.0]), np.array([2.5, 5.0]))
+    assert make_uuids("k", place, np.array([0, 2])).tolist() == [
+        b"4ccf1e9a-a4ee-8db9-8e62-38640d9c63e6",
+        b"2d524d05-5024-8ca6-97b4-f38985d3299b",
+    ]
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -215,7 +235,6 @@ def test_places_count_on_over_blocks() -> None:
     place = pack_places(np.array([1.004, 2, 1, -3]), np.array([5.0, 5, 5, 5]))
     assert times_seen(place, []).tolist() == [0, 0, 1, 0]
     assert times_seen(place, [np.sort(place)]).tolist() == [2, 1, 3, 1]
-    assert make_uuids("k", place[-1:], np.array([0]))[0] == str(uuid5(NAMESPACE, "k/-3.00,5.00"))
 
 
 def test_abort_keeps_the_old_table(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cellslide.classify.taxonomy import Taxonomy, known_taxonomies, load_taxonomy, project
 from cellslide.errors import UsageError
-from cellslide.taxonomy import Taxonomy, known_taxonomies, load_taxonomy, project
 
 SIXTEEN = (
     *("Acinar", "B_Cell", "Cardiomyocyte", "Ductal", "Endocrine", "Endothelial", "Endothelial_TumorAssociated"),

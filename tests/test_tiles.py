@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellslide.errors import UsageError
-from cellslide.tiles import TileGrid, fitting_grid, own_level0, select_tiles, tile_grid
-from cellslide.tissue import TissueMask
+from cellslide.slides.tiles import TileGrid, fitting_grid, own_level0, select_tiles, tile_grid
+from cellslide.slides.tissue import TissueMask
 from cellslide.types import Plane
 
 

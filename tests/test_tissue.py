@@ -18,9 +18,9 @@ from shapely.geometry import shape
 
 from cellslide.config import TissueConfig
 from cellslide.errors import UsageError
-from cellslide.slide import Slide, open_slide, slide_from_array
-from cellslide.tiles import select_tiles, tile_grid
-from cellslide.tissue import TissueMask, find_tissue, write_tissue
+from cellslide.slides.slide import Slide, open_slide, slide_from_array
+from cellslide.slides.tiles import select_tiles, tile_grid
+from cellslide.slides.tissue import TissueMask, find_tissue, write_tissue
 from cellslide.types import Plane, SlideInfo, UInt8
 from tests.painted import GLASS, TISSUE, grid_centres, paint_slide
 

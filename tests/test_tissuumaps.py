@@ -11,10 +11,10 @@ import numpy as np
 import pandas
 import pytest
 
-from cellslide import export
-from cellslide.csvtext import as_written
-from cellslide.export import export_table
-from cellslide.table import CellTableWriter, Columns, TableExtender, open_table
+from cellslide.formats import export
+from cellslide.formats.csv_text import as_written
+from cellslide.formats.export import export_table
+from cellslide.store.cell_table import CellTableWriter, Columns, TableExtender, open_table
 from cellslide.types import ClassSpec
 from tests.random_cells import BOUNDS, CLASSES, as_kind, ellipses, model_spec, run_record, slide_info, write_table
 

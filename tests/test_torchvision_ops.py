@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cellslide import torchvision_ops
+from cellslide.models import torchvision_ops
 from tests.conftest import CHECKOUT
 
 
@@ -19,7 +19,7 @@ def test_operators_are_declared_for_a_torchvision_that_fails(tmp_path: Path) -> 
     (tmp_path / "torchvision" / "__init__.py").write_text(source)
     code = (
         f"import sys\nsys.path[:0] = [{str(tmp_path)!r}, {str(CHECKOUT)!r}]\n"
-        "from cellslide.torchvision_ops import declare_torchvision_operators as declare\n"
+        "from cellslide.models.torchvision_ops import declare_torchvision_operators as declare\n"
         "first = declare()\nassert first is not None and declare() is first\n"
         "import torchvision\nprint(torchvision.__file__)\n"
     )

@@ -19,14 +19,7 @@ pytest.importorskip("cellslide.train.framework", reason="extra `train` is not in
 
 from cellslide.errors import UsageError, WeightsError
 from cellslide.train.augment import crop_matrix
-from cellslide.train.cell_data import (
-    UNKNOWN_ORGAN,
-    CellDataset,
-    cut_exact,
-    draw_crop,
-    level_factor,
-    load_cell_sets,
-)
+from cellslide.train.cell_data import UNKNOWN_ORGAN, CellDataset, cut_exact, draw_crop, level_factor, load_cell_sets
 from cellslide.train.features import FeatureBatch, FeatureSteps, kept_features
 from cellslide.train.nuclass import score_cells
 from cellslide.train.nuclass_losses import (

@@ -39,15 +39,7 @@ from cellslide.train.points_data import (
     load_point_sets,
     point_mask,
 )
-from cellslide.train.points_losses import (
-    UNKNOWN,
-    Truth,
-    consistency_weight,
-    inside,
-    mask_loss,
-    match,
-    point_losses,
-)
+from cellslide.train.points_losses import UNKNOWN, Truth, consistency_weight, inside, mask_loss, match, point_losses
 from cellslide.train.points_recipe import PointLossConfig, PointsRecipe, load_points_recipe
 from cellslide.train.points_run import load_backbone, model_config, train_points
 from cellslide.train.recipe import AugmentConfig, build

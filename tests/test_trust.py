@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from cellslide import readers
 from cellslide.cli.main import cli
 from cellslide.errors import SlideError, one_line
-from cellslide.readers import open_reader
-from cellslide.slide import open_slide
-from cellslide.slides import expand_slides, folder_name
+from cellslide.slides import readers
+from cellslide.slides.inputs import expand_slides, folder_name
+from cellslide.slides.readers import open_reader
+from cellslide.slides.slide import open_slide
 from tests.fakes import fake_model
 from tests.hostile_files import bad_slides, odd_slides, tiff, write_png_bomb
 from tests.painted import paint_slide
@@ -90,7 +90,7 @@ def test_the_error_names_file_and_size(tmp_path: Path) -> None:
 
 
 def test_a_slide_of_a_square_kilometre_is_refused(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cellslide.slide.MOST_MM2", 0.01)
+    monkeypatch.setattr("cellslide.slides.slide.MOST_MM2", 0.01)
     with pytest.raises(SlideError, match=r"0 x 0 mm is no slide; check --mpp 0\.5"):
         open_slide(whole)
 

@@ -17,16 +17,16 @@ import torch
 from click.testing import CliRunner
 
 from cellslide.cli.main import cli
-from cellslide.csvtext import as_written, harmless, harmless_column
 from cellslide.errors import CellslideError, UsageError, WeightsError
 from cellslide.evaluate.dataset import read_dataset
-from cellslide.export import write_csv
-from cellslide.nuclei_files import import_nuclei, json_stream, read_nuclei
-from cellslide.outlines import is_tangled, valid_rings
-from cellslide.slide import Slide, slide_from_array
-from cellslide.slides import expand_slides
-from cellslide.table import open_table
-from cellslide.tissue import load_roi
+from cellslide.formats.csv_text import as_written, harmless, harmless_column
+from cellslide.formats.export import write_csv
+from cellslide.formats.importers import import_nuclei, json_stream, read_nuclei
+from cellslide.geometry.outlines import is_tangled, valid_rings
+from cellslide.slides.inputs import expand_slides
+from cellslide.slides.slide import Slide, slide_from_array
+from cellslide.slides.tissue import load_roi
+from cellslide.store.cell_table import open_table
 from cellslide.types import ClassSpec
 from cellslide.weights import load_model
 from cellslide.weights.manifest import Manifest, read_entry

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from cellslide.errors import CellslideError
 from cellslide.evaluate.dataset import read_dataset, read_points
+from cellslide.formats.importers import load_alignment, read_nuclei
 from cellslide.models.checkpoint import read_tensors
-from cellslide.nuclei_files import load_alignment, read_nuclei
-from cellslide.readers import TiffReader, pillow_reader
-from cellslide.record import read_record
-from cellslide.slides import expand_slides
-from cellslide.tissue import load_roi
+from cellslide.slides.inputs import expand_slides
+from cellslide.slides.readers import TiffReader, pillow_reader
+from cellslide.slides.tissue import load_roi
+from cellslide.store.run_record import read_record
 from cellslide.weights.manifest import Manifest
 from tests.foreign_files import cellvit_cells, qupath_export, stardist_export, write_table
 from tests.painted import write_pyramid

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cellslide.verify import verify_folder
+from cellslide.formats.verify import verify_folder
 from tests.watched import run_watched
 
 

@@ -15,19 +15,19 @@ import pytest
 import zarr
 from click.testing import CliRunner
 
-from cellslide import geojson
 from cellslide.classify import classify_slide
 from cellslide.cli.main import cli
 from cellslide.config import OutputConfig, SegmentConfig, TissueConfig
 from cellslide.errors import UsageError
-from cellslide.export import export_table
+from cellslide.formats import geojson
+from cellslide.formats.export import export_table
+from cellslide.formats.verify import find_folders, verify_folder
+from cellslide.inference.segmenter import open_segmenter
 from cellslide.pipeline import segment_slide
-from cellslide.segmenter import open_segmenter
-from cellslide.slide import open_slide
-from cellslide.slides import SlideInput
-from cellslide.table import open_table
+from cellslide.slides.inputs import SlideInput
+from cellslide.slides.slide import open_slide
+from cellslide.store.cell_table import open_table
 from cellslide.types import ModelKind
-from cellslide.verify import find_folders, verify_folder
 from tests.fakes import CLASSES, fake_model
 from tests.painted import DISC, PINK_DISC, grid_centres, paint_slide
 from tests.random_cells import BOUNDS, as_kind, ellipses, model_spec, slide_info

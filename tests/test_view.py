@@ -24,12 +24,12 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from cellslide import spatial
+from cellslide.classify.decision import DecisionConfig, decide
 from cellslide.cli.view import command
 from cellslide.errors import MissingDependencyError, UsageError
-from cellslide.gate import DecisionConfig, decide
-from cellslide.slide import open_slide
-from cellslide.table import open_table
+from cellslide.slides.slide import open_slide
+from cellslide.store import shapes as spatial
+from cellslide.store.cell_table import open_table
 from cellslide.types import PathProbs
 from cellslide.view import cells as view_cells
 from cellslide.view import policy as view_policy

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cellslide.gate import DecisionConfig, decide
+from cellslide.classify.decision import DecisionConfig, decide
 from cellslide.types import Calibration, PathProbs
 from cellslide.view import cells as view_cells
 from cellslide.view.server import Server, Viewer

@@ -10,9 +10,9 @@ import pytest
 import zarr
 from zarr.codecs import GzipCodec
 
-from cellslide.anndata_store import CHUNK_ROWS, Columns, ColumnWriter, read_matrix, read_obs
 from cellslide.errors import CellslideError
-from cellslide.zarrchunks import Nodes, read_rows
+from cellslide.store.anndata_columns import CHUNK_ROWS, Columns, ColumnWriter, read_matrix, read_obs
+from cellslide.store.zarr_chunks import Nodes, read_rows
 
 N = CHUNK_ROWS + 700
 RANGES = [(0, N), (CHUNK_ROWS - 5, CHUNK_ROWS + 5), (N - 3, N + 9), (7, 7), (3, None), (N, None), (0, 10)]

@@ -10,12 +10,12 @@ from threading import Thread
 
 import numpy as np
 
-from cellslide.anndata_store import Columns
 from cellslide.classify.columns import Rule, Tally, decided
-from cellslide.gate import DecisionConfig
-from cellslide.record import describe_slide, plain, write_record
-from cellslide.slide import open_slide
-from cellslide.table import CellTableWriter, TableExtender, open_table
+from cellslide.classify.decision import DecisionConfig
+from cellslide.slides.slide import open_slide
+from cellslide.store.anndata_columns import Columns
+from cellslide.store.cell_table import CellTableWriter, TableExtender, open_table
+from cellslide.store.run_record import describe_slide, plain, write_record
 from cellslide.types import Calibration, Cells, ClassSpec, CropSpec, Float64, ModelSpec, PathProbs, RunRecord
 from cellslide.view.server import Server, Viewer, open_server
 from tests.painted import paint_slide

@@ -113,14 +113,14 @@ def main() -> None:
 
         cellslide.weights.load_model = lambda *args, **settings: fake_model()  # type: ignore[assignment]
     elif kind == "small":
-        from cellslide import demo
+        from cellslide.slides import painted as demo
 
         demo.WIDTH_PX, demo.HEIGHT_PX = 900, 700
     try:
         cli(arguments)
     except SystemExit as end:
         code = end.code
-    from cellslide.record import peak_rss_bytes
+    from cellslide.store.run_record import peak_rss_bytes
 
     found = {"changed": sorted(changed), "calls": calls, "peak_bytes": peak_rss_bytes()}
     Path(report).write_text(json.dumps(found))

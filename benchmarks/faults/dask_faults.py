@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cellslide.record import read_record
-from cellslide.table import open_table
+from cellslide.store.cell_table import open_table
+from cellslide.store.run_record import read_record
 from tests.painted import grid_centres, paint_slide
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -165,7 +165,7 @@ def settled_record(path: Path) -> str:
 def uuids(folder: Path) -> set[str]:
     """Return the ids of all cells of a table, none where it cannot be read."""
     from cellslide.errors import CellslideError
-    from cellslide.table import open_table
+    from cellslide.store.cell_table import open_table
 
     try:
         with open_table(folder / "cells.zarr") as table:

@@ -16,10 +16,10 @@ import torch
 
 from cellslide.bench.read import tissue
 from cellslide.bench.rows import BenchOptions, Form, Row, Target, cpu_rows, row
-from cellslide.crops import CropCutter, crop_corners, cut_naive, plan_regions, read_region
-from cellslide.demo import write_pyramid
-from cellslide.readers import OpenSlideReader, TiledReader
-from cellslide.slide import Slide, open_slide
+from cellslide.inference.crops import CropCutter, crop_corners, cut_naive, plan_regions, read_region
+from cellslide.slides.painted import write_pyramid
+from cellslide.slides.readers import OpenSlideReader, TiledReader
+from cellslide.slides.slide import Slide, open_slide
 from cellslide.types import CropSpec, Float64, Plane, UInt8
 
 STAGE = "crops"

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellslide.allocator import keep_freed_blocks
 from cellslide.bench.rows import BenchOptions, Form, Row, Target, row
+from cellslide.inference.cpu_memory import keep_freed_blocks
 from cellslide.types import Bool, Float32, HoverDecode, HoverMaps, Int32
 
 STAGE = "decode"
@@ -207,7 +207,7 @@ def rows(options: BenchOptions) -> Iterator[Row]:
 
 
 def _forms(raw: RawMaps, usual: bool) -> list[Form]:
-    from cellslide import kernels
+    from cellslide.geometry import kernels
 
     maps = raw.hover_maps()
     published, fixed = HoverDecode(mode="published"), HoverDecode(mode="fixed")
@@ -227,14 +227,14 @@ def _forms(raw: RawMaps, usual: bool) -> list[Form]:
 
 
 def _identical_share(raw: RawMaps) -> float:
-    from cellslide.hover.decode import hover_instances
+    from cellslide.nuclei.hover_decode import hover_instances
 
     return identical(plain_hover(raw)[0], hover_instances(raw.hover_maps(), HoverDecode(mode="published")))
 
 
 def _decode_and_measure(maps: HoverMaps, config: HoverDecode) -> int:
-    from cellslide.hover.decode import decode_hover
-    from cellslide.outlines import ring_features
+    from cellslide.geometry.outlines import ring_features
+    from cellslide.nuclei.hover_decode import decode_hover
 
     found = decode_hover(maps, config)
     assert found.contour_xy is not None and found.contour_start is not None

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cellslide.merge import to_cells
-from cellslide.tiles import TileGrid
+from cellslide.nuclei.merge import to_cells
+from cellslide.slides.tiles import TileGrid
 from cellslide.types import Cells, Float64, HoverMaps, Instances, Int64, Level, ModelSpec, SlideInfo, Tile, UInt8
 
 if TYPE_CHECKING:
-    from cellslide.infer import Engine, TileOutput
+    from cellslide.inference.torch_engine import Engine, TileOutput
 
 
 def scattered(n: int, size_px: int, seed: int, radius_px: tuple[float, float] = (5.0, 16.0)) -> tuple[Float64, Float64]:

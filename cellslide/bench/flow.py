@@ -9,10 +9,10 @@ from unittest.mock import patch
 
 import numpy as np
 
-from cellslide import detect
 from cellslide.bench.rows import Row, Target, row
-from cellslide.detect import Detector
-from cellslide.infer import TileOutput
+from cellslide.inference import stream as detect
+from cellslide.inference.stream import Detector
+from cellslide.inference.torch_engine import TileOutput
 from cellslide.types import HoverDecode, HoverMaps, Instances, ModelSpec, Seconds, Tile, UInt8
 
 TILES, TILE_PX = 60, 64

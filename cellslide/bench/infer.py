@@ -18,7 +18,7 @@ from cellslide.bench.gpu import segment_rows
 from cellslide.bench.rows import BenchOptions, Row, Target, row, timed
 from cellslide.bench.start import start_rows
 from cellslide.config import InferConfig, Precision
-from cellslide.infer import TileNet, TorchEngine
+from cellslide.inference.torch_engine import TileNet, TorchEngine
 from cellslide.models import cellvta, detr_layers, layers
 from cellslide.models.windows import Windows
 from cellslide.types import ModelSpec, UInt8

@@ -8,8 +8,8 @@ import numpy as np
 
 from cellslide.bench.fake import FakeDetector, detect_cells, square_slide
 from cellslide.bench.rows import BenchOptions, Form, Row, Target, cpu_rows
-from cellslide.merge import merge_stream
-from cellslide.tiles import TileGrid, tile_grid
+from cellslide.nuclei.merge import merge_stream
+from cellslide.slides.tiles import TileGrid, tile_grid
 from cellslide.types import Cells, Plane
 
 STAGE = "merge"

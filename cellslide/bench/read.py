@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from cellslide.bench.rows import BenchOptions, Row, Target, row
-from cellslide.readers import OpenSlideReader, SlideReader, TiffReader, open_reader
+from cellslide.slides.readers import OpenSlideReader, SlideReader, TiffReader, open_reader
 from cellslide.types import UInt8
 
 STAGE = "read"
@@ -67,7 +67,7 @@ def write_tiled(file: Path, name: str, size_px: int) -> None:
 
 def tissue(size_px: int) -> UInt8:
     """Return painted tissue, uint8 (size, size, 3), turned over at the seams so that there are none."""
-    from cellslide.demo import paint
+    from cellslide.slides.painted import paint
 
     image = paint().image
     image = np.concatenate([image, image[:, ::-1]], axis=1)

@@ -17,9 +17,9 @@ from pathlib import Path
 from cellslide.bench.read import tissue
 from cellslide.bench.rows import Row, Target, row
 from cellslide.config import SegmentConfig, TissueConfig
+from cellslide.inference.segmenter import load_segmenter
 from cellslide.pipeline import lay_out, read_tile
-from cellslide.segmenter import load_segmenter
-from cellslide.slide import slide_from_array
+from cellslide.slides.slide import slide_from_array
 from cellslide.types import Seconds
 from cellslide.weights import LoadedModel, load_model
 

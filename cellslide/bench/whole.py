@@ -16,10 +16,10 @@ from cellslide.bench.fake import DrawnMaps
 from cellslide.bench.read import write_tiled
 from cellslide.bench.rows import Row, Target, row
 from cellslide.config import InferConfig, OutputConfig, SegmentConfig
-from cellslide.detect import Detector
+from cellslide.inference.segmenter import Segmenter, resolve_tiles
+from cellslide.inference.stream import Detector
 from cellslide.pipeline import segment_slide
-from cellslide.segmenter import Segmenter, resolve_tiles
-from cellslide.slides import SlideInput
+from cellslide.slides.inputs import SlideInput
 from cellslide.types import ClassSpec, HoverDecode, HoverMaps, ModelSpec
 from cellslide.weights import LoadedModel, WeightsEntry
 

@@ -12,15 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cellslide.classify.engine import Classifier, Seconds
-from cellslide.crops import (
-    REGION_PX,
-    Region,
-    crop_corners,
-    grid_centres,
-    plan_regions,
-    read_ahead,
-)
-from cellslide.slide import Slide, slide_from_array
+from cellslide.inference.crops import REGION_PX, Region, crop_corners, grid_centres, plan_regions, read_ahead
+from cellslide.slides.slide import Slide, slide_from_array
 from cellslide.types import Float64, Int64, PathProbs, Plane, UInt8
 
 

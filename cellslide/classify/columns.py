@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellslide.anndata_store import Categorical, Column, Columns
-from cellslide.gate import PATHS, Decision, DecisionConfig, decide
-from cellslide.taxonomy import Taxonomy, project
+from cellslide.classify.decision import PATHS, Decision, DecisionConfig, decide
+from cellslide.classify.taxonomy import Taxonomy, project
+from cellslide.store.anndata_columns import Categorical, Column, Columns
 from cellslide.types import Bool, Calibration, Float32, Int64, PathProbs
 
 

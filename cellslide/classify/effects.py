@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cellslide.classify.cells import gather, prepare
+from cellslide.classify.decision import mix, skipped
 from cellslide.classify.engine import Classifier, open_classifier
 from cellslide.config import ClassifyConfig
-from cellslide.gate import mix, skipped
-from cellslide.slide import Slide
+from cellslide.slides.slide import Slide
 from cellslide.types import CropSpec, Float64, PathProbs
 
 if TYPE_CHECKING:
@@ -142,8 +142,8 @@ def random_classifier(size: RandomSize, seed: int = 0) -> LoadedClassifier:
 
 def painted_cells(n: int, seed: int = 0) -> tuple[Slide, Float64]:
     """Return the demonstration slide, in memory, and `n` of its painted nuclei (all where there are fewer)."""
-    from cellslide import demo
-    from cellslide.slide import slide_from_array
+    from cellslide.slides import painted as demo
+    from cellslide.slides.slide import slide_from_array
 
     painting = demo.paint()
     return slide_from_array(painting.image, demo.MPP), _some(painting.centroid_xy, n, seed)
@@ -156,8 +156,8 @@ def cells_of_folder(folder: Path, n: int, seed: int = 0) -> tuple[Slide, Float64
     """
     from cellslide.classify.slide import read_places
     from cellslide.classify.targets import expand_targets, open_target, require_cells
-    from cellslide.record import TABLE
-    from cellslide.table import open_table
+    from cellslide.store.cell_table import open_table
+    from cellslide.store.run_record import TABLE
 
     (target, *_) = expand_targets([str(folder)], folder)
     require_cells(target)

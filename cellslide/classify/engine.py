@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cellslide.classify.decision import temper
 from cellslide.config import ClassifyConfig
-from cellslide.crops import CropCutter, RegionRead, read_region
 from cellslide.errors import UsageError
-from cellslide.gate import temper
-from cellslide.ondevice import OnDevice
-from cellslide.slide import Slide
+from cellslide.inference.crop_engine import OnDevice
+from cellslide.inference.crops import CropCutter, RegionRead, read_region
+from cellslide.slides.slide import Slide
 from cellslide.types import ClassifierSpec, CropSpec, Float32, Int64, PathProbs, Plane
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ def _numpy(column: Tensor) -> Float32:
 
 
 def _blank_region(classifier: Classifier) -> CropCutter:
-    from cellslide.slide import slide_from_array
+    from cellslide.slides.slide import slide_from_array
 
     spec = classifier.spec
     edge = max(spec.local.field_px, spec.context.field_px)

@@ -8,9 +8,10 @@ from pathlib import Path
 from cellslide.classify.targets import Target, open_target
 from cellslide.config import ClassifyConfig
 from cellslide.errors import UsageError
-from cellslide.nuclei_files import Source, import_nuclei, load_alignment
-from cellslide.pipeline import IDLE, held
-from cellslide.record import differences, flatten, head_sha256, plain, read_record
+from cellslide.formats.importers import Source, import_nuclei, load_alignment
+from cellslide.pipeline import held
+from cellslide.progress import IDLE
+from cellslide.store.run_record import differences, flatten, head_sha256, plain, read_record
 
 
 def import_cells(target: Target, config: ClassifyConfig) -> str:

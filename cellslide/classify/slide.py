@@ -15,15 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from cellslide.anndata_store import Categorical, Columns, write_values
 from cellslide.classify.cells import Work, classify_cells, prepare
 from cellslide.classify.columns import Rule, Tally, decided
 from cellslide.classify.engine import Classifier
 from cellslide.classify.store import PartialProbs
 from cellslide.config import ClassifyConfig, OutputConfig, TissueConfig
 from cellslide.errors import SlideError, UsageError
-from cellslide.pipeline import FILES, IDLE, Watch, write_formats, write_missing
-from cellslide.record import (
+from cellslide.pipeline import FILES, write_formats, write_missing
+from cellslide.progress import IDLE, Watch
+from cellslide.slides.slide import Slide
+from cellslide.slides.tissue import find_tissue
+from cellslide.store.anndata_columns import Categorical, Columns, write_values
+from cellslide.store.cell_table import BLOCK_ROWS, CellTable, TableExtender, open_table
+from cellslide.store.run_record import (
     TABLE,
     differences,
     flatten,
@@ -34,9 +38,6 @@ from cellslide.record import (
     read_record,
     write_record,
 )
-from cellslide.slide import Slide
-from cellslide.table import BLOCK_ROWS, CellTable, TableExtender, open_table
-from cellslide.tissue import find_tissue
 from cellslide.types import (
     Bool,
     Calibration,

@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 
-from cellslide.partial import PartialRows
+from cellslide.store.row_checkpoint import PartialRows
 from cellslide.types import Bool, Int64, PathProbs
 
 FOLDER = ".classify"

@@ -14,7 +14,7 @@ from cellslide.cli.typed import dataset_mpp_option, dataset_organ_option, map_cl
 from cellslide.errors import UsageError
 
 if TYPE_CHECKING:
-    from cellslide.calibrate import Gain
+    from cellslide.evaluate.calibration import Gain
     from cellslide.evaluate.paths import TypedCells
     from cellslide.types import Calibration, Int64
     from cellslide.weights.manifest import WeightsEntry
@@ -69,10 +69,10 @@ def command(
       cellslide calibrate --weights runs/mine/model.safetensors data/mine --split val
       cellslide calibrate --model ID data/mine -o ENTRY.yaml --reliability before-after.png
     """
-    from cellslide.calibrate import FitConfig, class_labels, fit, measure
     from cellslide.classify import open_classifier
     from cellslide.cli import typed
     from cellslide.config import ClassifyConfig, InferConfig
+    from cellslide.evaluate.calibration import FitConfig, class_labels, fit, measure
     from cellslide.evaluate.dataset import read_dataset
     from cellslide.evaluate.score import ClassSet, dataset_classes
     from cellslide.weights.classifier import load_classifier
@@ -127,7 +127,7 @@ def write_entry(path: Path, entry: WeightsEntry, calibration: Calibration) -> No
 
     import yaml
 
-    from cellslide.record import write_text
+    from cellslide.store.run_record import write_text
     from cellslide.weights.classifier import calibration_as_yaml
 
     values, safe_gate = calibration_as_yaml(calibration)
@@ -136,9 +136,9 @@ def write_entry(path: Path, entry: WeightsEntry, calibration: Calibration) -> No
 
 
 def _draw(path: Path, cells: TypedCells, found: Calibration) -> None:
+    from cellslide.classify.decision import decide
     from cellslide.evaluate.classification import reliability_bins
     from cellslide.evaluate.diagram import write_reliability
-    from cellslide.gate import decide
     from cellslide.types import Calibration
 
     panels = {}

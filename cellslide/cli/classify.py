@@ -12,16 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cellslide.cli.cluster import cluster_options, ended, on_cluster, place_of
-from cellslide.cli.many import (
-    Telling,
-    copies_in,
-    finish,
-    ledger_for,
-    on_devices,
-    one_by_one,
-    stage_option,
-    telling,
-)
+from cellslide.cli.many import Telling, copies_in, finish, ledger_for, on_devices, one_by_one, stage_option, telling
 from cellslide.cli.options import (
     FILE,
     batch_size_option,
@@ -38,15 +29,15 @@ from cellslide.cli.options import (
 from cellslide.errors import UsageError
 
 if TYPE_CHECKING:
-    from cellslide.batch import SlideOutcome
+    from cellslide.batch.local_copy import LocalCopies
+    from cellslide.batch.run import SlideOutcome
+    from cellslide.batch.work import ClassifyWork
     from cellslide.classify import Classifier
     from cellslide.classify.columns import Rule
     from cellslide.classify.slide import Organ
     from cellslide.classify.targets import Target
     from cellslide.config import ClassifyConfig
-    from cellslide.devicework import ClassifyWork
-    from cellslide.localcopy import LocalCopies
-    from cellslide.pipeline import Watch
+    from cellslide.progress import Watch
     from cellslide.types import Calibration, ClassifierSpec
 
 log = logging.getLogger(__name__)
@@ -153,8 +144,8 @@ def command(
       cellslide classify out --gate safe --regate
       cellslide classify slide.svs -o out --cells qupath.geojson --organ breast
     """
+    from cellslide.batch.device_pool import parse_devices
     from cellslide.classify.targets import expand_targets
-    from cellslide.devices import parse_devices
 
     config = to_config(**settings)
     targets = expand_targets(slides, output)
@@ -210,8 +201,8 @@ def load(config: ClassifyConfig) -> Classifier:
 def to_rule(spec: ClassifierSpec, flags: dict[str, Any], calibration: Calibration | None = None) -> Rule:
     """Return how cells are decided; raises UsageError for thresholds or a taxonomy that do not suit the classes."""
     from cellslide.classify.columns import Rule
-    from cellslide.gate import DecisionConfig, read_thresholds
-    from cellslide.taxonomy import load_taxonomy
+    from cellslide.classify.decision import DecisionConfig, read_thresholds
+    from cellslide.classify.taxonomy import load_taxonomy
 
     names = tuple(c.name for c in spec.classes)
     thresholds = None if flags["thresholds"] is None else read_thresholds(flags["thresholds"], names)
@@ -237,7 +228,7 @@ def organ_finder(spec: ClassifierSpec, given: str | None) -> Callable[[str | Non
 
 def work_of(config: ClassifyConfig, rule: Rule, copies: LocalCopies | None) -> ClassifyWork:
     """Return what the process of a device does to type slides."""
-    from cellslide.devicework import ClassifyWork
+    from cellslide.batch.work import ClassifyWork
 
     return ClassifyWork(config, rule, partial(organ_finder, given=config.organ), copies)
 
@@ -273,8 +264,8 @@ def run(
     tell: Telling,
 ) -> list[SlideOutcome]:
     """Type the slides, one after another."""
-    from cellslide.batch import classify_slides
-    from cellslide.localcopy import done_before
+    from cellslide.batch.local_copy import done_before
+    from cellslide.batch.run import classify_slides
 
     def work(stream: Iterator[Target], watch: Watch) -> Iterator[SlideOutcome]:
         return classify_slides(stream, classifier, rule, organ_of, watch)
@@ -286,7 +277,7 @@ def regate_all(
     targets: list[Target], config: ClassifyConfig, flags: dict[str, Any], tell: Telling
 ) -> list[SlideOutcome]:
     """Apply the rule of the flags to typed folders; returns how each ended."""
-    from cellslide.batch import regate_slides
+    from cellslide.batch.run import regate_slides
 
     rule_of = partial(to_rule, flags=flags, calibration=other_calibration(config))
 
@@ -310,8 +301,8 @@ def show_plan(targets: list[Target], classifier: Classifier) -> int:
     from cellslide.classify import prepare
     from cellslide.classify.slide import choose_cells, estimate, read_places
     from cellslide.classify.targets import check_slide, open_target, require_cells
-    from cellslide.record import TABLE
-    from cellslide.table import open_table
+    from cellslide.store.cell_table import open_table
+    from cellslide.store.run_record import TABLE
 
     for target in targets:
         require_cells(target)

@@ -18,9 +18,9 @@ from cellslide.cli.options import chain
 from cellslide.errors import UsageError
 
 if TYPE_CHECKING:
-    from cellslide.batch import SlideOutcome
+    from cellslide.batch.run import SlideOutcome
+    from cellslide.batch.work import ClassifyWork, SegmentWork
     from cellslide.classify.targets import Target
-    from cellslide.devicework import ClassifyWork, SegmentWork
 
 # So long (s) the command may take to end when all is done; Dask now and then never does.
 END_S = 30.0
@@ -62,10 +62,10 @@ def on_cluster(
     place: Place, segment: SegmentWork | None, classify: ClassifyWork | None, targets: Sequence[Target], tell: Telling
 ) -> list[SlideOutcome]:
     """Find the nuclei of slides, type them, or both, by Dask; returns how each ended, in the order of the slides."""
-    from cellslide.cluster.connect import open_cluster, require_dask, share_of_cores
-    from cellslide.cluster.drive import over_cluster
-    from cellslide.cluster.paths import absolute
-    from cellslide.cluster.stages import Job
+    from cellslide.batch.dask.connect import open_cluster, require_dask, share_of_cores
+    from cellslide.batch.dask.drive import over_cluster
+    from cellslide.batch.dask.paths import absolute
+    from cellslide.batch.dask.stages import Job
 
     require_dask()
     targets = [absolute(target) for target in targets]
@@ -90,7 +90,7 @@ Work = TypeVar("Work", "SegmentWork", "ClassifyWork")
 
 def shared(work: Work, jobs: int | None) -> Work:
     """Return the work of one of `jobs` processes on this machine, which decodes on its share of the cores."""
-    from cellslide.devicework import on_device
+    from cellslide.batch.work import on_device
 
     if jobs is None:
         return work

@@ -10,7 +10,7 @@ import click
 from cellslide.cli.options import FOLDER, device_option, run_options
 
 if TYPE_CHECKING:
-    from cellslide.batch import SlideOutcome
+    from cellslide.batch.run import SlideOutcome
     from cellslide.classify.targets import Target
     from cellslide.cli.many import Telling
     from cellslide.config import SegmentConfig
@@ -47,7 +47,7 @@ def command(output: Path, download: bool, device: str, no_progress: bool, log_js
 
 def get_slide(output: Path, download: bool) -> Path:
     """Paint or download the slide into the output folder and return its path; raises CellslideError without network."""
-    from cellslide import demo
+    from cellslide.slides import painted as demo
 
     if download:
         path = output / "CMU-1-Small-Region.svs"
@@ -63,7 +63,7 @@ def process(path: Path, output: Path, device: str, no_progress: bool, log_json: 
     from cellslide.cli.many import finish, ledger_for, telling, to_targets
     from cellslide.cli.segment import run
     from cellslide.config import InferConfig, OutputConfig, SegmentConfig
-    from cellslide.slides import expand_slides
+    from cellslide.slides.inputs import expand_slides
     from cellslide.weights import Manifest
 
     config = SegmentConfig(infer=InferConfig(device=device), output=OutputConfig(overwrite=True))
@@ -76,9 +76,9 @@ def process(path: Path, output: Path, device: str, no_progress: bool, log_json: 
 def run_both(targets: list[Target], config: SegmentConfig, tell: Telling) -> list[SlideOutcome]:
     """Segment the slide and type its nuclei with the classifier that ships, for its first organ."""
     from cellslide.classify.columns import Rule
+    from cellslide.classify.decision import DecisionConfig
     from cellslide.cli import classify, run
     from cellslide.config import ClassifyConfig
-    from cellslide.gate import DecisionConfig
 
     classifier = classify.load(ClassifyConfig(infer=config.infer, output=config.output))
     spec = classifier.spec
@@ -89,8 +89,8 @@ def run_both(targets: list[Target], config: SegmentConfig, tell: Telling) -> lis
 
 def point_out(path: Path, folder: Path, to_stderr: bool) -> None:
     """Draw the overlays and print where everything is."""
-    from cellslide.overlay import densest_region, render_overlay
-    from cellslide.slide import open_slide
+    from cellslide.report.overlay import densest_region, render_overlay
+    from cellslide.slides.slide import open_slide
 
     table = folder / "cells.zarr"
     with open_slide(path) as slide:

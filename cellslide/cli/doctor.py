@@ -190,7 +190,7 @@ def _imported(module: str, version: str) -> str:
 def _torch() -> str:
     import torch
 
-    from cellslide.device import device_name, resolve_device, resolve_precision
+    from cellslide.inference.device import device_name, resolve_device, resolve_precision
 
     device = resolve_device("auto")
     detail = f"--device auto is {device_name(device)}, --precision auto is {resolve_precision('auto', device)}"
@@ -239,8 +239,8 @@ def _openslide() -> str:
 
 def _kernels() -> Check:
     """Compile what decoding needs, so that no run has to; without it the same results take longer."""
-    from cellslide import kernels
-    from cellslide.hover.decode import prepare
+    from cellslide.geometry import kernels
+    from cellslide.nuclei.hover_decode import prepare
 
     why = kernels.why_not()
     if why is not None:

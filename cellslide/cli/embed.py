@@ -20,11 +20,11 @@ from cellslide.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from cellslide.batch import SlideOutcome
+    from cellslide.batch.run import SlideOutcome
     from cellslide.classify.targets import Target
     from cellslide.config import EmbedConfig
     from cellslide.embed import Embedder
-    from cellslide.pipeline import Watch
+    from cellslide.progress import Watch
 
 from cellslide.cli.classify import bring_cells, cells_options
 from cellslide.cli.many import Telling, finish, ledger_for, one_by_one, telling
@@ -110,7 +110,7 @@ def _with_cells(targets: list[Target], flags: dict[str, Any]) -> Target:
 
 
 def _run(targets: list[Target], embedder: Embedder, tell: Telling) -> list[SlideOutcome]:
-    from cellslide.batch import embed_slides
+    from cellslide.batch.run import embed_slides
 
     def work(stream: Iterator[Target], watch: Watch) -> Iterator[SlideOutcome]:
         return embed_slides(stream, embedder, watch)

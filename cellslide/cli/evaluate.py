@@ -11,13 +11,7 @@ import click
 
 from cellslide.cli.classify import decision_options
 from cellslide.cli.evaluate_classifier import Scored, Typing, evaluate_classifier
-from cellslide.cli.options import (
-    config_option,
-    infer_options,
-    model_options,
-    tile_options,
-    verbosity_options,
-)
+from cellslide.cli.options import config_option, infer_options, model_options, tile_options, verbosity_options
 from cellslide.cli.typed import (
     dataset_mpp_option,
     dataset_organ_option,
@@ -106,7 +100,7 @@ def command(
     from cellslide.evaluate.protocols import protocol_of
     from cellslide.evaluate.report import pixel_size, write_per_image
     from cellslide.evaluate.score import ClassSet, dataset_classes
-    from cellslide.record import write_text
+    from cellslide.store.run_record import write_text
 
     for file in (json_file, per_image):
         if file is not None:
@@ -178,8 +172,8 @@ def _segment_classical(sample: Sample, mpp: float) -> Nuclei:
 
 
 def _network(config: SegmentConfig, resources: ExitStack) -> tuple[str, Predictor]:
+    from cellslide.inference.segmenter import open_segmenter
     from cellslide.pipeline import segment_array
-    from cellslide.segmenter import open_segmenter
     from cellslide.weights import load_model
 
     loaded = load_model(config.model, config.weights)
@@ -197,7 +191,7 @@ def _network(config: SegmentConfig, resources: ExitStack) -> tuple[str, Predicto
 
 def _read(folder: Path, sample: Sample) -> Nuclei:
     from cellslide.evaluate.predictions import find_prediction, read_prediction
-    from cellslide.record import TABLE
+    from cellslide.store.run_record import TABLE
 
     path = find_prediction(folder, sample.stem)
     return _read_table(path, sample) if path.name == TABLE else read_prediction(path)
@@ -206,7 +200,7 @@ def _read(folder: Path, sample: Sample) -> Nuclei:
 def _read_table(path: Path, sample: Sample) -> Nuclei:
     """Read the cells of an image from a table; its level-0 pixels are the image's."""
     from cellslide.evaluate.score import Nuclei
-    from cellslide.table import NUCLEUS, open_table
+    from cellslide.store.cell_table import NUCLEUS, open_table
     from cellslide.types import concat
 
     with open_table(path) as table:
@@ -231,7 +225,7 @@ def nuclei_of(cells: Cells, shape: tuple[int, int], names: tuple[str, ...]) -> N
     import numpy as np
 
     from cellslide.evaluate.score import Nuclei
-    from cellslide.outlines import rasterise
+    from cellslide.geometry.outlines import rasterise
 
     labels = label_id = None
     score = cells.score.astype(np.float64)

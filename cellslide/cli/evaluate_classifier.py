@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
     from cellslide.classify import Classifier
     from cellslide.classify.columns import Rule
+    from cellslide.classify.decision import GateRule
     from cellslide.evaluate.dataset import Dataset, Sample
     from cellslide.evaluate.paths import PathScores
     from cellslide.evaluate.protocols import Protocol
     from cellslide.evaluate.report import EvalReport
     from cellslide.evaluate.score import ClassSet, ImageScores, Nuclei
-    from cellslide.gate import GateRule
     from cellslide.types import Float64, PathProbs
 
 
@@ -120,8 +120,8 @@ def _detect(
 ) -> dict[Path, tuple[Float64, PathProbs]]:
     """Return where the segmentation model finds nuclei in each image, and what the network says of them."""
     from cellslide.evaluate.report import pixel_size
+    from cellslide.inference.segmenter import open_segmenter
     from cellslide.pipeline import segment_array
-    from cellslide.segmenter import open_segmenter
     from cellslide.weights import load_model
 
     infer = replace(how.infer, workers=how.infer.workers or 0)
@@ -149,9 +149,9 @@ def nuclei_of(xy: Float64, probs: PathProbs, rule: Rule) -> Nuclei:
     """Return detected nuclei (N, 2) with the class that `rule` gives them, to score."""
     import numpy as np
 
+    from cellslide.classify.decision import decide
+    from cellslide.classify.taxonomy import project
     from cellslide.evaluate.score import Nuclei
-    from cellslide.gate import decide
-    from cellslide.taxonomy import project
 
     prob, names = decide(probs, rule.decision, rule.calibration).prob, rule.classes
     if rule.taxonomy is not None:

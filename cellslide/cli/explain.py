@@ -11,7 +11,7 @@ from cellslide.cli.options import FOLDER, config_option, device_option, model_op
 from cellslide.errors import UsageError
 
 if TYPE_CHECKING:
-    from cellslide.explain import Selection
+    from cellslide.report.explain import Selection
     from cellslide.weights.classifier import LoadedClassifier
 
 
@@ -57,7 +57,7 @@ def command(
       cellslide explain out/slide --cells 17,40-45 --runner-up
     """
     selection = to_selection(cells, uncertain, disagree)
-    from cellslide.explain import explain_slide
+    from cellslide.report.explain import explain_slide
 
     loaded = classifier_of(outdir, model, weights)
     both = runner_up or selection.kind == "disagree"
@@ -67,7 +67,7 @@ def command(
 
 def to_selection(cells: str | None, uncertain: int | None, disagree: int | None) -> Selection:
     """Return the choice that the flags give; raises UsageError unless exactly one is given."""
-    from cellslide.explain import Selection
+    from cellslide.report.explain import Selection
 
     if sum(value is not None for value in (cells, uncertain, disagree)) != 1:
         raise UsageError("give one of --cells IDS, --uncertain N and --disagree N")
@@ -94,8 +94,8 @@ def parse_ids(text: str) -> tuple[str, ...]:
 
 def classifier_of(folder: Path, model: str | None, weights: Path | None) -> LoadedClassifier:
     """Load the classifier that the flags name, else the one that typed the cells of a slide's folder."""
-    from cellslide.explain.slide import how_typed
-    from cellslide.record import read_record
+    from cellslide.report.explain.slide import how_typed
+    from cellslide.store.run_record import read_record
     from cellslide.weights.classifier import load_classifier
 
     record = read_record(folder)

@@ -43,8 +43,8 @@ def find_tables(folders: tuple[Path, ...]) -> list[Path]:
 
     Raises UsageError naming the first folder that has none.
     """
-    from cellslide.record import TABLE
-    from cellslide.staging import tables_below
+    from cellslide.store.atomic import tables_below
+    from cellslide.store.run_record import TABLE
 
     found: dict[Path, None] = {}
     for folder in folders:
@@ -56,10 +56,10 @@ def find_tables(folders: tuple[Path, ...]) -> list[Path]:
 
 
 def _export_one(path: Path, config: OutputConfig) -> bool:
-    from cellslide.export import export_table
-    from cellslide.lock import hold
-    from cellslide.staging import restore
-    from cellslide.table import open_table
+    from cellslide.formats.export import export_table
+    from cellslide.store.atomic import restore
+    from cellslide.store.cell_table import open_table
+    from cellslide.store.lock import hold
 
     try:
         with hold(path.parent):

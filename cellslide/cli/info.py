@@ -10,8 +10,8 @@ import click
 from cellslide.cli.options import slides_argument, verbosity_options
 
 if TYPE_CHECKING:
-    from cellslide.readers import SlideHeader
-    from cellslide.slides import SlideInput
+    from cellslide.slides.inputs import SlideInput
+    from cellslide.slides.readers import SlideHeader
 
 
 @click.command()
@@ -32,8 +32,8 @@ def command(slides: tuple[str, ...], mpp: float | None, as_json: bool) -> None:
       cellslide info slides/ --mpp 0.25
     """
     from cellslide.errors import SlideError
-    from cellslide.slide import inspect_slide
-    from cellslide.slides import expand_slides
+    from cellslide.slides.inputs import expand_slides
+    from cellslide.slides.slide import inspect_slide
 
     items = expand_slides(slides)
     failed = []
@@ -65,7 +65,7 @@ def slide_facts(header: SlideHeader, mpp: float | None, source: str) -> tuple[di
     bounds is [x, y, width, height] in level-0 pixels. Raises PixelSizeError for an `mpp` that cannot be.
     """
     from cellslide.errors import PixelSizeError
-    from cellslide.pixelsize import choose
+    from cellslide.slides.pixel_size import choose
 
     problem = None
     mpp_x = mpp_y = chosen = None

@@ -121,6 +121,6 @@ def cli() -> None:
       cellslide segment slide.svs -o out          every nucleus of a slide
       cellslide COMMAND --help                    options and examples of one command
     """
-    from cellslide.allocator import share_freed_memory
+    from cellslide.inference.cpu_memory import share_freed_memory
 
     share_freed_memory()  # before the first thread

@@ -15,14 +15,14 @@ import click
 from cellslide.cli.options import FOLDER
 
 if TYPE_CHECKING:
-    from cellslide.batch import SlideOutcome
+    from cellslide.batch import Ledger
+    from cellslide.batch.device_pool import Work
+    from cellslide.batch.local_copy import LocalCopies
+    from cellslide.batch.run import SlideOutcome
     from cellslide.classify.targets import Target
     from cellslide.cli.progress import RunProgress
-    from cellslide.cohort import Ledger
-    from cellslide.devices import Work
-    from cellslide.localcopy import LocalCopies
-    from cellslide.pipeline import StopCheck, Watch
-    from cellslide.slides import SlideInput
+    from cellslide.progress import StopCheck, Watch
+    from cellslide.slides.inputs import SlideInput
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def telling(log_json: bool, no_progress: bool, ledger: Ledger) -> Telling:
 
 def copies_in(stage_dir: Path | None) -> LocalCopies | None:
     """Return where `--stage-dir` copies slides to, if it is given."""
-    from cellslide.localcopy import LocalCopies
+    from cellslide.batch.local_copy import LocalCopies
 
     return None if stage_dir is None else LocalCopies(stage_dir)
 
@@ -65,7 +65,7 @@ def to_targets(sources: Sequence[SlideInput], output: Path) -> list[Target]:
 
 def ledger_for(targets: Sequence[Target], output: Path, named: Sequence[str] = ()) -> Ledger:
     """Return what keeps how the slides end, in the output folder and in folders of results that were named."""
-    from cellslide.cohort import Ledger, summary_folders
+    from cellslide.batch import Ledger, summary_folders
 
     return Ledger(summary_folders(targets, output, map(Path, named)))
 
@@ -73,7 +73,7 @@ def ledger_for(targets: Sequence[Target], output: Path, named: Sequence[str] = (
 @contextmanager
 def watched(slides: int, shown: bool, stages: int = 1) -> Iterator[tuple[RunProgress, StopCheck]]:
     """Yield the progress of a run over so many slides, and what says whether to stop."""
-    from cellslide.batch import StopOnSignal
+    from cellslide.batch.run import StopOnSignal
     from cellslide.cli.progress import progress_bar
 
     with StopOnSignal() as stop, progress_bar(slides, shown, stages) as progress:
@@ -89,8 +89,8 @@ def one_by_one(
     stages: int = 1,
 ) -> list[SlideOutcome]:
     """Do slides one after another in this process; each is copied first if `copies` says where, unless it is done."""
-    from cellslide.localcopy import local_targets
-    from cellslide.pipeline import Watch
+    from cellslide.batch.local_copy import local_targets
+    from cellslide.progress import Watch
 
     with watched(len(targets), tell.shown, stages) as (progress, stop):
         watch = Watch(progress, stop)
@@ -102,7 +102,7 @@ def on_devices(
     work: Work, targets: Sequence[Target], devices: Sequence[str], tell: Telling, stages: int = 1
 ) -> list[SlideOutcome]:
     """Do slides on several devices, a process each."""
-    from cellslide.devices import over_devices
+    from cellslide.batch.device_pool import over_devices
 
     with watched(len(targets), tell.shown, stages) as (progress, stop):
         return told(over_devices(work, targets, devices, progress.lane, stop), tell, progress)
@@ -127,9 +127,9 @@ def told(pairs: Pairs, tell: Telling, progress: RunProgress) -> list[SlideOutcom
 
 def finish(outcomes: list[SlideOutcome], tell: Telling) -> int:
     """Show the summary and the errors; return the exit code."""
-    from cellslide.batch import exit_code
+    from cellslide.batch import PAGE_FILE
+    from cellslide.batch.run import exit_code
     from cellslide.cli.progress import summary
-    from cellslide.cohort import PAGE_FILE
 
     if logging.getLogger("cellslide").isEnabledFor(logging.INFO):
         summary(outcomes, to_stderr=tell.log_json)

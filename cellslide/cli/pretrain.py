@@ -51,8 +51,8 @@ def muse(**given: Any) -> None:
     published), last.ckpt and logs/. The same command again goes on from last.ckpt with the same numbers.
     """
     need_lightning()
-    from cellslide.pretrain.muse import pretrain_muse
-    from cellslide.pretrain.recipe import load_muse_recipe
+    from cellslide.train.pretrain.muse import pretrain_muse
+    from cellslide.train.pretrain.recipe import load_muse_recipe
 
     sources, options, stop, recipe, overrides = _run_options(given)
     pretrain_muse(sources, load_muse_recipe(recipe, overrides), options, stop)
@@ -67,8 +67,8 @@ def celldetr(**given: Any) -> None:
     command again goes on from last.ckpt with the same numbers.
     """
     need_lightning()
-    from cellslide.pretrain.celldetr import pretrain_celldetr
-    from cellslide.pretrain.recipe import load_celldetr_recipe
+    from cellslide.train.pretrain.celldetr import pretrain_celldetr
+    from cellslide.train.pretrain.recipe import load_celldetr_recipe
 
     sources, options, stop, recipe, overrides = _run_options(given)
     pretrain_celldetr(sources, load_celldetr_recipe(recipe, overrides), options, stop)
@@ -76,7 +76,7 @@ def celldetr(**given: Any) -> None:
 
 def _run_options(given: dict[str, Any]) -> tuple[Any, Any, bool, Path | None, dict[str, Any]]:
     """Return the sources, what concerns the run alone, whether to stop, the recipe and what wins over it."""
-    from cellslide.pretrain.fields import Sources
+    from cellslide.train.pretrain.fields import Sources
     from cellslide.train.run import RunOptions
 
     sources = Sources(given.pop("sources"), given.pop("nuclei"), given.pop("mpp"))

@@ -13,8 +13,8 @@ from cellslide.cli.typed import dataset_mpp_option
 from cellslide.errors import UsageError
 
 if TYPE_CHECKING:
+    from cellslide.embed.probe import Labelled
     from cellslide.evaluate.dataset import Sample
-    from cellslide.probe import Labelled
     from cellslide.types import Float32, Float64
 
 OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
@@ -57,7 +57,7 @@ def command(
     """
     from rich.console import Console
 
-    from cellslide.probe import ProbeConfig, probe, save
+    from cellslide.embed.probe import ProbeConfig, probe, save
 
     config = ProbeConfig(neighbours=neighbours, epochs=epochs, seed=flags["seed"])
     model, labelled = _read(source, flags)
@@ -73,7 +73,7 @@ def command(
 
 def _read(source: Path, flags: dict[str, Any]) -> tuple[str, Labelled]:
     """Return the name of the model and the vectors: of a file, or read from the images of a data set."""
-    from cellslide.probe import load
+    from cellslide.embed.probe import load
 
     if source.is_dir():
         return _embed(source, flags)
@@ -87,9 +87,9 @@ def _embed(source: Path, flags: dict[str, Any]) -> tuple[str, Labelled]:
     from cellslide.cli.embed import to_config
     from cellslide.cli.typed import tracked
     from cellslide.embed import embed_array
+    from cellslide.embed.probe import gather
     from cellslide.evaluate.dataset import read_dataset
     from cellslide.evaluate.report import pixel_size
-    from cellslide.probe import gather
 
     data, mpp = read_dataset(source), flags.pop("mpp")
     for sample in data.samples:  # Before a network is loaded for nothing.

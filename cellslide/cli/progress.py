@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
-    from cellslide.batch import SlideOutcome
+    from cellslide.batch.run import SlideOutcome
 
 # Where lines are printed, at most so often within a slide (s); an estimate needs some time to mean anything (s).
 LINE_S, ESTIMATE_S = 30.0, 3.0

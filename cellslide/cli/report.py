@@ -36,9 +36,9 @@ def command(folders: tuple[Path, ...], slide: Path | None) -> None:
 
 
 def _report_one(folder: Path, slide: Path | None) -> bool:
-    from cellslide.lock import hold
     from cellslide.report import write_report
-    from cellslide.staging import restore
+    from cellslide.store.atomic import restore
+    from cellslide.store.lock import hold
 
     try:
         with hold(folder):

@@ -49,14 +49,14 @@ from cellslide.cli.segment import chosen_slides, shard_option
 from cellslide.cli.segment import to_config as to_segment_config
 
 if TYPE_CHECKING:
-    from cellslide.batch import SlideOutcome
+    from cellslide.batch.local_copy import LocalCopies
+    from cellslide.batch.run import SlideOutcome
     from cellslide.classify import Classifier
     from cellslide.classify.columns import Rule
     from cellslide.classify.slide import Organ
     from cellslide.classify.targets import Target
     from cellslide.config import ClassifyConfig, SegmentConfig
-    from cellslide.localcopy import LocalCopies
-    from cellslide.pipeline import Watch
+    from cellslide.progress import Watch
 
 classifier_options = chain(
     click.option("--classifier", metavar="ID", help="Classifier from `cellslide weights list`.  [default: what ships]"),
@@ -118,13 +118,13 @@ def command(
     if not sources:
         click.echo("no slide falls into this shard", err=True)
         return 0
-    from cellslide.devices import parse_devices
+    from cellslide.batch.device_pool import parse_devices
 
     devices = parse_devices(config.infer.device)
     config, classify_config = at_first(config, devices), at_first(classify_config, devices)
     place = place_of(scheduler, jobs, devices)
     if place is not None:
-        from cellslide.devicework import SegmentWork
+        from cellslide.batch.work import SegmentWork
         from cellslide.weights import load_model
 
         found, typed = (
@@ -140,7 +140,7 @@ def command(
     targets, copies = to_targets(sources, output), copies_in(stage_dir)
     tell = telling(log_json, no_progress, ledger_for(targets, output))
     if len(devices) > 1:
-        from cellslide.devicework import RunWork, SegmentWork
+        from cellslide.batch.work import RunWork, SegmentWork
 
         work = RunWork(SegmentWork(config, copies), work_of(classify_config, rule, copies))
         return finish(on_devices(work, targets, devices, tell, stages=2), tell)
@@ -165,9 +165,9 @@ def run(
     tell: Telling,
 ) -> list[SlideOutcome]:
     """Segment and type the slides, one after another."""
-    from cellslide.batch import run_slides
-    from cellslide.localcopy import done_before
-    from cellslide.segmenter import load_segmenter
+    from cellslide.batch.local_copy import done_before
+    from cellslide.batch.run import run_slides
+    from cellslide.inference.segmenter import load_segmenter
     from cellslide.weights import load_model
 
     with load_segmenter(load_model, config) as segmenter:

@@ -34,12 +34,12 @@ from cellslide.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from cellslide.batch import SlideOutcome
+    from cellslide.batch.local_copy import LocalCopies
+    from cellslide.batch.run import SlideOutcome
     from cellslide.classify.targets import Target
     from cellslide.config import SegmentConfig
-    from cellslide.localcopy import LocalCopies
-    from cellslide.pipeline import Watch
-    from cellslide.slides import SlideInput
+    from cellslide.progress import Watch
+    from cellslide.slides.inputs import SlideInput
 
 
 def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -105,7 +105,7 @@ def command(
     if not sources:
         click.echo("no slide falls into this shard", err=True)
         return 0
-    from cellslide.devices import parse_devices
+    from cellslide.batch.device_pool import parse_devices
 
     devices = parse_devices(config.infer.device)
     config = replace(config, infer=replace(config.infer, device=devices[0]))
@@ -115,7 +115,7 @@ def command(
     targets = to_targets(sources, output)
     tell = telling(log_json, no_progress, ledger_for(targets, output))
     if place is not None:
-        from cellslide.devicework import SegmentWork
+        from cellslide.batch.work import SegmentWork
         from cellslide.weights import load_model
 
         work = SegmentWork(config, copies_in(stage_dir), load_model)
@@ -144,8 +144,8 @@ def to_config(
 
 def chosen_slides(args: Sequence[str], shard: tuple[int, int] | None) -> list[SlideInput]:
     """Return the slides that the arguments name, of one shard if asked; raises UsageError when they name none."""
-    from cellslide.batch import in_shard
-    from cellslide.slides import expand_slides
+    from cellslide.batch.run import in_shard
+    from cellslide.slides.inputs import expand_slides
 
     return [s for s in expand_slides(args) if shard is None or in_shard(s.slide_id, shard)]
 
@@ -155,12 +155,12 @@ def run(
 ) -> list[SlideOutcome]:
     """Segment the slides, on one device or several."""
     if len(devices) > 1:
-        from cellslide.devicework import SegmentWork
+        from cellslide.batch.work import SegmentWork
 
         return on_devices(SegmentWork(config, copies), targets, devices, tell)
-    from cellslide.batch import segment_slides
-    from cellslide.localcopy import done_before
-    from cellslide.segmenter import load_segmenter
+    from cellslide.batch.local_copy import done_before
+    from cellslide.batch.run import segment_slides
+    from cellslide.inference.segmenter import load_segmenter
     from cellslide.weights import load_model
 
     with load_segmenter(load_model, config) as segmenter:
@@ -173,8 +173,8 @@ def run(
 
 def show_plan(sources: list[SlideInput], config: SegmentConfig) -> int:
     """Print the tiles of each slide and how long they would take here, from one tile that is tried; returns 0."""
-    from cellslide.batch import plan
-    from cellslide.segmenter import open_segmenter
+    from cellslide.batch.run import plan
+    from cellslide.inference.segmenter import open_segmenter
     from cellslide.weights import load_model
 
     total, seconds_per_tile = 0, None

@@ -12,7 +12,7 @@ from cellslide.cli.options import FOLDER, verbosity_options
 from cellslide.errors import CellslideError
 
 if TYPE_CHECKING:
-    from cellslide.verify import Verdict
+    from cellslide.formats.verify import Verdict
 
 
 @click.command()
@@ -30,7 +30,7 @@ def command(folders: tuple[Path, ...], as_json: bool) -> None:
       cellslide verify out
       cellslide verify out/slide --json
     """
-    from cellslide.verify import find_folders, verify_folder
+    from cellslide.formats.verify import find_folders, verify_folder
 
     verdicts = []
     for folder in find_folders(folders):

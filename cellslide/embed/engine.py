@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from cellslide.config import EmbedConfig
-from cellslide.crops import CropCutter, Region, crop_corners, plan_regions, read_ahead
-from cellslide.ondevice import OnDevice
-from cellslide.slide import Slide, slide_from_array
+from cellslide.inference.crop_engine import OnDevice
+from cellslide.inference.crops import CropCutter, Region, crop_corners, plan_regions, read_ahead
+from cellslide.slides.slide import Slide, slide_from_array
 from cellslide.types import CropSpec, Float32, Float64, Int64, Plane, UInt8
 
 if TYPE_CHECKING:

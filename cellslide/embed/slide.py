@@ -13,15 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from cellslide.anndata_store import Columns
 from cellslide.classify.slide import read_places
 from cellslide.embed.engine import Embedder, Windows, embed_cells
 from cellslide.embed.store import PartialVectors
 from cellslide.errors import UsageError
-from cellslide.pipeline import IDLE, Watch
-from cellslide.record import TABLE, beside, differences, flatten, now_utc, peak_rss_bytes, read_record, write_record
-from cellslide.slide import Slide
-from cellslide.table import BLOCK_ROWS, CellTable, TableExtender, open_table
+from cellslide.progress import IDLE, Watch
+from cellslide.slides.slide import Slide
+from cellslide.store.anndata_columns import Columns
+from cellslide.store.cell_table import BLOCK_ROWS, CellTable, TableExtender, open_table
+from cellslide.store.run_record import (
+    TABLE,
+    beside,
+    differences,
+    flatten,
+    now_utc,
+    peak_rss_bytes,
+    read_record,
+    write_record,
+)
 from cellslide.types import Float32, RunRecord, WeightsRef
 
 NAME = "embedding"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from cellslide.partial import PartialRows
+from cellslide.store.row_checkpoint import PartialRows
 from cellslide.types import Float32
 
 

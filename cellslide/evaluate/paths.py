@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cellslide.classify.decision import DecisionConfig, GateRule, decide, skipped
+from cellslide.classify.taxonomy import Taxonomy, project
 from cellslide.errors import UsageError
 from cellslide.evaluate import classification
 from cellslide.evaluate.classification import ReliabilityBins
@@ -18,8 +20,6 @@ from cellslide.evaluate.dataset import Dataset, Sample
 from cellslide.evaluate.detection import Tally
 from cellslide.evaluate.report import ClassScores, DetectionScores, EvalReport, InstanceScores, pixel_size
 from cellslide.evaluate.score import ClassSet, truth_of
-from cellslide.gate import DecisionConfig, GateRule, decide, skipped
-from cellslide.taxonomy import Taxonomy, project
 from cellslide.types import Bool, Calibration, Float64, Int64, PathProbs
 
 if TYPE_CHECKING:

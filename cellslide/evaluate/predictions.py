@@ -7,7 +7,7 @@ from pathlib import Path
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import read_labels, read_points
 from cellslide.evaluate.score import Nuclei
-from cellslide.record import TABLE
+from cellslide.store.run_record import TABLE
 
 LABEL_SUFFIXES = (".png", ".npy", ".tif", ".tiff")
 POINT_SUFFIX = ".csv"

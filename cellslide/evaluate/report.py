@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellslide.csvtext import harmless
 from cellslide.errors import UsageError
 from cellslide.evaluate import classification
 from cellslide.evaluate.dataset import Dataset, Sample
 from cellslide.evaluate.detection import RADIUS_UM, Tally
 from cellslide.evaluate.protocols import OPTIMAL, Protocol, protocol_of
 from cellslide.evaluate.score import ClassSet, ImageScores, Nuclei, score_image, truth_of
+from cellslide.formats.csv_text import harmless
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cellslide.errors import MissingDependencyError
-from cellslide.torchvision_ops import declare_torchvision_operators
+from cellslide.models.torchvision_ops import declare_torchvision_operators
 
 declare_torchvision_operators()
 

@@ -21,14 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cellslide.errors import UsageError
-from cellslide.models.layers import (
-    Block,
-    Conv2DBlock,
-    Deconv2DBlock,
-    HoverBranch,
-    PatchEmbed,
-    resample_abs_pos_embed,
-)
+from cellslide.models.layers import Block, Conv2DBlock, Deconv2DBlock, HoverBranch, PatchEmbed, resample_abs_pos_embed
 
 EncoderKind = Literal["256", "sam", "uni", "virchow"]
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cellslide import kernels
+from cellslide.geometry import kernels
 from cellslide.models.windows import Windows
 
 # Queries are independent, so they are sampled in chunks: the sampled tensor of 86,016 queries (a 1024² tile) would

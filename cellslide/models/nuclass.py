@@ -16,14 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cellslide.errors import UsageError
-from cellslide.models.backbones import (
-    BackboneConfig,
-    create_backbone,
-    depths,
-    features,
-    patch_px,
-    width_of,
-)
+from cellslide.models.backbones import BackboneConfig, create_backbone, depths, features, patch_px, width_of
 from cellslide.models.nuclass_config import NuClassConfig
 
 Part = Literal["local_backbone", "local_head", "global_backbone", "context_backbone", "global_head", "gate"]

@@ -11,9 +11,9 @@ import numpy as np
 from cellslide.errors import TileError
 from cellslide.report.picks import Pick
 from cellslide.report.tally import Frame
-from cellslide.slide import Slide
-from cellslide.spatial import polygons_from_wkb
-from cellslide.table import CellTable
+from cellslide.slides.slide import Slide
+from cellslide.store.cell_table import CellTable
+from cellslide.store.shapes import polygons_from_wkb
 from cellslide.types import Float64, Int64, Plane, UInt8
 
 PICTURE_PX = 1100

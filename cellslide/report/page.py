@@ -15,7 +15,7 @@ from cellslide.report.picks import Kind, Pick
 from cellslide.report.quality import Flag
 from cellslide.report.searched import Searched
 from cellslide.report.tally import Tally
-from cellslide.table import CellTable
+from cellslide.store.cell_table import CellTable
 from cellslide.types import RunRecord, UInt8, hex_color
 
 HERE = Path(__file__).parent

@@ -3,18 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cellslide.types import Float64, Int64
-
-if TYPE_CHECKING:
-    from cellslide.report.tally import Block
+from cellslide.types import Bool, Float32, Float64, Int64
 
 Kind = Literal["sure", "unsure", "disputed", "small", "large"]
 MOST_EACH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows [start, start + N) as the report needs them.
+
+    class_index  int64 (N,), -1 where a cell is not typed; `said` bool (N,), a class was said (typed, not abstained).
+    local, global_  the paths' most probable classes int64 (N,), -1 where a path did not run; `sure` float32 (N,) how
+                 sure both are of different classes, NaN where they agree.
+    """
+
+    start: int
+    xy: Float64
+    class_index: Int64
+    said: Bool
+    prob: Float32
+    score: Float32
+    gate: Float32
+    local: Int64
+    global_: Int64
+    sure: Float32
+    area: Float32
+    tile: Int64
+    shapes: dict[str, Float32]
+
+    def __len__(self) -> int:
+        return len(self.xy)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ from typing import Literal
 import numpy as np
 import shapely
 
-from cellslide.outlines import to_polygons
+from cellslide.geometry.outlines import to_polygons
 from cellslide.report.looks import Sharpness
 from cellslide.report.seams import SeamVerdict
 from cellslide.report.tally import Tally
-from cellslide.table import CellTable
+from cellslide.store.cell_table import CellTable
 from cellslide.types import RunRecord
 
 Level = Literal["good", "note", "bad"]

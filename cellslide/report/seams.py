@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cellslide.tiles import TileGrid, fitting_grid
+from cellslide.slides.tiles import TileGrid, fitting_grid
 from cellslide.types import Bool, Float64, Int64, Plane, RunRecord, SlideInfo
 
 # Nuclei this near a seam are compared with those beside them; both bands lie in the tiles' overlap.

@@ -10,7 +10,7 @@ from pathlib import Path
 import shapely
 from shapely.geometry import shape
 
-from cellslide.tissue import origin_offset
+from cellslide.slides.tissue import origin_offset
 from cellslide.types import RunRecord, SlideInfo
 
 # Of a region that takes less than this share of the slide, the pictures show the region alone.

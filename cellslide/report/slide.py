@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from cellslide.errors import SlideError, TileError, in_words
-from cellslide.lock import hold
-from cellslide.record import RUN_FILE, TABLE, read_record, write_text
-from cellslide.reopen import reopen_or_why
 from cellslide.report.looks import Crop, Sharpness, cut_crops, measure_sharpness, read_picture
 from cellslide.report.page import Budget, Material, render, shown_each
 from cellslide.report.quality import flags
 from cellslide.report.seams import SeamCheck
 from cellslide.report.searched import read_searched
 from cellslide.report.tally import Frame, Tally, tally_cells
-from cellslide.slide import Slide
-from cellslide.table import CellTable, open_table
+from cellslide.slides.reopen import reopen_or_why
+from cellslide.slides.slide import Slide
+from cellslide.store.cell_table import CellTable, open_table
+from cellslide.store.lock import hold
+from cellslide.store.run_record import RUN_FILE, TABLE, read_record, write_text
 from cellslide.types import Float64, UInt8
 
 PAGE_FILE = "report.html"

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellslide.anndata_store import Categorical
 from cellslide.report.histogram import Histogram
-from cellslide.report.picks import Picks
-from cellslide.table import BLOCK_ROWS, CellTable
-from cellslide.types import Bool, Float32, Float64, Int64, SlideInfo
+from cellslide.report.picks import Block, Picks
+from cellslide.store.anndata_columns import Categorical
+from cellslide.store.cell_table import BLOCK_ROWS, CellTable
+from cellslide.types import Float32, Float64, Int64, SlideInfo
 
 MOST_DOTS = 20_000
 GRID_BINS = 160
@@ -65,33 +65,6 @@ class Frame:
         col = np.clip(((xy[:, 0] - self.box[0]) / self.bin_px).astype(np.int64), 0, cols - 1)
         row = np.clip(((xy[:, 1] - self.box[1]) / self.bin_px).astype(np.int64), 0, rows - 1)
         return row * cols + col
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Rows [start, start + N) as the report needs them.
-
-    class_index  int64 (N,), -1 where a cell is not typed; `said` bool (N,), a class was said (typed, not abstained).
-    local, global_  the paths' most probable classes int64 (N,), -1 where a path did not run; `sure` float32 (N,) how
-                 sure both are of different classes, NaN where they agree.
-    """
-
-    start: int
-    xy: Float64
-    class_index: Int64
-    said: Bool
-    prob: Float32
-    score: Float32
-    gate: Float32
-    local: Int64
-    global_: Int64
-    sure: Float32
-    area: Float32
-    tile: Int64
-    shapes: dict[str, Float32]
-
-    def __len__(self) -> int:
-        return len(self.xy)
 
 
 @dataclass(slots=True)

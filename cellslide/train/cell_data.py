@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cellslide.crops import CropCutter, RegionRead, crop_corners
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import Sample
-from cellslide.slide import slide_from_array
+from cellslide.inference.crops import CropCutter, RegionRead, crop_corners
+from cellslide.slides.slide import slide_from_array
 from cellslide.train.augment import crop_matrix, recolor
 from cellslide.train.data import choose_samples
 from cellslide.train.loaders import draw_loader

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cellslide.evaluate.detection import RADIUS_UM, Tally, class_tallies, pair_points, tally
-from cellslide.points import point_nms
-from cellslide.tiles import TileGrid
+from cellslide.nuclei.nms import point_nms
+from cellslide.slides.tiles import TileGrid
 from cellslide.train.celldetr_data import MarkedImage
 from cellslide.train.celldetr_recipe import CellDETRRecipe
 from cellslide.types import Float64, Int64, Plane, UInt8

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from cellslide.evaluate.detection import RADIUS_UM, centroids, pair_points, tally
 from cellslide.evaluate.matching import overlaps, panoptic_quality
-from cellslide.hover.decode import hover_instances
 from cellslide.models.checkpoint import check_fit
+from cellslide.nuclei.hover_decode import hover_instances
 from cellslide.train.data import Crops, TrainImage
 from cellslide.train.export import read_state
 from cellslide.train.losses import hover_losses

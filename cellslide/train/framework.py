@@ -5,7 +5,7 @@ Lightning imports torchmetrics, which imports torchvision if it is installed.
 
 from __future__ import annotations
 
-from cellslide.torchvision_ops import declare_torchvision_operators
+from cellslide.models.torchvision_ops import declare_torchvision_operators
 
 declare_torchvision_operators()
 

@@ -16,17 +16,10 @@ from torch import Tensor, nn
 from cellslide.evaluate.detection import Tally
 from cellslide.evaluate.protocols import BRCA_M2C, OPTIMAL, Marks
 from cellslide.models.point_head import Keep, MusePoints, PointOutput, found_points
-from cellslide.points import point_nms
+from cellslide.nuclei.nms import point_nms
 from cellslide.train.module import ImageTraining
 from cellslide.train.points_data import SUPERVISED, UNLABELLED, Fields, PointImage
-from cellslide.train.points_losses import (
-    PointLosses,
-    Truth,
-    consistency_weight,
-    inside,
-    mask_loss,
-    point_losses,
-)
+from cellslide.train.points_losses import PointLosses, Truth, consistency_weight, inside, mask_loss, point_losses
 from cellslide.train.points_recipe import FIELD_MULTIPLE, PointsRecipe
 from cellslide.types import Bool, Float64, Int64, UInt8
 

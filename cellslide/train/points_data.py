@@ -24,14 +24,7 @@ from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import MANIFEST, Sample
 from cellslide.evaluate.detection import centroids
 from cellslide.train.augment import crop_matrix, recolor
-from cellslide.train.data import (
-    IGNORE_LABEL,
-    ImageSet,
-    pixel_size,
-    read_sets,
-    resample_image,
-    resample_labels,
-)
+from cellslide.train.data import IGNORE_LABEL, ImageSet, pixel_size, read_sets, resample_image, resample_labels
 from cellslide.train.loaders import Draws, draw_loader
 from cellslide.train.points_losses import UNKNOWN
 from cellslide.train.points_recipe import PointsRecipe

@@ -14,8 +14,8 @@ import torch
 import yaml
 from torch import nn
 
-from cellslide.device import cpu_computes_bf16
 from cellslide.errors import MissingDependencyError, UsageError
+from cellslide.inference.device import cpu_computes_bf16
 from cellslide.train.callbacks import AveragedWeights, Keeper, Progress, StopRequest
 from cellslide.train.cellvta import CellVTATraining, load_encoder, load_start
 from cellslide.train.data import TrainImage, TrainSet, load_sets, train_loader

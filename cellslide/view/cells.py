@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellslide.table import BLOCK_ROWS, Categorical, CellTable
+from cellslide.store.cell_table import BLOCK_ROWS, Categorical, CellTable
 from cellslide.types import Bool, Float32, Float64, Int64, take_rings
 from cellslide.view.kept import Kept
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cellslide.errors import UsageError
-from cellslide.record import TABLE
+from cellslide.store.run_record import TABLE
 
 # Files that a link of a page may lead to; everything else stays unserved.
 SERVED = {

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from cellslide.errors import TileError
-from cellslide.slide import Slide, thumbnail_plane
+from cellslide.slides.slide import Slide, thumbnail_plane
 from cellslide.types import Float64, Plane, SlideInfo, UInt8
 from cellslide.view.kept import Kept
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellslide.classify.decision import DecisionConfig, decide, floors
 from cellslide.errors import UsageError
-from cellslide.gate import DecisionConfig, decide, floors
-from cellslide.table import BLOCK_ROWS, Categorical, CellTable
+from cellslide.store.cell_table import BLOCK_ROWS, Categorical, CellTable
 from cellslide.types import Calibration, Float32, Int64, PathProbs
 
 Int16 = NDArray[np.int16]

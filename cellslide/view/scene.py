@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellslide.classify.decision import GATE_RULES
 from cellslide.errors import UsageError
-from cellslide.gate import GATE_RULES
-from cellslide.record import TABLE
-from cellslide.reopen import reopen_or_why
 from cellslide.report.images import color_of
-from cellslide.table import Categorical, CellTable, open_table
+from cellslide.slides.reopen import reopen_or_why
+from cellslide.store.cell_table import Categorical, CellTable, open_table
+from cellslide.store.run_record import TABLE
 from cellslide.types import Float64, hex_color
 from cellslide.view.cells import Box, CellIndex, density, relative
 from cellslide.view.folders import check_links, is_inside

@@ -1,0 +1,214 @@
+"""Slides copied to a local disk before they are read, and removed after: for `--stage-dir`.
+
+A slide is all of its files: the companion folder of an MRXS, the files of a DICOM series, the parts that a Hamamatsu
+index or an OME-TIFF names. What does not fit is read where it lies. What a killed run left is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import configparser
+import logging
+import os
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import tifffile
+
+from cellslide.classify.targets import Target
+from cellslide.errors import CellslideError
+from cellslide.progress import IDLE, Watch
+from cellslide.slides.inputs import SlideInput, dicom_series
+from cellslide.store.run_record import read_record
+
+PREFIX = "cellslide-stage-"
+# Left free on the local disk, for what else needs it.
+RESERVE_BYTES = 1 << 30
+PIECE_BYTES = 16 << 20
+_OME_FILE = re.compile(r'FileName="([^"]+)"')
+
+IsDone = Callable[[Target], bool]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One file of a slide, its place in the copy (relative) and its size."""
+
+    path: Path
+    place: Path
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCopies:
+    """Where slides are copied to, and how much of that disk is left free."""
+
+    folder: Path
+    reserve_bytes: int = RESERVE_BYTES
+
+    @contextmanager
+    def of(self, source: SlideInput, watch: Watch = IDLE) -> Iterator[SlideInput]:
+        """Yield the slide with its copy as `local`, removed at the end; the slide as it is where it cannot be copied.
+
+        Raises Interrupted when asked to stop.
+        """
+        scratch = None
+        try:
+            scratch, copy = self._copied(source, watch)
+            yield replace(source, local=copy)
+        finally:
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    def _copied(self, source: SlideInput, watch: Watch) -> tuple[Path | None, Path | None]:
+        path = Path(os.path.abspath(source.path))
+        try:
+            pieces = pieces_of(path)
+            if not self._fits(source, sum(piece.size_bytes for piece in pieces)):
+                return None, None
+            scratch = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{socket.gethostname()}-{os.getpid()}-", dir=self.folder))
+        except OSError as error:
+            return self._given_up(source, error)
+        try:
+            watch.progress.stage("copy")
+            for piece in pieces:
+                _copy(piece, scratch / piece.place, watch)
+            return scratch, scratch / path.name
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            return self._given_up(source, error)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+
+    def _given_up(self, source: SlideInput, error: OSError) -> tuple[None, None]:
+        log.warning("%s: not copied to %s (%s); it is read where it lies", source.path, self.folder, error)
+        return None, None
+
+    def _fits(self, source: SlideInput, size: int) -> bool:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_left(self.folder)
+        free = shutil.disk_usage(self.folder).free
+        if size + self.reserve_bytes <= free:
+            return True
+        gib = 1 << 30
+        log.warning(
+            "%s: %.1f GiB do not fit into %s (%.1f GiB free, %.1f kept free); it is read where it lies",
+            source.path, size / gib, self.folder, free / gib, self.reserve_bytes / gib,
+        )  # fmt: skip
+        return False
+
+
+def pieces_of(path: Path) -> list[Piece]:
+    """Return all files of a slide; a part that is named and not there is left out, as the slide has it."""
+    if path.is_dir():
+        return _below(path)
+    suffix = path.suffix.lower()
+    companion = path.with_suffix("")
+    found = [path]
+    if suffix == ".mrxs" and companion.is_dir():
+        return [_piece(path, path.parent), *_below(companion)]
+    if suffix == ".dcm":
+        found = next((series for series in dicom_series(path.parent) if path in series), found)
+    elif suffix in (".vms", ".vmu"):
+        found += _hamamatsu_parts(path)
+    elif suffix in (".tif", ".tiff", ".btf", ".tf8"):
+        found += _ome_parts(path)
+    return [_piece(file, path.parent) for file in found]
+
+
+def _below(folder: Path) -> list[Piece]:
+    return [_piece(file, folder.parent) for file in sorted(folder.rglob("*")) if file.is_file()]
+
+
+def _piece(file: Path, base: Path) -> Piece:
+    return Piece(file, file.relative_to(base), file.stat().st_size)
+
+
+def _hamamatsu_parts(index: Path) -> list[Path]:
+    parser = configparser.ConfigParser(interpolation=None, strict=False)
+    try:
+        parser.read_string(index.read_text(encoding="utf-8", errors="replace"))
+    except configparser.Error:
+        return []
+    return _beside(index, [value for section in parser.sections() for value in parser[section].values()])
+
+
+def _ome_parts(path: Path) -> list[Path]:
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            return _beside(path, _OME_FILE.findall(tiff.ome_metadata or "") if tiff.is_ome else [])
+    except (tifffile.TiffFileError, ValueError, OSError, KeyError, IndexError):
+        return []
+
+
+def _beside(path: Path, names: list[str]) -> list[Path]:
+    """Return those names that are files right beside `path`; what leads elsewhere is no part of the slide."""
+    plain = dict.fromkeys(name for name in names if name and Path(name).name == name and name != path.name)
+    return [path.parent / name for name in plain if (path.parent / name).is_file()]
+
+
+def _copy(piece: Piece, place: Path, watch: Watch) -> None:
+    """Copy a file piece by piece, so that a request to stop need not wait for gigabytes."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with piece.path.open("rb") as source, place.open("wb") as target:
+        while data := source.read(PIECE_BYTES):
+            watch.check()
+            target.write(data)
+    if place.stat().st_size != piece.size_bytes:
+        raise OSError(f"{piece.path} changed while it was copied")
+
+
+def remove_left(folder: Path, is_running: Callable[[int], bool] = psutil.pid_exists) -> None:
+    """Remove what processes of this host left that do not run any more."""
+    own = f"{PREFIX}{socket.gethostname()}-"
+    for left in folder.glob(f"{PREFIX}*"):
+        pid = left.name.removeprefix(own).partition("-")[0]
+        if left.name.startswith(own) and pid.isdigit() and not is_running(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def local_targets(
+    targets: Iterable[Target], copies: LocalCopies | None, watch: Watch, is_done: IsDone
+) -> AbstractContextManager[Iterator[Target]]:
+    """Give the slides one by one, each with its local copy while it is worked on; `copies` None changes nothing.
+
+    A slide that is done is not copied: opening it where it lies is quicker. Raises Interrupted when asked to stop.
+    """
+    return closing(_one_by_one(targets, copies, watch, is_done))
+
+
+def _one_by_one(
+    targets: Iterable[Target], copies: LocalCopies | None, watch: Watch, is_done: IsDone
+) -> Generator[Target, None, None]:
+    for target in targets:
+        if copies is None or is_done(target):
+            yield target
+            continue
+        with copies.of(target.source, watch) as source:
+            yield replace(target, source=source)
+
+
+def done_before(what: Literal["segment", "classify"], overwrite: bool) -> IsDone:
+    """Return what tells whether nothing is left to do on a slide, as far as its folder shows; errors cost time only."""
+
+    def is_done(target: Target) -> bool:
+        try:
+            record = read_record(target.folder)
+        except (CellslideError, OSError):
+            return False
+        found = record is not None and record.status in ("done", "done_with_errors")
+        if record is None or not found or overwrite:
+            return False
+        return "classify" in record.config if what == "classify" else record.status == "done"
+
+    return is_done

@@ -1,0 +1,1 @@
+"""Outlines and label maps as numpy columns, with their compiled loops."""

@@ -1,0 +1,1 @@
+"""Networks on tiles and crops: device, micro-batches, engines, and memory shared with other processes."""

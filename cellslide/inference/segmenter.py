@@ -1,0 +1,162 @@
+"""A model made ready: on its device, with its tiles resolved and its decoding processes at hand."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from cellslide.config import InferConfig, OutputFormat, SegmentConfig, TileConfig
+from cellslide.errors import UsageError
+from cellslide.inference.cpu_memory import share_freed_memory
+from cellslide.inference.device import available_cpus, resolve_device
+from cellslide.inference.onnx_engine import OnnxEngine
+from cellslide.inference.stream import Detector, default_workers, start_processes
+from cellslide.inference.torch_engine import Engine, TorchEngine
+from cellslide.models import layers
+from cellslide.store.run_record import head_sha256, plain
+from cellslide.types import ModelSpec
+from cellslide.weights import LoadedModel, Manifest
+
+Load = Callable[..., LoadedModel]
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What of a segmenter remains when its network has run: the model's spec and the settings, tiles resolved."""
+
+    spec: ModelSpec
+    config: SegmentConfig
+
+    def peak_device_bytes(self) -> int:
+        """Return 0: nothing runs on a device."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Segmenter:
+    """A model on its device with its decoding processes, for one slide after another; a context manager.
+
+    `config.tiles` is resolved: it holds the tile size and overlap in plane pixels that are used.
+    """
+
+    model: LoadedModel
+    config: SegmentConfig
+    detector: Detector
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's spec."""
+        return self.model.spec
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the network."""
+        return self.detector.engine
+
+    @property
+    def setup(self) -> Setup:
+        """What another process needs to write what this one finds."""
+        return Setup(self.spec, self.config)
+
+    def peak_device_bytes(self) -> int:
+        """Return the most device memory held so far."""
+        return self.engine.peak_device_bytes()
+
+    def __enter__(self) -> Segmenter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.detector.close()
+
+
+def load_segmenter(load: Load, config: SegmentConfig) -> Segmenter:
+    """Load the model of the settings and put it on its device; what it needs beside its weights starts meanwhile.
+
+    Raises what `load` and `open_segmenter` raise.
+    """
+    # A device that is not there is told before anything starts.
+    if resolve_device(config.infer.device).type == "cpu":
+        threading.Thread(target=layers.prepare).start()
+    pool = start_processes(worker_count(config.infer)) if may_need_decoding(config) else None
+    try:
+        return open_segmenter(load(config.model, config.weights), config, pool)
+    except BaseException:
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def may_need_decoding(config: SegmentConfig) -> bool:
+    """Tell whether the model may find masks, as far as one can tell before it is loaded."""
+    if config.model is None or config.weights is not None:
+        return True
+    entry = Manifest.load().entries.get(config.model)
+    return entry is not None and entry.task == "segment"
+
+
+def worker_count(config: InferConfig) -> int:
+    """Return how many processes decode."""
+    return default_workers(available_cpus()) if config.workers is None else config.workers
+
+
+def open_segmenter(model: LoadedModel, config: SegmentConfig, pool: Executor | None = None) -> Segmenter:
+    """Put a model on its device; `pool` are processes that `start_processes` started for it.
+
+    Raises UsageError when the tiles do not suit the model, MissingDependencyError when device or engine is not there.
+    """
+    share_freed_memory()
+    config = replace(config, tiles=resolve_tiles(model.spec, config.tiles))
+    check_formats(model.spec, config.output.formats)
+    torch.manual_seed(config.infer.seed)
+    engine = make_engine(model, config.infer, config.tiles.size_px or model.spec.tile_px)
+    if pool is not None and model.spec.kind != "mask":
+        pool.shutdown(wait=False)
+        pool = None
+    return Segmenter(model, config, Detector(engine, worker_count(config.infer), pool))
+
+
+def check_formats(spec: ModelSpec, formats: Sequence[OutputFormat]) -> None:
+    """Raise UsageError, before any work is done, for a format that a model of this kind cannot give."""
+    if "labels" in formats and spec.kind == "point":
+        raise UsageError(f"--format labels: {spec.name} gives points, which have no label map; leave labels out")
+
+
+def make_engine(model: LoadedModel, config: InferConfig, tile_px: int) -> Engine:
+    """Return the engine that `--engine` names, for tiles of `tile_px`."""
+    kind = OnnxEngine if config.engine == "onnx" else TorchEngine
+    return kind(model.module, model.spec, config, tile_px)
+
+
+def resolve_tiles(spec: ModelSpec, config: TileConfig) -> TileConfig:
+    """Return tile size and overlap in plane pixels, from the flags where given, else from the model.
+
+    Raises UsageError when the size is no multiple of what the model takes, or too small for the overlap.
+    """
+    size = spec.tile_px if config.size_px is None else config.size_px
+    overlap = spec.overlap_px if config.overlap_px is None else config.overlap_px
+    if size % spec.multiple_px:
+        raise UsageError(f"--tile-size {size}: must be a multiple of {spec.multiple_px} px for {spec.name}")
+    if overlap > size // 2:
+        raise UsageError(
+            f"--tile-size {size}: too small for an overlap of {overlap} px; add --overlap {size // 2} or less"
+        )
+    return TileConfig(size, overlap)
+
+
+def resolved(config: SegmentConfig, spec: ModelSpec) -> dict[str, Any]:
+    """Return the settings as `run.json` holds them: with the model's spec, and a hash of the mask and region files."""
+    settings: dict[str, Any] = plain(config)
+    settings["spec"] = plain(spec)
+    # What the model's kind has no use for decides nothing, and the precision that is taken is told beside.
+    unused = ("detect", "embedding_dim") if spec.kind == "mask" else ("decode",)
+    for name in (*unused, "bf16_on_cpu"):
+        del settings["spec"][name]
+    for name, path in (("mask", config.tissue.mask), ("roi", config.tissue.roi)):
+        settings["tissue"][f"{name}_sha256_head"] = None if path is None else head_sha256(path)
+    return settings

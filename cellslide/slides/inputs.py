@@ -1,0 +1,257 @@
+"""From what the user names to a list of slides: files, folders, globs, and .csv or .txt lists.
+
+The order is the order given, folders and globs sorted by name, so a run over many slides is the same run each time.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import logging
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+from cellslide.errors import HIDDEN, UsageError
+from cellslide.slides.pixel_size import LARGEST_UM, SMALLEST_UM
+
+SLIDE_SUFFIXES = frozenset(
+    (".svs", ".svslide", ".tif", ".tiff", ".btf", ".tf8", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".bif", ".czi",
+     ".dcm", ".avs", ".png", ".jpg", ".jpeg", ".webp")
+)  # fmt: skip
+PATH_HEADERS = ("path", "slide", "wsi")
+MPP_HEADERS = ("mpp", "wsi_mpp")
+# Room for a hash, and for the endings of files that are being written.
+MOST_NAME_BYTES = 200
+# What stands beside the folders of the slides.
+TAKEN_NAMES = frozenset(("summary.csv", "cohort.html"))
+_HEAD_BYTES = 1 << 16
+_SERIES_UID = b"\x20\x00\x0e\x00UI"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SlideInput:
+    """One slide to work on: its file (or DICOM folder), what the list says of it, and its id, unique in the run.
+
+    local  a copy of it that is quicker to read; the slide is still the one at `path`.
+    """
+
+    path: Path
+    mpp: float | None = None
+    organ: str | None = None
+    slide_id: str = ""
+    local: Path | None = None
+
+
+def expand_slides(args: Sequence[str | Path]) -> list[SlideInput]:
+    """Return the slides that files, folders, glob patterns and lists name, each once.
+
+    Raises UsageError for what is not there, a list that cannot be read, or a slide listed with two pixel sizes.
+    """
+    found = [item for arg in args for item in _expand(Path(arg), str(arg))]
+    return _with_ids(_merge_dicom(_unique(found)))
+
+
+def _expand(path: Path, text: str) -> list[SlideInput]:
+    if path.is_dir():
+        return [SlideInput(p) for p in _in_folder(path)]
+    if path.exists():
+        lists = {".csv": _read_csv, ".txt": _read_txt}
+        reader = lists.get(path.suffix.lower())
+        return reader(path) if reader else [SlideInput(path)]
+    if glob.has_magic(text):
+        matches = [p for p in map(Path, sorted(glob.glob(text, recursive=True))) if p.is_dir() or _is_slide(p)]
+        if not matches:
+            raise UsageError(f"{text}: no slide matches this pattern")
+        return [item for p in matches for item in (_expand(p, str(p)) if p.is_file() or dicom_series(p) else [])]
+    raise UsageError(f"{text}: no such file or folder")
+
+
+def _is_slide(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in SLIDE_SUFFIXES and not path.name.startswith(".")
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """Return the slides right inside a folder, sorted; a folder of one DICOM series is one slide, also inside it."""
+    series = dicom_series(folder)
+    entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    plain = [p for p in entries if _is_slide(p) and p.suffix.lower() != ".dcm"]
+    if len(series) == 1 and not plain:
+        return [folder]
+    if any(p.suffix.lower() in (".vms", ".vmu") for p in plain):
+        # The JPEGs beside a Hamamatsu index are its parts.
+        plain = [p for p in plain if p.suffix.lower() not in (".jpg", ".jpeg")]
+    below = [p for entry in entries if entry.is_dir() and dicom_series(entry) for p in _in_folder(entry)]
+    slides = sorted([*plain, *(files[0] for files in series), *below])
+    if not slides:
+        raise UsageError(f"{folder}: no slide in this folder; name files, or a pattern such as '{folder}/**/*.svs'")
+    return slides
+
+
+def dicom_series(folder: Path) -> list[list[Path]]:
+    """Return the .dcm files right inside a folder, grouped by the series they belong to."""
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".dcm" and p.is_file() and p.name[0] != ".")
+    groups: dict[bytes, list[Path]] = {}
+    for file in files:
+        groups.setdefault(_series_uid(file), []).append(file)
+    return list(groups.values())
+
+
+def _series_uid(file: Path) -> bytes:
+    """Return SeriesInstanceUID (0020,000E) from the head of a DICOM file; the file's own name if it has none."""
+    with file.open("rb") as stream:
+        head = stream.read(_HEAD_BYTES)
+    at = head.find(_SERIES_UID)
+    if at < 0:
+        return file.name.encode()
+    length = int.from_bytes(head[at + 6 : at + 8], "little")
+    return head[at + 8 : at + 8 + length].rstrip(b"\0 ")
+
+
+def _read_txt(path: Path) -> list[SlideInput]:
+    lines = (line.strip() for line in _text(path).splitlines())
+    entries = [line for line in lines if line and not line.startswith("#")]
+    return _not_empty(path, [item for line in entries for item in _listed(path, line)])
+
+
+def _read_csv(path: Path) -> list[SlideInput]:
+    lines = _text(path).splitlines()
+    header = lines[0] if lines else ""
+    rows = csv.DictReader(lines, delimiter=max(",;\t", key=header.count))
+    names = {(name or "").strip().lower(): name for name in rows.fieldnames or []}
+    path_key = next((names[h] for h in PATH_HEADERS if h in names), None)
+    if path_key is None:
+        raise UsageError(f"{path}: no column path (or slide, wsi) in its header: {header!r}")
+    mpp_key = next((names[h] for h in MPP_HEADERS if h in names), None)
+    found = []
+    for row in rows:
+        entry = (row[path_key] or "").strip()
+        mpp = _mpp(path, rows.line_num, (row[mpp_key] or "").strip() if mpp_key else "")
+        organ = (row[names["organ"]] or "").strip() or None if "organ" in names else None
+        found += [replace(item, mpp=mpp, organ=organ) for item in (_listed(path, entry) if entry else [])]
+    return _not_empty(path, found)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{path}: not a readable list: {error}") from error
+
+
+def _mpp(path: Path, line: int, text: str) -> float | None:
+    if not text:
+        return None
+    try:
+        mpp = float(text)
+    except ValueError:
+        mpp = 0.0
+    if not SMALLEST_UM <= mpp <= LARGEST_UM:
+        raise UsageError(f"{path}: line {line}: mpp {text!r} must be {SMALLEST_UM} to {LARGEST_UM} µm per pixel")
+    return mpp
+
+
+def _listed(list_file: Path, entry: str) -> list[SlideInput]:
+    """Return the slides of one entry, also one that is not there: it fails in its turn, and stops no other.
+
+    Relative paths start at the list file.
+    """
+    path = list_file.parent / entry
+    if not path.exists():
+        log.warning("%s: it lists %s, which is not there (%s)", list_file, entry, path)
+    return [SlideInput(p) for p in _in_folder(path)] if path.is_dir() else [SlideInput(path)]
+
+
+def _not_empty(path: Path, found: list[SlideInput]) -> list[SlideInput]:
+    if not found:
+        raise UsageError(f"{path}: the list names no slide")
+    if not any(item.path.exists() for item in found):
+        first = found[0].path
+        raise UsageError(f"{path}: it lists {first.name}, which is not there ({first}), nor is any other")
+    return found
+
+
+def _absolute(path: Path) -> str:
+    return os.path.abspath(path)
+
+
+def _unique(found: Iterable[SlideInput]) -> list[SlideInput]:
+    by_path: dict[str, SlideInput] = {}
+    for item in found:
+        first = by_path.setdefault(_absolute(item.path), item)
+        if first.mpp is not None and item.mpp is not None and first.mpp != item.mpp:
+            raise UsageError(f"{item.path}: listed twice, with mpp {first.mpp:g} and {item.mpp:g}")
+        if first.mpp is None and item.mpp is not None:
+            by_path[_absolute(item.path)] = replace(first, mpp=item.mpp, organ=first.organ or item.organ)
+    return list(by_path.values())
+
+
+def _merge_dicom(found: list[SlideInput]) -> list[SlideInput]:
+    """Make one slide of the files of a DICOM series that were named one by one (dir/*.dcm), or beside their folder."""
+    merged: list[SlideInput] = []
+    seen: set[tuple[str, bytes]] = set()
+    folders = {_absolute(item.path) for item in found if item.path.is_dir()}
+    for folder, items in groupby(found, key=_dicom_folder):
+        group = list(items)
+        if folder is None:
+            merged += group
+            continue
+        whole = len(group) > 1 and len(dicom_series(folder)) == 1
+        for item in group:
+            key = (_absolute(folder), _series_uid(item.path))
+            if key not in seen and _absolute(folder) not in folders:
+                merged.append(replace(item, path=folder) if whole else item)
+            seen.add(key)
+    return merged
+
+
+def _dicom_folder(item: SlideInput) -> Path | None:
+    return item.path.parent if item.path.suffix.lower() == ".dcm" and item.path.exists() else None
+
+
+def _with_ids(found: list[SlideInput]) -> list[SlideInput]:
+    """Give each slide its stem as id, which is a folder's name.
+
+    A hash of the path is appended to all that share a stem, upper or lower case, and where the stem had to be changed.
+    """
+    stems = [_stem(item.path) for item in found]
+    names = [folder_name(stem) for stem in stems]
+    shared = Counter(_folded(name) for name in names)
+    ids = [
+        name if name == stem and shared[_folded(name)] == 1 else f"{name}-{_path_hash(item.path)}"
+        for item, stem, name in zip(found, stems, names, strict=True)
+    ]
+    return [replace(item, slide_id=slide_id) for item, slide_id in zip(found, ids, strict=True)]
+
+
+def _stem(path: Path) -> str:
+    absolute = Path(_absolute(path))
+    return absolute.name if absolute.is_dir() else absolute.stem
+
+
+def _path_hash(path: Path) -> str:
+    return hashlib.sha256(os.fsencode(_absolute(path))).hexdigest()[:8]
+
+
+def _folded(name: str) -> str:
+    """Return what file systems that ignore case, or compose letters, take a name for."""
+    return unicodedata.normalize("NFC", name).lower()
+
+
+def folder_name(stem: str) -> str:
+    """Return a stem as the name of one folder inside another: itself, unless it holds what leads or looks elsewhere.
+
+    "...svs" has the stem "..", which is the parent; control characters and separators become "_".
+    """
+    if _folded(stem) in TAKEN_NAMES:
+        return f"{stem}_"
+    name = HIDDEN.sub("_", stem).replace("/", "_").replace("\\", "_")
+    name = "_" * (len(name) - len(name.lstrip("."))) + name.lstrip(".")
+    return name.encode()[:MOST_NAME_BYTES].decode(errors="ignore") or "slide"

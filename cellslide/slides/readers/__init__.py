@@ -1,0 +1,127 @@
+"""What opens a slide file, all behind `SlideReader`: tiles decoded here, OpenSlide, tifffile, Pillow.
+
+OpenSlide knows the formats of scanners, tifffile OME-TIFF and big TIFF, Pillow plain images; where either of the first
+two opens a file of plain tiles, these are read and decoded here. A reader knows levels and pixels; it resamples
+nothing and decides nothing about pixel size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import openslide
+import tifffile
+
+from cellslide.errors import SlideError, UsageError
+from cellslide.slides.readers.base import WHITE, SlideHeader, SlideReader, composite, is_tiff
+from cellslide.slides.readers.dicom import dicom_levels
+from cellslide.slides.readers.plain import ArrayReader, pillow_reader
+from cellslide.slides.readers.tiff import TiffReader
+from cellslide.slides.readers.tiled import TiledReader, tiff_levels, tiled_reader
+from cellslide.slides.readers.vendor import OpenSlideReader
+
+__all__ = [
+    "WHITE",
+    "ArrayReader",
+    "OpenSlideReader",
+    "SlideHeader",
+    "SlideReader",
+    "TiffReader",
+    "TiledReader",
+    "composite",
+    "open_reader",
+    "pillow_reader",
+]
+
+# More than any slide has, and in a TIFF more than any codec packs into so few bytes.
+MOST_PX = 1 << 38
+SMALL_PX, MOST_PX_PER_BYTE = 1 << 30, 1_000_000
+# A tile is decoded whole; libraries in C end the process where there is no memory for one.
+MOST_TILE_PX = 1 << 26
+PAGES_CHECKED = 64
+# Vendors whose levels are plain grids of tiles; other formats in TIFF leave tiles out or let them overlap.
+PLAIN_VENDORS = ("aperio", "generic-tiff")
+
+
+def open_reader(path: Path) -> SlideReader:
+    """Open a slide file, or a folder of DICOM files, with the first library that knows it.
+
+    Raises UsageError if it is not there, SlideError if no library can read it.
+    """
+    if not path.exists():
+        raise UsageError(f"{path}: no such file")
+    file = _first_dicom(path) if path.is_dir() else path
+    if is_tiff(file):
+        _check_tiles(file)
+    reader = _open_known(path, file)
+    try:
+        _check_size(reader.header, file)
+    except SlideError:
+        reader.close()
+        raise
+    return _by_tiles(reader, file)
+
+
+def _by_tiles(reader: SlideReader, file: Path) -> SlideReader:
+    """Return a reader of the file's own tiles where they can be read one by one."""
+    if isinstance(reader, TiffReader) or (reader.header.vendor in PLAIN_VENDORS and is_tiff(file)):
+        return tiled_reader(reader, lambda: ([file], tiff_levels(file, reader)))
+    if reader.header.vendor == "dicom":
+        return tiled_reader(reader, lambda: dicom_levels(file, reader.header))
+    return reader
+
+
+def _open_known(path: Path, file: Path) -> SlideReader:
+    if _is_ome(file):
+        # OpenSlide takes tiled OME-TIFF for plain TIFF, without its levels and pixel size.
+        return TiffReader(path)
+    vendor = openslide.OpenSlide.detect_format(file)
+    if vendor is not None:
+        try:
+            return OpenSlideReader(path, file)
+        except SlideError:
+            # Plain TIFF with a codec that OpenSlide lacks (WebP, Zstandard); vendors' own files are not second-guessed.
+            if vendor != "generic-tiff":
+                raise
+    return TiffReader(path) if is_tiff(file) else pillow_reader(path)
+
+
+def _first_dicom(folder: Path) -> Path:
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    for file in files:
+        if openslide.OpenSlide.detect_format(file) == "dicom":
+            return file
+    raise SlideError(f"{folder}: no DICOM slide in this folder; give the slide file")
+
+
+def _check_tiles(path: Path) -> None:
+    """Raise SlideError for a TIFF whose tiles do not fit into memory, before a library in C asks for it."""
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            pages = [page for _, page in zip(range(PAGES_CHECKED), tiff.pages, strict=False)]
+            tiles = [(int(p.tilewidth), int(p.tilelength)) for p in pages if isinstance(p, tifffile.TiffPage)]
+    except Exception:  # What is damaged is told when it is opened; tifffile raises what it likes.
+        return
+    width, height = max(tiles, key=lambda tile: tile[0] * tile[1], default=(0, 0))
+    if width * height > MOST_TILE_PX:
+        raise SlideError(f"{path}: tiles of {width} x {height} px do not fit into memory; convert it to smaller tiles")
+
+
+def _check_size(header: SlideHeader, file: Path) -> None:
+    """Raise SlideError for a size that no slide has, or that the bytes of a TIFF cannot hold."""
+    pixels, size = header.width_px * header.height_px, file.stat().st_size
+    bomb = pixels > SMALL_PX and pixels > size * MOST_PX_PER_BYTE and is_tiff(file)
+    if bomb or pixels > MOST_PX or pixels <= 0:
+        raise SlideError(
+            f"{header.path}: {header.width_px} x {header.height_px} px in {size:,} bytes is no slide; is it damaged?"
+        )
+
+
+def _is_ome(path: Path) -> bool:
+    if not is_tiff(path):
+        return False
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            return bool(tiff.is_ome)
+    except Exception:  # tifffile raises what it likes on a damaged file.
+        return False

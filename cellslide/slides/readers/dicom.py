@@ -1,0 +1,151 @@
+"""Where the tiles of a DICOM slide lie, for `tiled`: full grids of single frames in JPEG or JPEG 2000.
+
+OpenSlide says which levels there are; pydicom, which is optional, reads the headers of the files beside the one that
+was opened.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+from cellslide.slides.readers.base import SlideHeader
+from cellslide.slides.readers.tiled import Codec, Jpeg2000Codec, JpegCodec, OddFile, TiledLevel
+from cellslide.types import Int64
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+JPEG = "1.2.840.10008.1.2.4.50"
+JPEG_2000 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
+# Element (7FE0,0010) in explicit little endian, of undefined length: encapsulated frames.
+PIXELS = b"\xe0\x7f\x10\x00OB\0\0\xff\xff\xff\xff"
+ITEM = b"\xfe\xff\x00\xe0"
+ITEM_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """A file of the series: its header, and where each frame begins and how long it is."""
+
+    path: Path
+    header: Dataset
+    offset: Int64
+    n_bytes: Int64
+
+
+def dicom_levels(file: Path, header: SlideHeader) -> tuple[list[Path], tuple[TiledLevel, ...]]:
+    """Return the files of the levels, and where their tiles lie. Raises OddFile."""
+    try:
+        import pydicom
+    except ImportError as error:
+        raise OddFile("pydicom is not installed (pip install 'cellslide[dicom]')") from error
+
+    series = pydicom.dcmread(file, stop_before_pixels=True).SeriesInstanceUID
+    files = sorted(p for p in file.parent.iterdir() if p.is_file() and not p.name.startswith("."))
+    found = [(path, data) for path in files if (data := _volume(path, series)) is not None]
+    levels: list[TiledLevel] = []
+    paths: list[Path] = []
+    for level in header.levels:
+        size = level.width_px, level.height_px
+        of_size = [pair for pair in found if (pair[1].TotalPixelMatrixColumns, pair[1].TotalPixelMatrixRows) == size]
+        if len(of_size) != 1:
+            raise OddFile("levels and files do not match one to one")
+        levels.append(_level(_instance(*of_size[0]), len(paths)))
+        paths.append(of_size[0][0])
+    return paths, tuple(levels)
+
+
+def _volume(path: Path, series: str) -> Dataset | None:
+    """Return the header of a file that holds a level of the series."""
+    import pydicom
+    from pydicom.errors import InvalidDicomError
+
+    try:
+        data = pydicom.dcmread(path, stop_before_pixels=True)
+    except InvalidDicomError:
+        return None
+    kinds = {str(kind).upper() for kind in data.get("ImageType", [])}
+    same = data.get("SeriesInstanceUID") == series and "TotalPixelMatrixColumns" in data
+    return data if same and "VOLUME" in kinds else None
+
+
+def _instance(path: Path, data: Dataset) -> Instance:
+    import pydicom
+
+    with path.open("rb") as stream:
+        pydicom.dcmread(stream, stop_before_pixels=True)
+        if stream.read(len(PIXELS)) != PIXELS:
+            raise OddFile("its frames are not compressed")
+        offset, n_bytes = _frames(stream, data, path.stat().st_size)
+    if len(offset) != data.NumberOfFrames:
+        raise OddFile("its frames are in several pieces")
+    return Instance(path, data, offset, n_bytes)
+
+
+def _frames(stream: BinaryIO, data: Dataset, size: int) -> tuple[Int64, Int64]:
+    """Return first byte and length of each frame, from the tables where there are any; the stream is at the first."""
+    tag, length = struct.unpack("<4sI", stream.read(ITEM_BYTES))
+    if tag != ITEM:
+        raise OddFile("its list of frames is damaged")
+    table = np.frombuffer(stream.read(length), "<u4").astype(np.int64)
+    first = stream.tell()
+    if "ExtendedOffsetTable" in data:
+        extended = np.frombuffer(data.ExtendedOffsetTable, "<u8").astype(np.int64)
+        lengths = np.frombuffer(data.ExtendedOffsetTableLengths, "<u8").astype(np.int64)
+        return extended + first + ITEM_BYTES, lengths
+    if len(table):
+        # The last frame ends with the file or before; bytes after the end of a picture are not looked at.
+        ends = np.append(table[1:], size - first)
+        return table + first + ITEM_BYTES, ends - table - ITEM_BYTES
+    return _walk(stream)
+
+
+def _walk(stream: BinaryIO) -> tuple[Int64, Int64]:
+    """Return first byte and length of each item that follows, one after another."""
+    spans = []
+    while (head := stream.read(ITEM_BYTES))[:4] == ITEM:
+        length = struct.unpack("<I", head[4:])[0]
+        spans.append((stream.tell(), length))
+        stream.seek(length, 1)
+    found = np.array(spans, np.int64).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
+
+
+def _level(instance: Instance, file: int) -> TiledLevel:
+    data = instance.header
+    _check(data)
+    level = TiledLevel(
+        int(data.TotalPixelMatrixColumns), int(data.TotalPixelMatrixRows), int(data.Columns), int(data.Rows),
+        np.full_like(instance.offset, file), instance.offset, instance.n_bytes, *_codec(data),
+    )  # fmt: skip
+    if len(instance.offset) != level.n_across * level.n_down or (instance.n_bytes <= 0).any():
+        raise OddFile("tiles are missing")
+    return level
+
+
+def _check(data: Dataset) -> None:
+    plain: Sequence[tuple[str, object, object]] = (
+        ("SamplesPerPixel", 3, None),
+        ("BitsAllocated", 8, None),
+        ("DimensionOrganizationType", "TILED_FULL", None),
+        ("TotalPixelMatrixFocalPlanes", 1, 1),
+        ("NumberOfOpticalPaths", 1, 1),
+    )
+    for name, wanted, absent in plain:
+        if data.get(name, absent) != wanted:
+            raise OddFile(f"its {name} is {data.get(name)}")
+
+
+def _codec(data: Dataset) -> tuple[Codec, str]:
+    syntax, colours = str(data.file_meta.TransferSyntaxUID), str(data.PhotometricInterpretation)
+    if syntax == JPEG and colours in ("RGB", "YBR_FULL_422", "YBR_FULL"):
+        return JpegCodec.of(None, colours == "RGB"), "JPEG"
+    if syntax in JPEG_2000 and colours in ("RGB", "YBR_ICT", "YBR_RCT"):
+        return Jpeg2000Codec(), "JPEG 2000"
+    raise OddFile("its frames are not JPEG or JPEG 2000")

@@ -1,0 +1,44 @@
+"""The slide that a table was made from, opened once more: it may have moved, or another may lie in its place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from cellslide.errors import CellslideError, UsageError
+from cellslide.slides.readers import open_reader
+from cellslide.slides.slide import Slide
+from cellslide.store.cell_table import CellTable
+from cellslide.store.run_record import head_sha256
+
+
+def reopen(table: CellTable, moved_to: Path | None = None) -> Slide:
+    """Open the slide of a table with the pixel size that was used.
+
+    moved_to  where it is now, if it is not where it was.
+    Raises UsageError where it is gone or another, SlideError where it cannot be read.
+    """
+    info = table.slide if moved_to is None else replace(table.slide, path=moved_to)
+    if not info.path.exists():
+        if moved_to is not None:
+            raise UsageError(f"--slide {moved_to}: no such file")
+        raise UsageError(f"{info.path}: the slide of {table.path} is not there any more; say where it is with --slide")
+    known = table.run.slide.get("sha256_head")
+    if known is not None and head_sha256(info.path) != known:
+        raise UsageError(f"{info.path}: not the slide that {table.path} was made from; name that one with --slide")
+    return Slide(open_reader(info.path), info)
+
+
+def reopen_or_why(
+    table: CellTable, moved_to: Path | None = None, *, insist: bool = False
+) -> tuple[Slide | None, str | None]:
+    """Return the slide of a table, or None and in words why it cannot be had.
+
+    insist  a slide that is gone, or another, is no answer but the UsageError that `reopen` raises.
+    """
+    try:
+        return reopen(table, moved_to), None
+    except CellslideError as error:
+        if insist and isinstance(error, UsageError):
+            raise
+        return None, str(error)

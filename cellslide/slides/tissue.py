@@ -1,0 +1,262 @@
+"""Where to look: the tissue that was found, a mask image, or everywhere; and only inside a region, if one is given.
+
+Frames: masks cover the whole slide, one cell per `scale_x` by `scale_y` level-0 pixels; boxes, points and polygons are
+level-0. Files for QuPath have its origin: the vendor's bounds are subtracted, unless "level0" is asked for.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import uuid
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import shapely
+import shapely.affinity
+from PIL import Image
+from shapely.geometry import shape
+from shapely.geometry.base import BaseGeometry
+
+from cellslide.config import TissueConfig
+from cellslide.errors import UsageError
+from cellslide.geometry.outlines import is_tangled
+from cellslide.slides.slide import Slide
+from cellslide.slides.tissue_detection import detect_tissue
+from cellslide.store.run_record import write_text
+from cellslide.types import Bool, Float64, Int64, SlideInfo
+
+Box = tuple[float, float, float, float]
+Origin = Literal["bounds", "level0"]
+TISSUE_COLOR = (150, 110, 60)
+GRID_PX = 0.01
+# Outlines follow the cells' edges; steps of one cell are smoothed away.
+SMOOTH_CELLS, SMALL_CELLS = 0.8, 25.0
+MASK_ASPECT = 0.05
+MOST_ROI_BYTES = 256 << 20
+
+_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "cellslide/tissue")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TissueMask:
+    """Where to look: `mask` (h, w) over the whole slide, and only inside `roi` where there is one."""
+
+    mask: Bool
+    scale_x: float
+    scale_y: float
+    width_px: int
+    height_px: int
+    roi: BaseGeometry | None = None
+
+    @cached_property
+    def _sums(self) -> Int64:
+        sums: Int64 = np.pad(self.mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        return sums
+
+    def hit(self, xyxy: Box) -> bool:
+        """Return True where a level-0 box meets what is to be searched."""
+        x0, x1 = _span(xyxy[0], xyxy[2], self.scale_x, self.mask.shape[1])
+        y0, y1 = _span(xyxy[1], xyxy[3], self.scale_y, self.mask.shape[0])
+        if x1 <= x0 or y1 <= y0:
+            return False
+        sums = self._sums
+        found = sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0] > 0
+        return bool(found) and (self.roi is None or bool(shapely.intersects(self.roi, shapely.box(*xyxy))))
+
+    def contains(self, xy: Float64) -> Bool:
+        """Return which level-0 points (N, 2) lie in what is to be searched."""
+        height, width = self.mask.shape
+        col, row = np.floor(xy / (self.scale_x, self.scale_y)).astype(np.int64).T
+        inside: Bool = (col >= 0) & (row >= 0) & (col < width) & (row < height)
+        inside[inside] = self.mask[row[inside], col[inside]]
+        if self.roi is not None:
+            inside &= shapely.intersects_xy(self.roi, xy[:, 0], xy[:, 1])
+        return inside
+
+    @property
+    def is_empty(self) -> bool:
+        """True where nothing is to be searched."""
+        return not self.mask.any() or (self.roi is not None and not self.polygons())
+
+    def polygons(self) -> list[shapely.Polygon]:
+        """Return valid polygons on a 0.01 px grid, inside the slide, the largest first."""
+        outline = shapely.box(0, 0, self.width_px, self.height_px)
+        if not self.mask.all():
+            traced = shapely.affinity.scale(outline_cells(self.mask), self.scale_x, self.scale_y, origin=(0, 0))
+            outline = shapely.intersection(traced, outline)
+        if self.roi is not None:
+            outline = shapely.intersection(outline, self.roi)
+        return on_grid(outline)
+
+
+def _span(low: float, high: float, scale: float, size: int) -> tuple[int, int]:
+    """Return the first and one past the last cell that low..high touches."""
+    return max(int(np.floor(low / scale)), 0), min(int(np.ceil(high / scale)), size)
+
+
+def outline_cells(mask: Bool) -> BaseGeometry:
+    """Return the outline of a mask (h, w) in its own cells, holes cut out, steps of single cells smoothed.
+
+    Traced on doubled cells, whose centres lie a quarter inside the edges; growing by that quarter gives the edges.
+    """
+    doubled = np.repeat(np.repeat(mask.astype(np.uint8), 2, axis=0), 2, axis=1)
+    rings, hierarchy = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    if not rings:
+        return shapely.MultiPolygon()
+    outers: dict[int, list[Any]] = {k: [] for k, links in enumerate(hierarchy[0]) if links[3] < 0}
+    for k, links in enumerate(hierarchy[0]):
+        if links[3] >= 0 and len(rings[k]) > 2:
+            outers[int(links[3])].append(_ring(rings[k]))
+    parts = [shapely.Polygon(_ring(rings[k]), holes) for k, holes in outers.items() if len(rings[k]) > 2]
+    grown = shapely.buffer(shapely.make_valid(shapely.MultiPolygon(parts)), 0.25, join_style="mitre")
+    pieces = shapely.get_parts(grown)
+    # A piece of a few cells has too few corners to lose any.
+    smooth = [p if p.area < SMALL_CELLS else shapely.simplify(p, SMOOTH_CELLS, preserve_topology=True) for p in pieces]
+    return shapely.union_all(smooth)
+
+
+def _ring(contour: Any) -> Float64:
+    return np.asarray((contour[:, 0].astype(np.float64) + 0.5) / 2, np.float64)
+
+
+def on_grid(geometry: BaseGeometry) -> list[shapely.Polygon]:
+    """Return the polygons of a geometry, valid with all vertices on the 0.01 px grid, the largest first."""
+    snapped = shapely.set_precision(shapely.make_valid(geometry), GRID_PX)
+    parts = [p for p in shapely.get_parts(snapped, return_index=False) for p in _polygons(p)]
+    return sorted((p for p in parts if not p.is_empty), key=lambda p: (-p.area, p.bounds))
+
+
+def _polygons(geometry: BaseGeometry) -> Iterator[shapely.Polygon]:
+    for part in shapely.get_parts(geometry):
+        if isinstance(part, shapely.Polygon):
+            yield part
+        elif shapely.get_num_geometries(part) > 1:
+            yield from _polygons(part)
+
+
+def find_tissue(slide: Slide, config: TissueConfig) -> TissueMask:
+    """Return where to look on a slide; says so in the log where that is nowhere.
+
+    Raises UsageError for a mask or a region that cannot be used.
+    """
+    info = slide.info
+    roi = load_roi(config.roi, info, config.roi_origin) if config.roi else None
+    if config.mask is not None:
+        found = _load_mask(config.mask, info)
+    elif config.enabled:
+        found = detect_tissue(slide, config.thumbnail_mpp, config.min_area_um2)
+    else:
+        found = np.ones((1, 1), np.bool_), (float(info.width_px), float(info.height_px))
+    mask, (scale_x, scale_y) = found
+    tissue = TissueMask(mask, scale_x, scale_y, info.width_px, info.height_px, roi)
+    if tissue.is_empty:
+        _log.warning("%s: no tissue found%s", info.path, "" if roi is None else " inside --roi")
+    return tissue
+
+
+def _load_mask(path: Path, info: SlideInfo) -> tuple[Bool, tuple[float, float]]:
+    """Read a mask image of the whole slide, any size: non-zero is tissue."""
+    try:
+        with Image.open(path) as image:
+            cells = np.asarray(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(f"--tissue-mask {path}: cannot be read as an image: {error}") from error
+    mask = cells != 0 if cells.ndim == 2 else (cells[..., :3] != 0).any(axis=2)
+    height, width = mask.shape
+    expected = info.height_px * width / info.width_px
+    if abs(height - expected) > max(1.0, MASK_ASPECT * expected):
+        raise UsageError(
+            f"--tissue-mask {path}: {width} x {height} has not the shape of {info.path.name}, "
+            f"{info.width_px} x {info.height_px}; it must show the whole slide"
+        )
+    return mask, (info.width_px / width, info.height_px / height)
+
+
+def load_roi(path: Path, info: SlideInfo, origin: Origin = "bounds") -> BaseGeometry:
+    """Return the polygons of a GeoJSON file (.gz too) as one level-0 geometry; `origin` is what they are relative to.
+
+    Takes a FeatureCollection, a Feature, a geometry or a bare list of these, as QuPath and others write them. Raises
+    UsageError where there is no polygon.
+    """
+    try:
+        parts = [_mended(shape(g)) for g in _geometries(json.loads(_unpacked(path)))]
+    except (
+        OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, EOFError, RecursionError, zlib.error,
+        shapely.errors.ShapelyError,
+    ) as error:  # fmt: skip
+        raise UsageError(f"--roi {path}: not GeoJSON: {error}") from error
+    polygons = [p for part in parts for p in _polygons(part)]
+    if not polygons:
+        raise UsageError(f"--roi {path}: no polygon in it")
+    dx, dy = origin_offset(info, origin)
+    roi = shapely.affinity.translate(shapely.union_all(polygons), dx, dy)
+    shapely.prepare(roi)
+    return roi
+
+
+def _unpacked(path: Path) -> bytes:
+    with path.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if packed else path.open("rb") as stream:
+        text = stream.read(MOST_ROI_BYTES + 1)
+    if len(text) > MOST_ROI_BYTES:
+        raise ValueError(f"more than {MOST_ROI_BYTES >> 20} MB; regions are a few outlines")
+    return text
+
+
+def _mended(geometry: BaseGeometry) -> BaseGeometry:
+    if is_tangled(geometry).any():
+        raise ValueError("an outline crosses itself too often to be mended; draw it anew")
+    return shapely.make_valid(geometry)
+
+
+def _geometries(content: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(content, list):
+        for item in content:
+            yield from _geometries(item)
+    elif content.get("type") == "FeatureCollection":
+        yield from _geometries(content["features"])
+    elif content.get("type") == "Feature":
+        yield from _geometries(content["geometry"]) if content.get("geometry") else ()
+    else:
+        yield content
+
+
+def origin_offset(info: SlideInfo, origin: Origin) -> tuple[int, int]:
+    """Return the level-0 position of a file's zero point: the corner of the bounds, where QuPath crops, or (0, 0)."""
+    return info.bounds[:2] if origin == "bounds" and info.bounds is not None else (0, 0)
+
+
+def write_tissue(tissue: TissueMask, path: Path, info: SlideInfo, origin: Origin = "bounds") -> None:
+    """Write the searched regions as QuPath annotations, one Feature per polygon, in one step."""
+    dx, dy = origin_offset(info, origin)
+    polygons = [p for q in tissue.polygons() for p in on_grid(shapely.affinity.translate(q, -dx, -dy))]
+    features = [_feature(polygon, number, info) for number, polygon in enumerate(polygons, 1)]
+    write_text(path, json.dumps({"type": "FeatureCollection", "features": features}))
+
+
+def _feature(polygon: shapely.Polygon, number: int, info: SlideInfo) -> dict[str, Any]:
+    rings = [polygon.exterior, *polygon.interiors]
+    coordinates = [[[round(x, 2), round(y, 2)] for x, y in ring.coords] for ring in rings]
+    area_mm2 = polygon.area * info.mpp_x * info.mpp_y / 1e6
+    return {
+        "type": "Feature",
+        "id": str(uuid.uuid5(_NAMESPACE, f"{info.slide_id}/{coordinates}")),
+        "geometry": {"type": "Polygon", "coordinates": coordinates},
+        "properties": {
+            "objectType": "annotation",
+            "name": f"Tissue {number}",
+            "isLocked": True,
+            "classification": {"name": "Tissue", "color": list(TISSUE_COLOR)},
+            "measurements": {"area mm2": round(area_mm2, 6)},
+        },
+    }

@@ -1,0 +1,159 @@
+"""Finished tiles on disk, so that an interrupted slide goes on where it stopped.
+
+`DIR/<slide_id>/.parts/` holds `fingerprint.json` and files `part-*.npz` of a run of tiles each: typed columns of
+`Cells` (level-0 frame, before the merge), no pickles. A part is written beside its place and renamed: one that is there
+is whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellslide.errors import UsageError
+from cellslide.store.atomic import remove_folder
+from cellslide.store.run_record import FINGERPRINT_FILE, beside, changed_since, write_json
+from cellslide.types import Cells, concat
+
+PARTS_FOLDER = ".parts"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TilePart:
+    """What one tile gave: its cells (None when there are none), nuclei before the own-box rule, and why it failed."""
+
+    tile_index: int
+    cells: Cells | None
+    n_raw: int
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    path: Path
+    n_raw: int
+    n_cells: int
+    error: str | None
+
+
+class Parts:
+    """The finished tiles of one slide, by tile index; a tile that was done again is taken from the later file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._entries: dict[int, _Entry] = {}
+        self._next = 0
+
+    @classmethod
+    def open(cls, slide_folder: Path, fingerprint: Mapping[str, str], overwrite: bool = False) -> Parts:
+        """Open or begin the parts of a slide.
+
+        Raises UsageError, naming the differences, when the finished tiles come from other settings.
+        """
+        folder = slide_folder / PARTS_FOLDER
+        # Parts that nothing says the settings of would be taken for those of this run.
+        if overwrite or not (folder / FINGERPRINT_FILE).exists():
+            remove_folder(folder)
+            write_json(folder / FINGERPRINT_FILE, fingerprint)
+        elif words := changed_since(folder, fingerprint, "starts the slide anew"):
+            raise UsageError(f"{slide_folder}: finished tiles come from another run ({words}); --overwrite starts anew")
+        parts = cls(folder)
+        parts._scan()
+        return parts
+
+    def _scan(self) -> None:
+        for scratch in self.folder.glob(".*.tmp"):
+            scratch.unlink()
+        for path in sorted(self.folder.glob("part-*.npz")):
+            self._next = max(self._next, int(path.stem.split("-")[1]) + 1)
+            try:
+                self._enter(path, _read_index(path))
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                log.warning("%s is damaged (%s); its tiles are done again", path, error)
+                path.unlink()
+
+    def _enter(self, path: Path, index: list[tuple[int, int, int, str]]) -> None:
+        for tile, n_raw, n_cells, error in index:
+            self._entries[tile] = _Entry(path, n_raw, n_cells, error or None)
+
+    def add(self, results: Sequence[TilePart]) -> None:
+        """Write a run of tiles as one file."""
+        if not results:
+            return
+        path = self.folder / f"part-{self._next:08d}.npz"
+        with beside(path) as scratch, scratch.open("wb") as stream:
+            np.savez(stream, **_columns(results))
+        self._next += 1
+        self._enter(path, [(r.tile_index, r.n_raw, _n_cells(r), r.error or "") for r in results])
+
+    def done(self) -> set[int]:
+        """Return the tiles that are finished; failed ones are not."""
+        return {tile for tile, entry in self._entries.items() if entry.error is None}
+
+    def failed(self) -> dict[int, str]:
+        """Return the tiles that failed, with why, in tile order."""
+        return {t: e.error for t, e in sorted(self._entries.items()) if e.error is not None}
+
+    @property
+    def n_raw(self) -> int:
+        """Nuclei found in all tiles, before the merge."""
+        return sum(e.n_raw for e in self._entries.values())
+
+    @property
+    def n_empty(self) -> int:
+        """Finished tiles without a nucleus."""
+        return sum(e.n_raw == 0 and e.error is None for e in self._entries.values())
+
+    def stream(self, tile_indices: Iterable[int]) -> Iterator[Cells]:
+        """Yield the cells of each given tile that has any, in that order; one file is held at a time."""
+        held: tuple[Path, Cells] | None = None
+        for tile in tile_indices:
+            entry = self._entries.get(tile)
+            if entry is None or entry.n_cells == 0:
+                continue
+            if held is None or held[0] != entry.path:
+                held = (entry.path, _read_cells(entry.path))
+            yield held[1].take(held[1].tile_index == tile)
+
+    def remove(self) -> None:
+        """Delete the folder; called when the slide is complete."""
+        remove_folder(self.folder)
+
+
+def _n_cells(result: TilePart) -> int:
+    return 0 if result.cells is None else len(result.cells)
+
+
+def _columns(results: Sequence[TilePart]) -> dict[str, Any]:
+    columns: dict[str, Any] = {
+        "tile": np.array([r.tile_index for r in results], np.int64),
+        "n_raw": np.array([r.n_raw for r in results], np.int64),
+        "n_cells": np.array([_n_cells(r) for r in results], np.int64),
+        "error": np.array([r.error or "" for r in results], np.str_),
+    }
+    found = [r.cells for r in results if r.cells is not None and len(r.cells)]
+    if found:
+        cells = concat(found)
+        named = {f.name: getattr(cells, f.name) for f in fields(Cells)}
+        columns |= {f"cells.{name}": column for name, column in named.items() if column is not None}
+    return columns
+
+
+def _read_index(path: Path) -> list[tuple[int, int, int, str]]:
+    with np.load(path, allow_pickle=False) as arrays:
+        lists = [arrays[name].tolist() for name in ("tile", "n_raw", "n_cells", "error")]
+    return list(zip(*lists, strict=True))
+
+
+def _read_cells(path: Path) -> Cells:
+    with np.load(path, allow_pickle=False) as arrays:
+        names = [name for name in arrays.files if name.startswith("cells.")]
+        return Cells(**{name.removeprefix("cells."): arrays[name] for name in names})
