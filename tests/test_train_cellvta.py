@@ -21,7 +21,7 @@ pytest.importorskip("cellslide.train.framework", reason="extra `train` is not in
 
 from cellslide.errors import Interrupted, UsageError, WeightsError
 from cellslide.models import build_model
-from cellslide.train.cellvta import CellVTATraining, load_start, score_image
+from cellslide.train.cellvta import CellVTATraining, encoder_parts, load_encoder, load_start, score_image
 from cellslide.train.data import load_sets
 from cellslide.train.module import learning_rate_factor
 from cellslide.train.recipe import Recipe, recipe_from
@@ -38,6 +38,15 @@ TINY = {
     "embed_dim": 16, "depth": 4, "num_heads": 2, "use_pos_embed": False, "init_values": 0.1, "drop_path_rate": 0.2,
     "interaction_indexes": [[0, 0], [1, 1], [2, 2], [3, 3]], "conv_inplane": 4, "deform_num_heads": 2,
     "n_extra_extractors": 0, "num_nuclei_classes": 0, "num_tissue_classes": 0, "decoder_widths": [4, 4, 8, 8],
+}  # fmt: skip
+
+
+LITE = "tf_efficientnet_lite0"
+# Parts of a block, by timm's name and the published one: the first block has no expansion.
+PLAIN = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+EXPANDED = {
+    "conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1", "conv_pwl": "_project_conv",
+    "bn3": "_bn2",
 }  # fmt: skip
 
 
@@ -208,9 +217,56 @@ def test_encoder_weights_fill_the_vit_only(tmp_path: Path) -> None:
     vit = {k.removeprefix("encoder."): v for k, v in source.state_dict().items() if k.startswith("encoder.")}
     torch.save(vit, tmp_path / "vit.pt")
     decoder = model.state_dict()["decoder0.0.block.0.weight"].clone()
-    load_start(model, tmp_path / "vit.pt", encoder_only=True)
+    load_encoder(model, str(tmp_path / "vit.pt"))
     assert torch.equal(model.encoder.patch_embed.proj.weight, source.encoder.patch_embed.proj.weight)
     assert torch.equal(model.state_dict()["decoder0.0.block.0.weight"], decoder)
+
+
+@pytest.mark.parametrize(
+    ("arch", "config", "where"),
+    [("hover_unet", {"widths": [8, 8, 8, 8]}, "encoder"), ("cellvta", TINY | {"prior": LITE}, "encoder.spm.net")],
+)
+def test_encoder_weights_of_an_efficientnet_lite_fill_its_network(
+    arch: str, config: dict[str, object], where: str, tmp_path: Path
+) -> None:
+    published = published_efficientnet(seed=3)
+    torch.save(published, tmp_path / "lite.pth")
+    model = build_model(arch, config)
+    rest = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith(f"{where}.")}
+    load_encoder(model, str(tmp_path / "lite.pth"))
+    assert encoder_parts(model) == (f"{where}.",)
+    network = model.get_submodule(where).state_dict()
+    assert torch.equal(network["conv_stem.weight"], published["_conv_stem.weight"])
+    # The first block has no expansion; the last that is kept is the only one of its stage.
+    assert torch.equal(network["blocks.0.0.conv_pw.weight"], published["_blocks.0._project_conv.weight"])
+    assert torch.equal(network["blocks.2.1.bn3.bias"], published["_blocks.4._bn2.bias"])
+    assert torch.equal(network["blocks.6.0.conv_dw.weight"], published["_blocks.15._depthwise_conv.weight"])
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in rest.items())
+    damaged = {k: v for k, v in published.items() if k != "_blocks.4._bn2.bias"}
+    torch.save(damaged, tmp_path / "short.pth")
+    with pytest.raises(WeightsError, match=r"blocks\.2\.1\.bn3\.bias"):
+        load_encoder(model, str(tmp_path / "short.pth"))
+
+
+def published_efficientnet(seed: int) -> dict[str, torch.Tensor]:
+    """Return an EfficientNet-Lite0 under the names in which it is published, which count the blocks through."""
+    import timm
+
+    torch.manual_seed(seed)
+    network = timm.create_model(LITE)
+    names: dict[str, str] = {}
+    count = 0
+    for stage, blocks in enumerate(network.blocks):
+        for place, _ in enumerate(blocks):
+            inner = PLAIN if stage == 0 else EXPANDED
+            names |= {f"blocks.{stage}.{place}.{ours}": f"_blocks.{count}.{theirs}" for ours, theirs in inner.items()}
+            count += 1
+    names |= {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
+    state = {}
+    for name, value in network.state_dict().items():
+        part, _, leaf = name.rpartition(".")
+        state[f"{names[part]}.{leaf}"] = torch.rand_like(value) if value.is_floating_point() else value
+    return state
 
 
 def test_device_and_precision() -> None:

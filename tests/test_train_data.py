@@ -15,6 +15,7 @@ from cellslide.train.data import (
     CropDataset,
     TrainImage,
     TrainSet,
+    choose_samples,
     load_sets,
     mirror_pad,
     resample_image,
@@ -22,7 +23,7 @@ from cellslide.train.data import (
     targets_of,
     train_loader,
 )
-from cellslide.train.recipe import AugmentConfig, Recipe, load_recipe, recipe_from
+from cellslide.train.recipe import AugmentConfig, DatasetConfig, Recipe, load_recipe, recipe_from
 from cellslide.train.targets import IGNORE, hover_map, point_labels, single_nuclei
 from tests.train_sets import painted, write_set
 
@@ -143,6 +144,48 @@ def test_patients_are_split_and_test_rows_never_enter(tmp_path: Path) -> None:
         recipe_from({"datasets": {"set": {"split": "test"}}})
     with pytest.raises(UsageError, match="named elsewhere"):
         load_sets([root], recipe_from({"datasets": {"elsewhere": {}}}))
+
+
+def test_organs_and_images_validate_by_name(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set", [{"organ": "lung"}, {"organ": "kidney"}, {"organ": "skin"}])
+    val = {"organs": ["lung"], "images": ["2"]}
+    found = _load(root, recipe_from({**SMALL, "datasets": {"set": {"val": val}}}))
+    assert [i.name for i in found.val] == ["0", "2"] and [i.name for i in found.train] == ["1"]
+    for key in ("organs", "images"):
+        with pytest.raises(UsageError, match=rf"val\.{key}.*absent"):
+            _load(root, recipe_from({**SMALL, "datasets": {"set": {"val": {key: ["absent"]}}}}))
+
+
+def test_folds_keep_patients_organs_and_neighbours_together(tmp_path: Path) -> None:
+    patients = write_set(tmp_path / "patients", [{"patient": f"P{i // 3}"} for i in range(24)])
+    organs = write_set(tmp_path / "organs", [{"organ": f"organ {i % 6}", "split": "val"} for i in range(18)])
+    runs = write_set(tmp_path / "runs", [{"organ": "colon"}] * 10)
+    doubtful = write_set(tmp_path / "doubtful", [{"patient": f"P{i}"} for i in range(8)])
+    paths = [patients, organs, runs, doubtful]
+    configs = {"doubtful": DatasetConfig(folds=False)}
+    validated: list[list[str]] = [[], [], []]
+    for k in range(1, 5):
+        chosen = choose_samples(paths, configs, DatasetConfig(), f"{k}/4")
+        for part, key in zip(chosen[:2], ("patient", "organ"), strict=True):
+            assert not {getattr(s, key) for s in part.train} & {getattr(s, key) for s in part.val}
+        places = [int(s.stem) for s in chosen[2].val]
+        assert places == list(range(min(places), max(places) + 1))
+        # Labels that are no truth do not validate, and their patients do not teach what validates elsewhere.
+        assert not chosen[3].val
+        assert not {s.patient for s in chosen[3].train} & {s.patient for s in chosen[0].val}
+        for found, part in zip(validated, chosen, strict=False):
+            found += [s.stem for s in part.val]
+    assert [len(set(found)) for found in validated] == [24, 18, 10] == [len(found) for found in validated]
+    # A patient's part does not depend on what else is in the set.
+    alone = choose_samples([doubtful], {}, DatasetConfig(), "2/4")[0]
+    both = choose_samples(paths, {}, DatasetConfig(), "2/4")
+    assert {s.patient for s in alone.val} == {s.patient for s in both[3].val}
+
+
+@pytest.mark.parametrize("fold", ["0/5", "6/5", "1/1", "one/5", "3"])
+def test_a_fold_that_cannot_be_is_refused(fold: str) -> None:
+    with pytest.raises(UsageError, match="fold"):
+        recipe_from({**SMALL, "fold": fold})
 
 
 def test_pixel_size_comes_from_manifest_recipe_or_nuclei(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from cellslide.bench.rows import BenchOptions, Row, Target, row, timed
 from cellslide.bench.start import start_rows
 from cellslide.config import InferConfig, Precision
 from cellslide.inference.torch_engine import TileNet, TorchEngine
-from cellslide.models import cellvta, detr_layers, layers
+from cellslide.models import cellvta, detr_layers, hover_unet, layers
 from cellslide.models.windows import Windows
 from cellslide.types import ModelSpec, UInt8
 from cellslide.weights import LoadedModel, Manifest, load_model
@@ -108,6 +108,7 @@ def plainly() -> Iterator[None]:
         patch.object(layers, "softmax_of_few", softmax_plainly),
         patch.object(detr_layers, "softmax_of_few", softmax_plainly),
         patch.object(cellvta, "enlarged", enlarged_plainly),
+        patch.object(hover_unet, "enlarged", enlarged_plainly),
         patch.object(Windows, "of", Masked),
     ):
         yield

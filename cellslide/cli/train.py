@@ -76,7 +76,8 @@ def command() -> None:
 @shared_options
 @click.option("--init", type=FILE, help="Weights of the whole model to start from.")
 @click.option(
-    "--encoder-weights", metavar="FILE|ID",
+    "--encoder-weights",
+    metavar="FILE|ID",
     help="Encoder to start from: weights of a timm network (EfficientNet-Lite too), of a ViT, or an id of the manifest.",
 )
 @click.option("--mpp", type=float, help="Pixel size that all sets are resampled to, µm per pixel.")

@@ -20,7 +20,8 @@ def conv_network(name: str, strides: Sequence[int]) -> tuple[nn.Module, list[int
     info = list(getattr(network, "feature_info", []))
     place = {level["reduction"]: i for i, level in enumerate(info)}
     if not set(strides) <= set(place) or not hasattr(network, "forward_intermediates"):
-        raise ValueError(f"encoder {name!r}: has no maps at strides {', '.join(map(str, strides))}")
+        *first, last = map(str, strides)
+        raise ValueError(f"encoder {name!r}: has no maps at strides {', '.join(first)} and {last}")
     indices = [place[stride] for stride in strides]
     network.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)
     return network, indices, tuple(int(info[i]["num_chs"]) for i in indices)

@@ -137,7 +137,18 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.scale[0] <= self.scale[1], "augment.scale", self.scale, "a rising pair above 0")
-        for name in ("pale_p", "artefact_p", "rotate_p", "scale_p", "stain_p", "color_p", "blur_p", "sharpen_p", "jpeg_p", "noise_p"):
+        for name in (
+            "pale_p",
+            "artefact_p",
+            "rotate_p",
+            "scale_p",
+            "stain_p",
+            "color_p",
+            "blur_p",
+            "sharpen_p",
+            "jpeg_p",
+            "noise_p",
+        ):
             require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "0 to 1")
 
 

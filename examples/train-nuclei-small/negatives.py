@@ -21,8 +21,8 @@ import numpy as np
 import shapely
 from shapely.geometry import shape
 
-from cellslide.slide import open_slide
-from cellslide.table import open_table
+from cellslide.slides.slide import open_slide
+from cellslide.store.cell_table import open_table
 from cellslide.types import Plane
 
 REGIONS = Path(__file__).with_name("negatives.geojson")
