@@ -10,7 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-COLUMNS = ("file", "mask", "points", "split", "patient", "organ", "mpp", "width", "height", "n_nuclei", "note")
+COLUMNS = (
+    "file",
+    "mask",
+    "points",
+    "split",
+    "patient",
+    "organ",
+    "mpp",
+    "width",
+    "height",
+    "n_nuclei",
+    "note",
+    "cohort",
+)
 PAPER = (240, 230, 238)
 NUCLEUS = (90, 60, 140)
 

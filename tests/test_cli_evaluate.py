@@ -158,7 +158,7 @@ def fake_network(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     manifest = SimpleNamespace(load=lambda: SimpleNamespace(entries={}))
     modules = {
         "weights": SimpleNamespace(load_model=lambda model, weights: SimpleNamespace(spec=spec), Manifest=manifest),
-        "segmenter": SimpleNamespace(open_segmenter=lambda loaded, config: Opened()),
+        "inference.segmenter": SimpleNamespace(open_segmenter=lambda loaded, config: Opened()),
         "pipeline": SimpleNamespace(segment_array=segment_array),
     }
     for name, module in modules.items():
@@ -180,6 +180,10 @@ def test_network_with_typed_instances(tmp_path: Path, fake_network: list[float])
     squares[12:28, 7:23] = 1
     one_of_two = overlaps(np.where(LABELS < 3, LABELS, 0), squares)
     assert scores["instance"]["mpq"] == pytest.approx(panoptic_quality(one_of_two).pq / 2, rel=1e-9)
+    parts = {name: [c[name] for c in scores["class_quality"].values()] for name in ("pq", "dq", "sq")}
+    assert parts["pq"] == pytest.approx([dq * sq for dq, sq in zip(parts["dq"], parts["sq"], strict=True)])
+    assert scores["instance"]["mdq"] == pytest.approx(np.mean(parts["dq"]))
+    assert scores["instance"]["msq"] == pytest.approx(np.mean(parts["sq"]))
     assert scores["classes"]["stroma"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}
 
 
@@ -271,3 +275,68 @@ def test_cells_become_labels_in_image_pixels() -> None:
 def test_table_is_shown(masks: Path) -> None:
     result = run("--model", "classical", masks)
     assert "bpq" in result.output and "detection f1 within 3 µm" in result.output
+
+
+def test_organs_and_cohorts_have_scores_of_their_own_and_each_counts_alike(tmp_path: Path) -> None:
+    rows = [
+        add_image(tmp_path, "a", LABELS, organ="lung", cohort="one"),
+        add_image(tmp_path, "b", LABELS, organ="lung", cohort="one"),
+        add_image(tmp_path, "c", LABELS, organ="skin", cohort="two"),
+    ]
+    write_manifest(tmp_path, rows)
+    found = tmp_path / "found"
+    found.mkdir()
+    for stem, labels in (("a", LABELS), ("b", LABELS), ("c", SHIFTED)):
+        Image.fromarray(labels.astype(np.uint16)).save(found / f"{stem}.png")
+    scores = scores_of("--predictions", found, tmp_path, folder=tmp_path)
+    shifted = panoptic_quality(overlaps(LABELS, SHIFTED)).pq
+    assert scores["organs"]["lung"]["bpq"] == pytest.approx(1, abs=1e-5)
+    assert scores["organs"]["lung"]["n_images"] == 2 and scores["organs"]["lung"]["n_nuclei"] == 6
+    assert scores["organs"]["skin"]["bpq"] == pytest.approx(shifted)
+    assert scores["macro"]["bpq"] == pytest.approx((1 + shifted) / 2, abs=1e-5)
+    assert scores["instance"]["bpq"] == pytest.approx((2 + shifted) / 3, abs=1e-5)
+    assert set(scores["cohorts"]) == {"one", "two"}
+    low, high = scores["intervals"]["bpq"]
+    assert low == pytest.approx(shifted) and high == pytest.approx(1, abs=1e-5)  # one image in 27 draws is all three
+    assert low <= scores["instance"]["bpq"] <= high
+    assert "skin" in run("--predictions", found, tmp_path).output
+
+
+def test_one_organ_has_no_table_and_one_image_no_interval(tmp_path: Path) -> None:
+    write_manifest(tmp_path, [add_image(tmp_path, "a", LABELS)])
+    found = tmp_path / "found"
+    found.mkdir()
+    Image.fromarray(LABELS.astype(np.uint16)).save(found / "a.png")
+    scores = scores_of("--predictions", found, tmp_path, folder=tmp_path)
+    assert scores["organs"] is scores["cohorts"] is scores["macro"] is scores["intervals"] is None
+
+
+def test_consep_joins_seven_classes_to_four_and_weighs_a_wrong_class_twice(tmp_path: Path) -> None:
+    names = [
+        "inflammatory",
+        "healthy epithelial",
+        "malignant epithelial",
+        "fibroblast",
+        "muscle",
+        "endothelial",
+        "other",
+    ]
+    places = [(10.0 + 20 * i, 20.0) for i in range(7)]
+    labels = discs((40, 150), places, 8)
+    points = [(x, y, name) for (x, y), name in zip(places, names, strict=True)]
+    write_manifest(tmp_path, [add_image(tmp_path, "a", labels, points=points)])
+    found = tmp_path / "found"
+    found.mkdir()
+    # All are found; one that is inflammatory is called by our name, one spindle is called epithelial.
+    called = ["lymphocyte", "tumor_epithelial", "epithelial", "stromal", "spindle-shaped", "epithelial", "other"]
+    lines = [f"{x},{y},{name}" for (x, y), name in zip(places, called, strict=True)]
+    (found / "a.csv").write_text("\n".join(["x,y,class", *lines]) + "\n")
+    scores = scores_of("--predictions", found, tmp_path, "--protocol", "consep", folder=tmp_path)
+    assert list(scores["classes"]) == ["epithelial", "inflammatory", "other", "spindle-shaped"]
+    assert {name: c["support"] for name, c in scores["classes"].items()} == {
+        "epithelial": 2, "inflammatory": 1, "other": 1, "spindle-shaped": 3,
+    }  # fmt: skip
+    # F_c = 2 TP / (2 TP + 2 FP_c + 2 FN_c), of the wrong one alone.
+    assert scores["classes"]["epithelial"]["f1"] == pytest.approx(2 * 2 / (2 * 2 + 2))
+    assert scores["classes"]["spindle-shaped"]["f1"] == pytest.approx(2 * 2 / (2 * 2 + 2))
+    assert scores["classes"]["inflammatory"]["f1"] == scores["classes"]["other"]["f1"] == 1

@@ -35,7 +35,8 @@ def test_the_circle_itself_is_in_or_out() -> None:
     true = column(10)
     inside = {name: found(name, true, column(10 + protocol.radius_px), protocol.mpp) for name, protocol in
               PROTOCOLS.items()}  # fmt: skip
-    assert inside == {"optimal": 1, "brca-m2c": 0, "promptnucseg": 1, "ocelot": 1, "puma": 0, "pannuke": 1}
+    assert inside == {"optimal": 1, "brca-m2c": 0, "promptnucseg": 1, "ocelot": 1, "puma": 0, "pannuke": 1,
+                      "consep": 1}  # fmt: skip
     for name, protocol in PROTOCOLS.items():
         assert found(name, true, column(10 + protocol.radius_px - 1e-6), protocol.mpp) == 1
         assert found(name, true, column(10 + protocol.radius_px + 1e-3), protocol.mpp) == 0
@@ -138,7 +139,7 @@ def test_radius_follows_the_pixel_size_but_not_its_last_digit() -> None:
     assert [BRCA_M2C.radius_at(mpp) for mpp in (0.5, 0.508, 0.4912, 0.25)] == [6, 6, 6, 12]
     assert OPTIMAL.radius_at(0.508) == pytest.approx(3 / 0.508)
     assert {p.name: p.radius_um for p in PROTOCOLS.values()} == {
-        "optimal": 3, "brca-m2c": 3, "promptnucseg": 3, "ocelot": 3, "puma": 3.45, "pannuke": 3,
+        "optimal": 3, "brca-m2c": 3, "promptnucseg": 3, "ocelot": 3, "puma": 3.45, "pannuke": 3, "consep": 3,
     }  # fmt: skip
 
 

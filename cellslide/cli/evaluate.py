@@ -50,7 +50,8 @@ FOLDER_IN = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--split", metavar="NAME", help="Only the images of this split of the manifest.  [default: all]")
 @click.option(
     "--protocol", metavar="NAME",
-    help="How nuclei are paired with points: brca-m2c, promptnucseg, ocelot, puma, pannuke, or optimal.  "
+    help="How nuclei are paired with points: brca-m2c, consep (7 classes joined to 4), promptnucseg, ocelot, puma, "
+    "pannuke, or optimal.  "
     "[default: brca-m2c for points with classes, else optimal]",
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N images.")
@@ -107,7 +108,10 @@ def command(
             file.parent.mkdir(parents=True, exist_ok=True)
     data = read_dataset(dataset, split)
     data = replace(data, samples=data.samples[:limit])
-    classes, rule = ClassSet.of(dataset_classes(data), class_map), protocol_of(protocol, data)
+    rule = protocol_of(protocol, data)
+    names = rule.class_names(dataset_classes(data))
+    joined = {old: new for old, new in rule.joined.items() if new in names}
+    classes = ClassSet.of(names, joined | class_map)
     for sample in data.samples:  # Before a network is loaded for nothing.
         pixel_size(sample, mpp)
     typing = {name: flags.pop(name) for name in TYPING_FLAGS}
@@ -251,7 +255,7 @@ def _score(
 def _show(scored: Scored) -> None:
     from rich.console import Console
 
-    for table in (scored.report.table(), *scored.tables):
+    for table in (scored.report.table(), *scored.report.group_tables(), *scored.tables):
         Console().print(table)
     for warning in scored.report.warnings:
         click.echo(f"warning: {warning}", err=True)

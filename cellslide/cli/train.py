@@ -78,7 +78,7 @@ def command() -> None:
 @click.option(
     "--encoder-weights",
     metavar="FILE|ID",
-    help="Encoder to start from: weights of a timm network (EfficientNet-Lite too), of a ViT, or an id of the manifest.",
+    help="Encoder to start from: a timm network's weights (EfficientNet-Lite too), a ViT's, or an id of the manifest.",
 )
 @click.option("--mpp", type=float, help="Pixel size that all sets are resampled to, µm per pixel.")
 @click.option("--crop-size", "crop_px", type=int, help="Edge of the training crops, px.")

@@ -62,6 +62,7 @@ class Sample:
     height: int
     note: str
     dataset: str
+    cohort: str = ""
 
     @property
     def stem(self) -> str:
@@ -212,6 +213,7 @@ def _sample(root: Path, dataset: str, row: Mapping[str, str], where: str) -> Sam
         height=height,
         note=row.get("note", ""),
         dataset=dataset,
+        cohort=row.get("cohort", ""),
     )
 
 

@@ -5,8 +5,8 @@ Published scores of one data set differ by such rules, so each has a name here. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -55,6 +55,7 @@ class Protocol:
     dots        points at the same place are one point, as on a map of dots.
     per_image   F1 of a class is the mean over all images, 0 where it does not occur; otherwise counts are pooled.
     source      whose rule it is, in a few words.
+    joined      classes that count as one, by the name that they count as; predicted names too.
     """
 
     name: str
@@ -67,6 +68,11 @@ class Protocol:
     dots: bool = False
     per_image: bool = False
     tolerance: float = 0.05
+    joined: Mapping[str, str] = field(default_factory=dict)
+
+    def class_names(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the classes that are scored of a data set that has `names`, sorted."""
+        return tuple(sorted({self.joined.get(name, name) for name in names}))
 
     @property
     def radius_um(self) -> float:
@@ -193,6 +199,17 @@ OPTIMAL = Protocol(
     "optimal", 12, 0.25, False, _by_optimum, "most pairs within 3 µm, no order (this package)", tolerance=0
 )
 BRCA_M2C = Protocol("brca-m2c", 6, 0.5, True, _by_row, "BRCA-M2C by MCSpatNet's authors", dots=True)
+# Graham et al. 2019, section IV.A; the last three are the names that models here give.
+CONSEP_CLASSES = {
+    "healthy epithelial": "epithelial",
+    "malignant epithelial": "epithelial",
+    "fibroblast": "spindle-shaped",
+    "muscle": "spindle-shaped",
+    "endothelial": "spindle-shaped",
+    "lymphocyte": "inflammatory",
+    "tumor_epithelial": "epithelial",
+    "stromal": "spindle-shaped",
+}
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
@@ -202,6 +219,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol("ocelot", 15, 0.2, False, _by_score, "OCELOT 2023 challenge"),
         Protocol("puma", 15, 0.23, True, _by_truth, "PUMA challenge", per_image=True),
         Protocol("pannuke", 12, 0.25, False, _by_sum, "HoVer-Net, CellViT, CellDETR on PanNuke", "weighted"),
+        Protocol("consep", 12, 0.25, False, _by_sum, "HoVer-Net on CoNSeP", "weighted", joined=CONSEP_CLASSES),
     )
 }
 

@@ -14,11 +14,13 @@ import numpy as np
 
 from cellslide.errors import UsageError
 from cellslide.evaluate import classification
+from cellslide.evaluate.classification import BOOTSTRAPS
 from cellslide.evaluate.dataset import Dataset, Sample
 from cellslide.evaluate.detection import RADIUS_UM, Tally
 from cellslide.evaluate.protocols import OPTIMAL, Protocol, protocol_of
 from cellslide.evaluate.score import ClassSet, ImageScores, Nuclei, score_image, truth_of
 from cellslide.formats.csv_text import harmless
+from cellslide.types import Float64, Int64
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +35,10 @@ Predictor = Callable[[Sample, float], Nuclei]
 
 @dataclass(frozen=True, slots=True)
 class InstanceScores:
-    """Instance scores of a data set: means over images that have true nuclei, but `f1_iou50` is from pooled counts."""
+    """Instance scores of a data set: means over images that have true nuclei, but `f1_iou50` is from pooled counts.
+
+    mpq, mdq, msq  means over images of the mean over the classes that the image's truth has, so mpq is not mdq * msq.
+    """
 
     bpq: float | None = None
     bdq: float | None = None
@@ -44,6 +49,8 @@ class InstanceScores:
     f1_iou50: float | None = None
     bpq_tissue: float | None = None
     aji_plus: float | None = None
+    mdq: float | None = None
+    msq: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +75,41 @@ class ClassScores:
 
 
 @dataclass(frozen=True, slots=True)
+class ClassQuality:
+    """Quality of the outlines of one class: means over the images whose truth has the class."""
+
+    pq: float | None
+    dq: float | None
+    sq: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupScores:
+    """Scores of the images of one organ or cohort, or their mean over organs."""
+
+    n_images: int
+    n_nuclei: int
+    bpq: float | None = None
+    detection_f1: float | None = None
+    mean_f1: float | None = None
+    ece: float | None = None
+
+    def scores(self) -> dict[str, float | None]:
+        """Return the scores by name, without the counts."""
+        return {name: value for name, value in asdict(self).items() if not name.startswith("n_")}
+
+
+@dataclass(frozen=True, slots=True)
 class EvalReport:
     """Scores of a model on a data set; None is what does not apply.
 
     nuclei  for a classifier, whose places were typed: "given" ones or those "detected" by a segmentation model.
     gate    the rule that the shared keys are about; `paths` holds the scores of every rule.
     protocol  the rule by which found nuclei are paired with true ones, None where places were given.
+    class_quality  of the outlines, by class, where they have classes.
+    organs, cohorts  scores of the images of each, where there are two or more.
+    macro     means over the organs, each organ alike.
+    intervals  95 % of the bootstrap over images, by score: (low, high).
     """
 
     model: str
@@ -94,6 +130,11 @@ class EvalReport:
     gate: str | None = None
     paths: dict[str, Any] | None = None
     protocol: str | None = None
+    class_quality: dict[str, ClassQuality] | None = None
+    organs: dict[str, GroupScores] | None = None
+    cohorts: dict[str, GroupScores] | None = None
+    macro: GroupScores | None = None
+    intervals: dict[str, tuple[float, float]] | None = None
 
     def to_json(self) -> str:
         """Return the report as JSON text, keys in the order of the record and classes keyed by name."""
@@ -109,9 +150,35 @@ class EvalReport:
         table = Table(title=f"{self.model} on {self.dataset}: {self.n_images} images, {self.n_nuclei} nuclei")
         table.add_column("score")
         table.add_column("value", justify="right")
+        table.add_column("95 % over images", justify="right")
         for name, value in self._rows():
-            table.add_row(name, "-" if value is None else f"{value:.4f}")
+            low_high = (self.intervals or {}).get(name.partition(" within")[0].replace("detection f1", "detection_f1"))
+            spread = "" if low_high is None else f"{low_high[0]:.3f} to {low_high[1]:.3f}"
+            table.add_row(name, "-" if value is None else f"{value:.4f}", spread)
         return table
+
+    def group_tables(self) -> list[Table]:
+        """Return tables of the scores by organ and by cohort, as far as there are any."""
+        from rich.table import Table
+
+        tables = []
+        for title, groups in (("by organ", self.organs), ("by cohort", self.cohorts)):
+            if groups is None:
+                continue
+            names = [
+                name
+                for name in GroupScores(0, 0).scores()
+                if any(g.scores()[name] is not None for g in groups.values())
+            ]
+            table = Table(title=title)
+            for i, column in enumerate((title.removeprefix("by "), "images", "nuclei", *names)):
+                table.add_column(column, justify="left" if i == 0 else "right")
+            for group, g in groups.items():
+                values = [g.scores()[name] for name in names]
+                cells = ["-" if value is None else f"{value:.3f}" for value in values]
+                table.add_row(group, str(g.n_images), str(g.n_nuclei), *cells)
+            tables.append(table)
+        return tables
 
     def _rows(self) -> list[tuple[str, float | None]]:
         rows: list[tuple[str, float | None]] = [(n, v) for n, v in asdict(self.instance).items() if v is not None]
@@ -121,6 +188,8 @@ class EvalReport:
             rows += [(f"detection {n} {within}", getattr(self.detection, n)) for n in ("precision", "recall", "f1")]
         rows += [(f"{c.name} f1 ({c.support} nuclei)", c.f1) for c in self.classes or ()]
         rows += [(n, getattr(self, n)) for n in ("mean_f1", "accuracy", "ece", "brier") if getattr(self, n) is not None]
+        if self.macro is not None:
+            rows += [(f"mean over organs, {n}", v) for n, v in self.macro.scores().items() if v is not None]
         return rows
 
 
@@ -170,6 +239,7 @@ def summarise(
     shared = _share_classes(scores)
     classified = _classes(scores, classes.names, rule) if shared else None
     accuracy, ece, brier = _typing(scores) if shared else (None, None, None)
+    organs = _groups(scores, [s.organ if _organ_known(s.organ) else "" for s in scores], classes, rule)
     return EvalReport(
         model=model,
         dataset=dataset.name,
@@ -180,13 +250,94 @@ def summarise(
         instance=_instance(scores, shared),
         detection=_detection(scores, rule),
         classes=classified,
-        mean_f1=None if classified is None else _mean([c.f1 for c in classified if c.support or rule.per_image]),
+        mean_f1=_mean_f1(classified, rule),
         accuracy=accuracy,
         ece=ece,
         brier=brier,
         warnings=tuple(_warnings(dataset, classes, scores)),
         protocol=rule.name,
+        class_quality=_class_quality(scores, classes.names) if shared else None,
+        organs=organs,
+        cohorts=_groups(scores, [s.cohort for s in scores], classes, rule),
+        macro=None if organs is None else _macro(list(organs.values())),
+        intervals=intervals(scores, len(classes.names) if shared else 0, rule),
     )
+
+
+def _mean_f1(classified: Sequence[ClassScores] | None, rule: Protocol) -> float | None:
+    return None if classified is None else _mean([c.f1 for c in classified if c.support or rule.per_image])
+
+
+def _groups(
+    scores: Sequence[ImageScores], names: Sequence[str], classes: ClassSet, rule: Protocol
+) -> dict[str, GroupScores] | None:
+    """Return the scores of the images of each name, None unless there are two names or more; "" is no name."""
+    known = sorted(set(names) - {""})
+    if len(known) < 2:
+        return None
+    return {
+        name: _group([s for s, of in zip(scores, names, strict=True) if of == name], classes, rule) for name in known
+    }
+
+
+def _group(scores: Sequence[ImageScores], classes: ClassSet, rule: Protocol) -> GroupScores:
+    shared = _share_classes(scores)
+    return GroupScores(
+        n_images=len(scores),
+        n_nuclei=sum(s.n_true for s in scores),
+        bpq=_mean([s.bpq for s in scores if s.n_true]),
+        detection_f1=_detection(scores, rule).f1,
+        mean_f1=_mean_f1(_classes(scores, classes.names, rule), rule) if shared else None,
+        ece=_typing(scores)[1] if shared else None,
+    )
+
+
+def _macro(groups: Sequence[GroupScores]) -> GroupScores:
+    means = {name: _mean([g.scores()[name] for g in groups]) for name in groups[0].scores()}
+    return GroupScores(sum(g.n_images for g in groups), sum(g.n_nuclei for g in groups), **means)
+
+
+def intervals(
+    scores: Sequence[ImageScores], n_classes: int, rule: Protocol, draws: int = BOOTSTRAPS
+) -> dict[str, tuple[float, float]] | None:
+    """Return the middle 95 % of the scores over data sets of as many images, drawn with replacement from these.
+
+    Images are drawn, not nuclei, since nuclei of an image are alike (Efron & Tibshirani 1993, chapter 8). None for one
+    image. The draws are always the same.
+    """
+    if len(scores) < 2:
+        return None
+    rows = np.random.default_rng(0).integers(len(scores), size=(draws, len(scores)))
+    columns = {
+        "bpq": _drawn_means([s.bpq if s.n_true else None for s in scores], rows),
+        "detection_f1": _drawn_f1([s.detection for s in scores], rows),
+    }
+    if n_classes and not rule.per_image:
+        by_class = [
+            _drawn_f1([None if s.by_class is None else s.by_class[k] for s in scores], rows) for k in range(n_classes)
+        ]
+        present = [np.isfinite(column).any() for column in by_class]
+        columns["mean_f1"] = np.mean(
+            [c for c, there in zip(by_class, present, strict=True) if there] or [[np.nan]], axis=0
+        )
+    found = {name: values[np.isfinite(values)] for name, values in columns.items()}
+    return {name: tuple(np.percentile(v, (2.5, 97.5)).tolist()) for name, v in found.items() if len(v)} or None
+
+
+def _drawn_means(values: Sequence[float | None], rows: Int64) -> Float64:
+    """Return the mean of the known values of each draw (D, N), NaN for one without."""
+    known = np.array([math.nan if v is None else v for v in values])[rows]
+    count = np.isfinite(known).sum(axis=1)
+    total = np.nansum(known, axis=1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _drawn_f1(tallies: Sequence[Tally | None], rows: Int64) -> Float64:
+    """Return F1 of the pooled counts of each draw (D, N), NaN for one without anything to count."""
+    counts = np.array([(t.tp, t.fp, t.fn) if t else (0, 0, 0) for t in tallies], np.int64)[rows].sum(axis=1)
+    tp, fp, fn = counts.T
+    total = 2 * tp + fp + fn
+    return np.where(total > 0, 2 * tp / np.maximum(total, 1), np.nan)
 
 
 def write_per_image(path: Path, scores: Sequence[ImageScores]) -> None:
@@ -200,7 +351,7 @@ def write_per_image(path: Path, scores: Sequence[ImageScores]) -> None:
 def _image_row(s: ImageScores) -> list[Any]:
     q, d = s.quality, s.detection
     row = [harmless(s.image), harmless(s.organ), s.mpp, s.n_true, s.n_pred]
-    row += [_finite(v) for v in (s.bpq, s.bdq, s.bsq, _class_mean(s), s.aji, s.aji_plus, s.dice)]
+    row += [_finite(v) for v in (s.bpq, s.bdq, s.bsq, _class_mean(s, "pq"), s.aji, s.aji_plus, s.dice)]
     row += [q.tp, q.fp, q.fn] if q else [None] * 3
     return row + ([d.tp, d.fp, d.fn, d.f1] if d else [None] * 4)
 
@@ -213,12 +364,14 @@ def _instance(scores: Sequence[ImageScores], shared_classes: bool) -> InstanceSc
         bpq=_mean([s.bpq for s in filled]),
         bdq=_mean([s.bdq for s in filled]),
         bsq=_mean([s.bsq for s in filled]),
-        mpq=_mean([_class_mean(s) for s in filled]) if shared_classes else None,
+        mpq=_mean([_class_mean(s, "pq") for s in filled]) if shared_classes else None,
         aji=_mean([s.aji for s in filled]),
         dice=_mean([s.dice for s in filled]),
         f1_iou50=None if pooled is None else pooled.f1,
         bpq_tissue=_tissue_mean(filled),
         aji_plus=_mean([s.aji_plus for s in filled]),
+        mdq=_mean([_class_mean(s, "dq") for s in filled]) if shared_classes else None,
+        msq=_mean([_class_mean(s, "sq") for s in filled]) if shared_classes else None,
     )
 
 
@@ -248,6 +401,16 @@ def _classes(scores: Sequence[ImageScores], names: Sequence[str], rule: Protocol
     return tuple(found)
 
 
+def _class_quality(scores: Sequence[ImageScores], names: Sequence[str]) -> dict[str, ClassQuality] | None:
+    outlined = [s.class_quality for s in scores if s.class_quality is not None]
+    if not outlined:
+        return None
+    return {
+        name: ClassQuality(*(_mean([getattr(of[k], part) for of in outlined]) for part in ("pq", "dq", "sq")))
+        for k, name in enumerate(names)
+    }
+
+
 def _tissue_mean(scores: Sequence[ImageScores]) -> float | None:
     """Mean over organs of the mean PQ over their images; None unless the organ of every image is known."""
     if not all(_organ_known(s.organ) for s in scores):
@@ -260,8 +423,8 @@ def _organ_known(organ: str) -> bool:
     return bool(organ) and not organ.casefold().startswith(("unknown", "one of"))
 
 
-def _class_mean(s: ImageScores) -> float | None:
-    return None if s.class_pq is None else _mean(s.class_pq.tolist())
+def _class_mean(s: ImageScores, part: str) -> float | None:
+    return None if s.class_quality is None else _mean([getattr(q, part) for q in s.class_quality])
 
 
 def _typing(scores: Sequence[ImageScores]) -> tuple[float | None, float | None, float | None]:

@@ -119,7 +119,7 @@ class TypedPairs:
 class ImageScores:
     """What one image gives; None where it does not apply.
 
-    class_pq     float64 (C,), NaN for a class that the image's truth lacks.
+    class_quality  quality of each of the C classes, NaN for one that the image's truth lacks.
     by_class     C tallies of detection with the class, as the protocol counts them.
     support      true nuclei of each of the C classes.
     scored_names, other_names
@@ -128,11 +128,12 @@ class ImageScores:
 
     image: str
     organ: str
+    cohort: str
     n_true: int
     n_pred: int
     mpp: float
     quality: matching.Quality | None = None
-    class_pq: Float64 | None = None
+    class_quality: tuple[matching.Quality, ...] | None = None
     aji: float | None = None
     aji_plus: float | None = None
     dice: float | None = None
@@ -196,7 +197,7 @@ def score_image(
         scores |= _instance_scores(sample, truth, pred, classes)
     if not sample.derived_instances:
         scores |= _point_scores(truth, pred, mpp, classes, protocol)
-    return ImageScores(sample.stem, sample.organ, len(truth), len(pred), mpp, **scores)
+    return ImageScores(sample.stem, sample.organ, sample.cohort, len(truth), len(pred), mpp, **scores)
 
 
 def _point_scores(truth: Nuclei, pred: Nuclei, mpp: float, classes: ClassSet, protocol: Protocol) -> dict[str, Any]:
@@ -230,19 +231,21 @@ def _instance_scores(sample: Sample, truth: Nuclei, pred: Nuclei, classes: Class
         return {"dice": matching.dice(pairs)}
     return {
         "quality": matching.panoptic_quality(pairs),
-        "class_pq": _class_pq(pairs, truth, pred, classes),
+        "class_quality": _class_quality(pairs, truth, pred, classes),
         "aji": matching.aji(pairs),
         "aji_plus": matching.aji_plus(pairs),
         "dice": matching.dice(pairs),
     }
 
 
-def _class_pq(pairs: matching.Overlaps, truth: Nuclei, pred: Nuclei, classes: ClassSet) -> Float64 | None:
+def _class_quality(
+    pairs: matching.Overlaps, truth: Nuclei, pred: Nuclei, classes: ClassSet
+) -> tuple[matching.Quality, ...] | None:
     if truth.class_name is None or pred.class_name is None or not classes.names:
         return None
     true_class = _class_of_label(pairs.true_id, truth, classes)
     pred_class = _class_of_label(pairs.pred_id, pred, classes)
-    return np.array([q.pq for q in matching.class_quality(pairs, true_class, pred_class, len(classes.names))])
+    return tuple(matching.class_quality(pairs, true_class, pred_class, len(classes.names)))
 
 
 def _class_of_label(ids: Int64, nuclei: Nuclei, classes: ClassSet) -> Int64:

@@ -37,8 +37,8 @@ Shapes = Sequence[tuple[int, int]]
 class CellVTAConfig:
     """Sizes of a CellVTA; the defaults are the published UNI variant on PanNuke.
 
-    prior               convolutional network of timm whose maps at 1/2 to 1/32 are the spatial prior, so that it can start
-                        from weights that have seen images; None is the published stem, of width `conv_inplane`.
+    prior               convolutional network of timm whose maps at 1/2 to 1/32 are the spatial prior, which can then
+                        start from weights that have seen images; None is the published stem of width `conv_inplane`.
     num_nuclei_classes  includes background; 0 leaves the type branch out.
     num_tissue_classes  0 leaves the (constant) tissue head out.
     decoder_widths      skip channels at scale 1, 1/2, 1/4, 1/8; None takes the published ones for `embed_dim`.

@@ -20,8 +20,8 @@ import torch
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from cellslide.inference.device import cpu_computes_bf16
 from cellslide.evaluate.dataset import Sample, read_dataset
+from cellslide.inference.device import cpu_computes_bf16
 from cellslide.train.data import resample_image
 from cellslide.train.export import licences
 from cellslide.weights import LoadedModel, load_model
