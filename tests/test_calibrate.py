@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from cellslide.evaluate.calibration import (
     fit,
     fit_safe_gate,
     fit_temperature,
+    fit_unseen,
     measure,
 )
 from cellslide.evaluate.classification import expected_calibration_error
@@ -184,3 +186,18 @@ def test_labels_in_the_classes_of_the_weights() -> None:
     assert found.tolist() == [1, 0, -1, 1]
     with pytest.raises(UsageError, match="several classes of the weights are tumour"):
         class_labels(np.array([0]), names, np.array([2, 2, 0]))
+
+
+def test_unseen_organs_abstain_until_the_target_is_reached_and_all_else_stays() -> None:
+    rng = np.random.default_rng(5)
+    prob = rng.dirichlet([1, 1, 1], 4000).astype(np.float32)
+    truth = np.array([rng.choice(3, p=row) for row in prob.astype(np.float64) / prob.sum(1, dtype=np.float64)[:, None]])
+    probs = PathProbs(prob, prob, np.full(len(prob), 0.5, np.float32))
+    before = Calibration(temperature_mix=1.0, abstain=0.2)
+    found = fit_unseen(before, probs, truth, FitConfig(target=0.8))
+    assert replace(found, abstain_unseen=None, accuracy_unseen=None) == before
+    assert found.abstain_unseen is not None and found.abstain_unseen > 0.5
+    accepted = prob.max(1) >= found.abstain_unseen
+    right = prob.argmax(1) == truth
+    assert right[accepted].mean() >= 0.8 > right.mean() == pytest.approx(found.accuracy_unseen)
+    assert fit_unseen(before, probs, prob.argmax(1), FitConfig(target=0.8)).abstain_unseen == 0

@@ -25,9 +25,9 @@ from cellslide.weights.classifier import (
     calibration_of,
     classifier_entry,
     load_classifier,
-    organ_index,
 )
 from cellslide.weights.manifest import PACKAGE, WeightsEntry, parse_entry
+from cellslide.weights.organs import VOCABULARY, Organ, canonical, find_organ
 from tests.published_nuclass import OWN, gate_state, global_state, images, local_state, small_model, to_hf
 
 ORGANS = torch.tensor([0, 7, 3])
@@ -292,17 +292,38 @@ def test_classes_must_be_as_many_as_the_network_has(tmp_path: Path) -> None:
 # ---- organs
 
 
-def test_organ_is_found_by_name_and_near_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_organ_is_found_by_name_or_by_another_word_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spec = load_classifier(weights=write_own(tmp_path)).spec
     caplog.clear()
-    assert organ_index(spec, "lung") == organ_index(spec, " Lung ") == 1
-    with pytest.raises(UsageError, match=r"--organ lnug: did you mean lung\?.*breast, lung") as caught:
-        organ_index(spec, "lnug")
-    assert caught.value.exit_code == 2
+    assert find_organ(spec, "lung") == find_organ(spec, " Lung ") == find_organ(spec, "bronchus") == Organ("lung", 1)
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        assert organ_index(spec, None) == organ_index(spec, "Unknown") == -1
+        assert find_organ(spec, None) == find_organ(spec, "Unknown") == Organ("unknown", -1, None)
     assert len(caplog.records) == 2 and "learned embedding" in caplog.text
+
+
+@pytest.mark.parametrize(("word", "near"), [("lnug", "lung"), ("kidny", "kidney"), ("oesophagos", "esophagus")])
+def test_a_word_that_is_no_organ_is_refused_with_near_names(tmp_path: Path, word: str, near: str) -> None:
+    spec = load_classifier(weights=write_own(tmp_path)).spec
+    with pytest.raises(UsageError, match=rf"--organ {word}.*{near}") as caught:
+        find_organ(spec, word)
+    assert caught.value.exit_code == 2
+
+
+def test_an_organ_that_was_not_trained_runs_as_unknown_under_its_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calibration = {"abstain": 0.3, "abstain_unseen": 0.62, "accuracy_unseen": 0.71}
+    spec = load_classifier(weights=write_own(tmp_path, calibration=calibration)).spec
+    with caplog.at_level(logging.WARNING):
+        assert find_organ(spec, "Urinary_bladder") == Organ("bladder", -1, False)
+    assert all(word in caplog.text for word in ("bladder", "breast, lung", "0.62", "71%"))
+
+
+def test_names_of_the_vocabulary_are_one_organ_each() -> None:
+    words = [word for name, others in VOCABULARY.items() for word in (name, *others)]
+    assert len(words) == len(set(words)) and all(word == word.lower() for word in words)
+    assert canonical("Colorectal") == "colon" and canonical("spaceship") is None
 
 
 # ---- calibration

@@ -11,12 +11,13 @@ from cellslide.classify import Classifier, classify_array, open_classifier, prep
 from cellslide.classify.columns import Rule
 from cellslide.classify.decision import DecisionConfig
 from cellslide.classify.engine import Seconds
-from cellslide.classify.slide import Organ, estimate, in_time
+from cellslide.classify.slide import estimate, in_time
 from cellslide.config import ClassifyConfig, InferConfig, OutputConfig
 from cellslide.errors import CellslideError, UsageError
 from cellslide.inference.crops import REGION_PX
 from cellslide.slides.slide import slide_from_array
 from cellslide.types import Calibration, PathProbs, Plane, UInt8
+from cellslide.weights.organs import Organ
 from tests.fake_classifier import SPEC, FakeNuClass, fake_loaded
 
 NAMES = ("pink", "blue")

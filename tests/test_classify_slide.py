@@ -12,7 +12,7 @@ import pytest
 
 from cellslide.classify import classify_cells, classify_slide, regate_slide
 from cellslide.classify.decision import DecisionConfig, decide
-from cellslide.classify.slide import Organ, choose_cells, read_places, spec_of_record
+from cellslide.classify.slide import choose_cells, read_places, spec_of_record
 from cellslide.classify.store import FOLDER, PartialProbs
 from cellslide.classify.taxonomy import Taxonomy
 from cellslide.config import OutputConfig, SegmentConfig, TissueConfig
@@ -26,6 +26,7 @@ from cellslide.store.anndata_columns import Categorical
 from cellslide.store.cell_table import CellTable, open_table
 from cellslide.store.run_record import fingerprint, read_record
 from cellslide.types import Calibration, PathProbs, Plane
+from cellslide.weights.organs import Organ
 from tests.fake_classifier import SPEC, FakeNuClass
 from tests.fakes import fake_model
 from tests.painted import DISC, PINK_DISC, paint_slide
@@ -301,3 +302,30 @@ def test_the_store_keeps_rows_and_refuses_other_settings(tmp_path: Path) -> None
     with pytest.raises(UsageError, match="a: 1 then, 2 now"):
         PartialProbs.open(tmp_path, {"a": "2"}, 5, 2)
     assert len(PartialProbs.open(tmp_path, {"a": "2"}, 5, 2, overwrite=True).missing(np.arange(5))) == 5
+
+
+def test_an_organ_that_was_not_trained_abstains_more_and_says_so(folder: Path, slide: Slide) -> None:
+    strict = rule(calibration=Calibration(abstain_unseen=1.0, accuracy_unseen=0.7))
+    kidney = Organ("kidney", -1, trained=False)
+    record, _ = classify_slide(folder, slide, classifier(), strict, kidney)
+    typing = record.config["classify"]
+    assert (typing["organ"], typing["organ_trained"]) == ("kidney", False)
+    assert typing["rule"]["calibration"]["abstain"] == 1.0
+    with open_table(folder / "cells.zarr") as table:
+        assert table.vector("abstained").all()
+        organ = table.column("organ")
+    assert isinstance(organ, Categorical) and organ.names == ("kidney",)
+    # The same again changes nothing, and another rule keeps the strictness.
+    assert classify_slide(folder, slide, classifier(), strict, kidney)[1]
+    again = regate_slide(folder, replace(strict, decision=DecisionConfig("local")), OUTPUT)
+    assert again.config["classify"]["counts"]["abstained"] == again.config["classify"]["counts"]["typed"]
+    # What the user asks for counts more.
+    asked = regate_slide(folder, replace(strict, decision=DecisionConfig("local", abstain=0.0)), OUTPUT)
+    assert asked.config["classify"]["counts"]["abstained"] == 0
+
+
+def test_a_trained_organ_abstains_as_ever(folder: Path, slide: Slide) -> None:
+    strict = rule(calibration=Calibration(abstain_unseen=1.0))
+    record, _ = classify_slide(folder, slide, classifier(), strict, BREAST)
+    assert record.config["classify"]["organ_trained"] is True
+    assert record.config["classify"]["counts"]["abstained"] == 0

@@ -18,7 +18,7 @@ import numpy as np
 
 from cellslide.classify import Classifier, classify_slide, regate_slide
 from cellslide.classify.columns import Rule
-from cellslide.classify.slide import Organ, typed_by
+from cellslide.classify.slide import typed_by
 from cellslide.classify.targets import Target, check_slide, open_target, require_cells
 from cellslide.config import OutputConfig
 from cellslide.embed import Embedder, embed_slide
@@ -31,6 +31,7 @@ from cellslide.slides.inputs import SlideInput
 from cellslide.slides.slide import Slide
 from cellslide.store.run_record import head_sha256, read_record, write_record
 from cellslide.types import ClassifierSpec, RunRecord
+from cellslide.weights.organs import Organ
 
 # Broken weights or a missing device would fail every slide in the same way.
 ENVIRONMENT = 3

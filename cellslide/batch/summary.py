@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def _described(row: Row, record: RunRecord, folder: Path) -> Row:
         typed=tally.get("typed"),
         abstained=tally.get("abstained"),
         classes={name: int(n) for name, n in (tally.get("classes") or {}).items()},
-        organ=str(typing.get("organ") or ""),
+        organ=_organ(typing),
         seconds=round(record.seconds.total, 2),
         mpp=slide.get("mpp"),
         width=slide.get("width"),
@@ -135,6 +135,11 @@ def _described(row: Row, record: RunRecord, folder: Path) -> Row:
         ended=record.finished or "",
         files=tuple(name for name in SHOWN_FILES if (folder / name).exists()),
     )
+
+
+def _organ(typing: Mapping[str, Any]) -> str:
+    organ = str(typing.get("organ") or "")
+    return f"{organ} (not trained)" if typing.get("organ_trained") is False else organ
 
 
 def _tissue_mm2(folder: Path) -> float | None:

@@ -15,7 +15,6 @@ from cellslide.batch.local_copy import LocalCopies, done_before, local_targets
 from cellslide.batch.run import SlideOutcome, classify_slides, run_slides, segment_slides
 from cellslide.classify import Classifier, open_classifier
 from cellslide.classify.columns import Rule
-from cellslide.classify.slide import Organ
 from cellslide.classify.targets import Target
 from cellslide.config import ClassifyConfig, InferConfig, SegmentConfig
 from cellslide.inference.device import available_cpus
@@ -25,6 +24,7 @@ from cellslide.progress import Progress, StopCheck, Watch
 from cellslide.types import ClassifierSpec
 from cellslide.weights import LoadedModel, load_model
 from cellslide.weights.classifier import LoadedClassifier, load_classifier
+from cellslide.weights.organs import Organ
 
 OrganOf = Callable[[str | None], Organ]
 

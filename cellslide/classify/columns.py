@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,14 @@ class Rule:
     calibration: Calibration
     classes: tuple[str, ...]
     taxonomy: Taxonomy | None = None
+
+    def for_organ(self, trained: bool | None) -> Rule:
+        """Return the rule for a slide whose organ was trained, or not: then it abstains as fitted for such organs."""
+        floor = self.calibration.abstain_unseen
+        if trained is not False or floor is None:
+            return self
+        stricter = max(floor, self.calibration.abstain or 0.0)
+        return replace(self, calibration=replace(self.calibration, abstain=stricter))
 
     def check(self) -> None:
         """Raise UsageError where the rule needs what the calibration does not hold, before any network runs."""

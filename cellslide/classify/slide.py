@@ -50,20 +50,12 @@ from cellslide.types import (
     RunRecord,
     WeightsRef,
 )
+from cellslide.weights.organs import Organ
 
-UNKNOWN = "unknown"
 # Fewer batches than this are done before an estimate would be read.
 ESTIMATE_BATCHES = 20
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Organ:
-    """Organ of a slide: its name, and its index in the weights' organs (-1: unknown)."""
-
-    name: str
-    index: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +89,7 @@ def type_slide(
 
     Where that part is done, return what `classify_slide` does.
     """
+    rule = rule.for_organ(organ.trained)
     rule.check()
     with open_table(folder / TABLE) as table:
         record, settled = known_record(folder, table)
@@ -120,6 +113,7 @@ def write_typed(folder: Path, typing: Typing, rule: Rule, output: OutputConfig, 
     Raises SlideError when what the network said is not there.
     """
     began, network = time.perf_counter(), typing.settings["network"]
+    rule = rule.for_organ(typing.settings["organ_trained"])
     with open_table(folder / TABLE) as table:
         record, settled = known_record(folder, table)
         if not PartialProbs.is_there(folder):
@@ -152,11 +146,12 @@ def known_record(folder: Path, table: CellTable) -> tuple[RunRecord, bool]:
 
 def regate_slide(folder: Path, rule: Rule, output: OutputConfig, watch: Watch = IDLE) -> RunRecord:
     """Apply another rule to cells that are typed, without the network; raises UsageError where they are not."""
-    rule.check()
     began = time.perf_counter()
     with open_table(folder / TABLE) as table:
         record, _ = known_record(folder, table)
         settings = typed_settings(folder, record)
+        rule = rule.for_organ(settings.get("organ_trained"))
+        rule.check()
         watch.progress.stage("write")
         write_columns(table, record, rule, _from_table(table), settings, spec_of_record(folder, record).classes)
     finish(folder, record, output, began, watch, 0)
@@ -293,7 +288,8 @@ def note(record: RunRecord, rule: Rule, tally: Tally, settings: Mapping[str, Any
 def describe(classifier: Classifier, organ: Organ) -> dict[str, Any]:
     """Return how the network was run, as `run.json` holds it."""
     settings = {name: plain(getattr(classifier.config, name)) for name in _KEPT}
-    settings |= {"organ": organ.name, "spec": plain(classifier.spec), "device": classifier.device}
+    settings |= {"organ": organ.name, "organ_trained": organ.trained}
+    settings |= {"spec": plain(classifier.spec), "device": classifier.device}
     return settings | {"precision": classifier.precision}
 
 

@@ -41,6 +41,11 @@ FOLDER_IN = click.Path(exists=True, file_okay=False, path_type=Path)
     help="Share of the accepted nuclei that shall be right; the abstain threshold is the least that reaches it.",
 )
 @click.option(
+    "--unseen",
+    is_flag=True,
+    help="DATASET_DIR is of an organ that trained nothing: fit only how much more to abstain on such organs.",
+)
+@click.option(
     "-o",
     "--output",
     type=OUTPUT_FILE,
@@ -56,8 +61,8 @@ FOLDER_IN = click.Path(exists=True, file_okay=False, path_type=Path)
 @verbosity_options
 def command(
     dataset: Path, model: str | None, weights: Path | None, split: str, organ: str | None, mpp: float | None,
-    class_map: dict[str, str], target: float, output: Path | None, reliability: Path | None, no_progress: bool,
-    compile_: bool, **infer: Any,
+    class_map: dict[str, str], target: float, unseen: bool, output: Path | None, reliability: Path | None,
+    no_progress: bool, compile_: bool, **infer: Any,
 ) -> None:  # fmt: skip
     """Fit temperatures, the safe gate and thresholds of a classifier on the typed nuclei of DATASET_DIR.
 
@@ -68,16 +73,20 @@ def command(
     Example:
       cellslide calibrate --weights runs/mine/model.safetensors data/mine --split val
       cellslide calibrate --model ID data/mine -o ENTRY.yaml --reliability before-after.png
+      cellslide calibrate --weights runs/mine/model.safetensors data/other-organ --unseen --split train
     """
     from cellslide.classify import open_classifier
     from cellslide.cli import typed
     from cellslide.config import ClassifyConfig, InferConfig
-    from cellslide.evaluate.calibration import FitConfig, class_labels, fit, measure
+    from cellslide.evaluate.calibration import FitConfig, class_labels, fit, fit_unseen, measure
     from cellslide.evaluate.dataset import read_dataset
     from cellslide.evaluate.score import ClassSet, dataset_classes
     from cellslide.weights.classifier import load_classifier
 
     config = FitConfig(target)
+    if unseen and organ is not None:
+        raise UsageError("--organ: an unseen organ has no row in the weights; leave it out with --unseen")
+    organ = "unknown" if unseen else organ
     data = read_dataset(dataset, split)
     classes = ClassSet.of(dataset_classes(data), class_map)
     typed.require_classes(data, classes.names)
@@ -89,7 +98,10 @@ def command(
     cells = typed.gather_cells(data, classes, typed.predictor(classifier, organ), mpp, no_progress)
     names = tuple(c.name for c in loaded.spec.classes)
     cells = known_cells(cells, class_labels(cells.true_class, classes.names, classes.index(names)))
-    found = fit(cells.probs, cells.true_class, len(names), config)
+    if unseen:
+        found = fit_unseen(loaded.spec.calibration, cells.probs, cells.true_class, config)
+    else:
+        found = fit(cells.probs, cells.true_class, len(names), config)
     write_entry(place, loaded.entry, found)
     if reliability is not None:
         _draw(reliability, cells, found)

@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from cellslide.batch.work import ClassifyWork
     from cellslide.classify import Classifier
     from cellslide.classify.columns import Rule
-    from cellslide.classify.slide import Organ
     from cellslide.classify.targets import Target
     from cellslide.config import ClassifyConfig
     from cellslide.progress import Watch
     from cellslide.types import Calibration, ClassifierSpec
+    from cellslide.weights.organs import Organ
 
 log = logging.getLogger(__name__)
 
@@ -213,16 +213,11 @@ def to_rule(spec: ClassifierSpec, flags: dict[str, Any], calibration: Calibratio
 
 def organ_finder(spec: ClassifierSpec, given: str | None) -> Callable[[str | None], Organ]:
     """Return what gives the organ for the list's word; checks `--organ` now, raising UsageError with near names."""
-    from cellslide.classify.slide import UNKNOWN, Organ
-    from cellslide.weights.classifier import organ_index
-
-    def find(listed: str | None) -> Organ:
-        index = organ_index(spec, listed if given is None else given)
-        return Organ(UNKNOWN if index < 0 else spec.organs[index], index)
+    from cellslide.weights.organs import find_organ
 
     if given is None:
-        return find
-    organ = find(None)
+        return lambda listed: find_organ(spec, listed)
+    organ = find_organ(spec, given)
     return lambda _: organ
 
 

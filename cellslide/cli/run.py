@@ -53,10 +53,10 @@ if TYPE_CHECKING:
     from cellslide.batch.run import SlideOutcome
     from cellslide.classify import Classifier
     from cellslide.classify.columns import Rule
-    from cellslide.classify.slide import Organ
     from cellslide.classify.targets import Target
     from cellslide.config import ClassifyConfig, SegmentConfig
     from cellslide.progress import Watch
+    from cellslide.weights.organs import Organ
 
 classifier_options = chain(
     click.option("--classifier", metavar="ID", help="Classifier from `cellslide weights list`.  [default: what ships]"),

@@ -65,9 +65,9 @@ def organ_of_sample(spec: ClassifierSpec, organ: str | None) -> Callable[[Sample
     `organ` holds for all images; without it the word of the manifest counts. Raises UsageError for an unknown name.
     """
     if organ is not None:
-        from cellslide.weights.classifier import organ_index
+        from cellslide.weights.organs import find_organ
 
-        index = organ_index(spec, organ)
+        index = find_organ(spec, organ).index
         return lambda sample: index
 
     def find(sample: Sample) -> int:

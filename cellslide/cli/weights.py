@@ -83,6 +83,10 @@ def show_command(name: str) -> None:
     click.echo(yaml.safe_dump(entry.as_dict(), sort_keys=False, allow_unicode=True), nl=False)
     path = find_file(entry)
     click.echo(f"# here: {path}" if path else f"# not here: {how_to_get(entry)}")
+    if entry.task == "classify":
+        from cellslide.weights.organs import VOCABULARY
+
+        click.echo(f"# --organ also takes, as organs that were not trained: {', '.join(VOCABULARY)}")
 
 
 @command.command("fetch")

@@ -156,6 +156,20 @@ def _fit_thresholds(calibration: Calibration, probs: PathProbs, labels: Int64, c
     return replace(calibration, thresholds=per_class, abstain=abstain)
 
 
+def fit_unseen(
+    calibration: Calibration, probs: PathProbs, labels: NDArray[Any], config: FitConfig | None = None
+) -> Calibration:
+    """Return the calibration with the abstention for organs that trained nothing, fitted on cells of such an organ.
+
+    Temperatures and all else stay as they were fitted on trained organs, since that is how a cell of an unseen organ
+    comes to its probability. `labels` (N,) is the true class of each cell.
+    """
+    decision = decide(probs, DecisionConfig("mix"), calibration)
+    right = decision.class_index == np.asarray(labels, np.int64)
+    floor = accuracy_threshold(decision.class_prob.astype(np.float64), right, config or FitConfig())
+    return replace(calibration, abstain_unseen=floor or 0.0, accuracy_unseen=float(right.mean()))
+
+
 def accuracy_threshold(confidence: Float64, right: Bool, config: FitConfig) -> float | None:
     """Return the lowest confidence from which on at least `config.target` of the cells are right.
 

@@ -153,14 +153,26 @@ def _classes(record: RunRecord, tally: Tally) -> Iterator[Flag]:
         return
     if tally.untyped:
         yield Flag("note", "Not typed", f"{tally.untyped:,} of {tally.n:,} nuclei ({tally.untyped / tally.n:.1%}).")
-    organ = (record.config.get("classify") or {}).get("organ")
-    if organ == "unknown":
-        yield Flag("note", "Organ", "The classifier was not told the organ.")
+    yield from _organ(record)
     abstained = int(tally.abstained.sum())
     if abstained and typed:
         share = abstained / typed
         text = f"No class was said of {abstained:,} of {typed:,} nuclei ({share:.1%})."
         yield Flag("bad" if share > MANY_ABSTAINED else "good", "Abstained", text)
+
+
+def _organ(record: RunRecord) -> Iterator[Flag]:
+    typing = record.config.get("classify") or {}
+    organ = typing.get("organ")
+    if organ == "unknown":
+        yield Flag("note", "Organ", "The classifier was not told the organ.")
+    elif typing.get("organ_trained") is False:
+        trained = ", ".join(typing["spec"]["organs"]) or "no organ by name"
+        text = f"The classifier was not trained on {organ} (trained: {trained}), and abstains more."
+        worth = typing["spec"]["calibration"].get("accuracy_unseen")
+        if worth is not None:
+            text += f" On an organ left out of training it typed {worth:.0%} of the nuclei right."
+        yield Flag("bad", "Organ", text)
 
 
 def _licences(record: RunRecord) -> Iterator[Flag]:

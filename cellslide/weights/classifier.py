@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from cellslide.errors import UsageError, WeightsError
+from cellslide.errors import WeightsError
 from cellslide.types import Calibration, ClassifierSpec, ClassSpec, CropSpec
 from cellslide.weights.cache import file_sha256, require_file, verify_file
 from cellslide.weights.load import DEFAULT_MPP, check_task, entry_beside, resolve_path, slug
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 PUBLISHED_ID = "nuclass"
 # Inputs of the published context: the gate was trained at 384 px of a 1024 px field, path global alone at 512.
 GLOBAL_ALONE_CONTEXT_PX = 512
-UNKNOWN_WORDS = ("", "unknown", "unk", "none")
 # Colours for classes that nobody gave one: far apart, none of them grey.
 PALETTE = (
     (228, 26, 28), (55, 126, 184), (77, 175, 74), (152, 78, 163), (255, 127, 0), (166, 86, 40), (247, 129, 191),
@@ -31,7 +28,10 @@ PALETTE = (
 
 _SAFE_GATE_KEYS = {"tau": "tau", "gamma": "gamma", "accepts": "safe_accepts",
                    "reliability_local": "reliability_local", "reliability_global": "reliability_global"}  # fmt: skip
-_CALIBRATION_KEYS = ("temperature_local", "temperature_global", "temperature_mix", "thresholds", "abstain")
+_CALIBRATION_KEYS = (
+    "temperature_local", "temperature_global", "temperature_mix", "thresholds", "abstain", "abstain_unseen",
+    "accuracy_unseen",
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -240,39 +240,6 @@ def _crop(entry: WeightsEntry, name: str, raw: Any) -> CropSpec:
         if legal and getattr(crop, key) not in legal:
             raise WeightsError(f"{where}.{key} {getattr(crop, key)!r}: must be {' or '.join(legal)}")
     return crop
-
-
-def organ_index(spec: ClassifierSpec, name: str | None) -> int:
-    """Return the row of an organ in the weights' embedding; -1 and a warning for None or "unknown".
-
-    Case, blanks, - and _ make no difference. Raises UsageError with near names for one that the weights do not know.
-    """
-    word = _organ_word(name or "")
-    if word in UNKNOWN_WORDS:
-        log.warning("%s", _unknown_organ(spec))
-        return -1
-    known = {_organ_word(organ): i for i, organ in enumerate(spec.organs)}
-    if word in known:
-        return known[word]
-    near = [spec.organs[known[w]] for w in get_close_matches(word, known, n=3, cutoff=0.5)]
-    hint = f"did you mean {', '.join(near)}? " if near else ""
-    raise UsageError(
-        f"--organ {name}: {hint}{spec.name} knows {', '.join(spec.organs) or 'no organ'}; "
-        "`--organ unknown` is for all others"
-    )
-
-
-def _organ_word(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", name).strip().lower()
-
-
-def _unknown_organ(spec: ClassifierSpec) -> str:
-    if not spec.organs:
-        return f"organ unknown, which makes no difference: {spec.name} was trained without organs"
-    effect = (
-        "its learned embedding of an unknown organ is used" if spec.learned_unknown else "features stay unmodulated"
-    )
-    return f"organ unknown: {effect}; --organ names one of {', '.join(spec.organs)}"
 
 
 def calibration_of(entry: WeightsEntry) -> Calibration:

@@ -21,7 +21,8 @@ from cellslide.slides.slide import Slide
 from cellslide.store.cell_table import Categorical, CellTable, open_table
 from cellslide.store.run_record import TABLE
 from cellslide.types import ClassifierSpec, ClassSpec, CropSpec, Float32, Float64, Int64, Plane, RunRecord
-from cellslide.weights.classifier import LoadedClassifier, organ_index
+from cellslide.weights.classifier import LoadedClassifier
+from cellslide.weights.organs import look_up
 
 PAGE_NAME = "explain.html"
 CELLS_AT_ONCE = 4
@@ -49,7 +50,7 @@ class Scene:
         """Return the scene of a typed table."""
         column = table.column("organ", 0, 1)
         names = column.names if isinstance(column, Categorical) else ()
-        organs = {name: organ_index(spec, name) for name in names}
+        organs = {name: look_up(spec, name).index for name in names}
         return cls(slide, Plane.of(slide.info, spec.mpp), spec, organs, grid_px)
 
     def centres(self, xy_level0: Float64) -> tuple[Float64, Float64]:
