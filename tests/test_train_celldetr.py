@@ -41,6 +41,7 @@ from cellslide.train.celldetr_slots import denoising_slots, noised_slots
 from cellslide.train.recipe import build
 from cellslide.train.run import RunOptions
 from cellslide.types import DetectDecode
+from tests.published_efficientnet import LITE, published_efficientnet
 from tests.train_sets import write_set
 
 TINY = {
@@ -423,3 +424,13 @@ def test_recipe_checks_and_rates(tmp_path: Path) -> None:
             _recipe(**changes)
     with pytest.raises(UsageError, match="det_classes"):
         build_celldetr(_recipe(model={"config": {**TINY, "det_classes": 2, "repr_layers": 0}}))
+
+
+def test_an_efficientnet_lite_fills_the_backbone(tmp_path: Path) -> None:
+    model = build_celldetr(_recipe(model={"config": {**TINY, "backbone": LITE, "backbone_args": {}}}))
+    published = published_efficientnet(seed=2)
+    torch.save(published, tmp_path / "lite.pth")
+    load_backbone(model, tmp_path / "lite.pth")
+    body = model.detr.backbone[0].body.state_dict()
+    assert torch.equal(body["conv_stem.weight"], published["_conv_stem.weight"])
+    assert torch.equal(body["blocks.6.0.conv_dw.weight"], published["_blocks.15._depthwise_conv.weight"])

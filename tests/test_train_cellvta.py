@@ -27,6 +27,7 @@ from cellslide.train.module import learning_rate_factor
 from cellslide.train.recipe import Recipe, recipe_from
 from cellslide.train.run import RunOptions, accelerator_of, precision_of, train
 from cellslide.train.targets import hover_map
+from tests.published_efficientnet import LITE, published_efficientnet
 from tests.train_sets import write_set
 
 RECIPE = {
@@ -38,15 +39,6 @@ TINY = {
     "embed_dim": 16, "depth": 4, "num_heads": 2, "use_pos_embed": False, "init_values": 0.1, "drop_path_rate": 0.2,
     "interaction_indexes": [[0, 0], [1, 1], [2, 2], [3, 3]], "conv_inplane": 4, "deform_num_heads": 2,
     "n_extra_extractors": 0, "num_nuclei_classes": 0, "num_tissue_classes": 0, "decoder_widths": [4, 4, 8, 8],
-}  # fmt: skip
-
-
-LITE = "tf_efficientnet_lite0"
-# Parts of a block, by timm's name and the published one: the first block has no expansion.
-PLAIN = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
-EXPANDED = {
-    "conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1", "conv_pwl": "_project_conv",
-    "bn3": "_bn2",
 }  # fmt: skip
 
 
@@ -246,27 +238,6 @@ def test_encoder_weights_of_an_efficientnet_lite_fill_its_network(
     torch.save(damaged, tmp_path / "short.pth")
     with pytest.raises(WeightsError, match=r"blocks\.2\.1\.bn3\.bias"):
         load_encoder(model, str(tmp_path / "short.pth"))
-
-
-def published_efficientnet(seed: int) -> dict[str, torch.Tensor]:
-    """Return an EfficientNet-Lite0 under the names in which it is published, which count the blocks through."""
-    import timm
-
-    torch.manual_seed(seed)
-    network = timm.create_model(LITE)
-    names: dict[str, str] = {}
-    count = 0
-    for stage, blocks in enumerate(network.blocks):
-        for place, _ in enumerate(blocks):
-            inner = PLAIN if stage == 0 else EXPANDED
-            names |= {f"blocks.{stage}.{place}.{ours}": f"_blocks.{count}.{theirs}" for ours, theirs in inner.items()}
-            count += 1
-    names |= {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
-    state = {}
-    for name, value in network.state_dict().items():
-        part, _, leaf = name.rpartition(".")
-        state[f"{names[part]}.{leaf}"] = torch.rand_like(value) if value.is_floating_point() else value
-    return state
 
 
 def test_device_and_precision() -> None:

@@ -44,6 +44,7 @@ from cellslide.train.points_recipe import PointLossConfig, PointsRecipe, load_po
 from cellslide.train.points_run import load_backbone, model_config, train_points
 from cellslide.train.recipe import AugmentConfig, build
 from cellslide.train.run import RunOptions
+from tests.published_efficientnet import LITE, published_efficientnet
 from tests.train_sets import painted, write_set
 
 TINY = {"encoder": "resnet10t", "widths": [8, 8, 16, 16], "head": {"hidden": 16, "space_px": 8, "aux_mask": True}}
@@ -487,6 +488,21 @@ def test_a_backbone_starts_from_published_and_own_files(tmp_path: Path) -> None:
     torch.save(missing, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="1 missing: decoder.decoder1"):
         load_backbone(model, tmp_path / "w.pt")
+
+
+def test_encoder_alone_fills_the_encoder_and_leaves_the_decoder(tmp_path: Path) -> None:
+    model: Any = build_model("muse_points", {"encoder": LITE, "widths": [8, 8, 8, 8], "head": {"hidden": 8}})
+    rest = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("backbone.encoder.encoder.")}
+    published = published_efficientnet(seed=5)
+    torch.save(published, tmp_path / "lite.pth")
+    load_backbone(model, tmp_path / "lite.pth")
+    network = model.backbone.encoder.encoder
+    assert torch.equal(network.conv_stem.weight, published["_conv_stem.weight"])
+    by_timm = {k: torch.full_like(v, 2) for k, v in network.state_dict().items()}
+    torch.save(by_timm, tmp_path / "timm.pth")
+    load_backbone(model, tmp_path / "timm.pth")
+    assert bool((network.conv_stem.weight == 2).all())
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in rest.items())
 
 
 def test_recipes_are_checked(tmp_path: Path) -> None:

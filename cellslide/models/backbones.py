@@ -257,6 +257,11 @@ def is_efficientnet(state: State) -> bool:
     return "_conv_stem.weight" in state
 
 
+def holds_network(state: State, network: nn.Module) -> bool:
+    """Tell whether a file holds a convolutional network of timm by itself, under timm's names or the published ones."""
+    return is_efficientnet(state) or next(iter(network.state_dict())) in state
+
+
 def efficientnet_to_timm(state: State, backbone: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of an EfficientNet-Lite under timm's names.
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from cellslide.errors import UsageError, WeightsError
 from cellslide.models import build_model
+from cellslide.models.backbones import efficientnet_to_timm, is_efficientnet
 from cellslide.models.celldetr import CellDETR
 from cellslide.models.celldetr_layout import own_names
 from cellslide.models.checkpoint import check_fit
@@ -96,10 +97,12 @@ def _under(prefix: str, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Siz
 def load_backbone(model: CellDETR, path: Path) -> None:
     """Fill the backbone from any file that holds its weights under one prefix; raises WeightsError if none does.
 
-    Counters of batch norms, which constants have not, do not matter.
+    Counters of batch norms, which constants have not, do not matter. An EfficientNet-Lite is read under its published
+    names too.
     """
     state = read_state(path)
     body = model.detr.backbone[0].body
+    state = efficientnet_to_timm(state, body) if is_efficientnet(state) else state
     wanted = {name: value for name, value in body.state_dict().items() if not name.endswith("num_batches_tracked")}
     first = next(iter(wanted))
     for prefix in sorted({name.removesuffix(first) for name in state if name.endswith(first)}):

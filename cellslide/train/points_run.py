@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from cellslide.errors import UsageError
-from cellslide.models import build_model
-from cellslide.models.muse_layout import fill_backbone
+from cellslide.models import build_model, muse_layout
+from cellslide.models.backbones import holds_network
+from cellslide.models.checkpoint import read_tensors
+from cellslide.models.muse import ConvEncoder
 from cellslide.train.cellvta import load_start
 from cellslide.train.export import ModelWriter, class_specs, drawn_from, model_writer, trained_entry, used, weights_in
 from cellslide.train.loaders import whole_loader
@@ -23,6 +25,7 @@ from cellslide.train.points_losses import UNKNOWN
 from cellslide.train.points_recipe import PointsRecipe
 from cellslide.train.run import Outcome, RunOptions, find_start, fit
 from cellslide.types import DetectDecode
+from cellslide.weights.backbone import fill_backbone
 from cellslide.weights.manifest import WeightsEntry
 
 
@@ -65,9 +68,15 @@ def model_config(recipe: PointsRecipe) -> dict[str, Any]:
 def load_backbone(model: nn.Module, path: Path) -> None:
     """Fill the backbone from a published or pretrained one, or from that of a detector (a file, or a run's folder).
 
-    Heads in the file are left out; raises WeightsError where a tensor of the backbone is missing or of another shape.
+    A file that holds the convolutional encoder alone, as timm or EfficientNet-Lite name it, fills the encoder. Heads in
+    the file are left out; raises WeightsError where a tensor of the backbone is missing or of another shape.
     """
-    fill_backbone(model.get_submodule("backbone"), weights_in(path))
+    file = weights_in(path)
+    encoder = model.get_submodule("backbone").encoder
+    if isinstance(encoder, ConvEncoder) and holds_network(read_tensors(file)[0], encoder.encoder):
+        fill_backbone(encoder.encoder, str(file))
+    else:
+        muse_layout.fill_backbone(model.get_submodule("backbone"), file)
 
 
 def writer(recipe: PointsRecipe, sets: Sequence[PointSet]) -> ModelWriter:
