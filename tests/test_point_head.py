@@ -141,3 +141,24 @@ def test_sizes_survive_plain_values() -> None:
 def test_impossible_heads_are_refused(head: dict[str, object]) -> None:
     with pytest.raises(WeightsError, match=next(iter(head))):
         build_model("muse_points", {**TINY_CONV, "head": head})
+
+
+@pytest.mark.parametrize(("aligned", "alike"), [("pixels", True), ("corners", False)])
+def test_points_by_pixels_do_not_depend_on_the_size_of_the_tile(aligned: str, alike: bool) -> None:
+    torch.manual_seed(0)
+    config = {"encoder": "tf_efficientnet_lite0", "widths": [8, 8, 8, 8], "head": {"hidden": 16}, "aligned": aligned}
+    model: Any = build_model("muse_points", config).eval()
+    for parameter in model.head.deform_layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # untrained, proposals would stay where they are
+    strides, channels = (4, 8, 16, 32), (24, 40, 112, 320)
+    maps = [torch.randn(1, c, 1024 // stride, 1024 // stride) for c, stride in zip(channels, strides, strict=True)]
+    cut = [m[..., 128 // s : 896 // s, 128 // s : 896 // s] for m, s in zip(maps, strides, strict=True)]
+    with torch.inference_mode():
+        whole, part = (
+            model.head.regress((model.backbone.decoder(levels, (size, size)),), (size, size))
+            for levels, size in ((maps, 1024), (cut, 768))
+        )
+    rows = torch.arange(128 * 128).reshape(128, 128)[60:68, 60:68].flatten()
+    same = torch.arange(96 * 96).reshape(96, 96)[44:52, 44:52].flatten()
+    assert torch.allclose(whole[0][0, rows], part[0][0, same] + 128, atol=1e-3) is alike
+    assert torch.allclose(whole[1][0, rows], part[1][0, same], atol=1e-4) is alike

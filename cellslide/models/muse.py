@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cellslide.models.layers import Block, PatchEmbed
+from cellslide.models.layers import Block, PatchEmbed, enlarged
 from cellslide.models.pyramid import conv_network
 
 STRIDE_PX = 4
+Aligned = Literal["corners", "pixels"]
 # Strides of the four maps that the decoder reads.
 _STRIDES = (4, 8, 16, 32)
 
@@ -31,6 +32,8 @@ class MuseConfig:
     img_size        pixels that the stored position embedding stands for.
     widths          channels at strides 4, 8, 16, 32; None: D/4, D/2, D, 2D of a ViT, the encoder's own of a
                     convolutional one. Widths other than its own are reached by 1x1 convolutions.
+    aligned         where maps lie on the image: by the "corners" of the image, as published, so that what is found at a
+                    place depends a little on the size of the tile around it; or by "pixels", so that it does not.
     """
 
     encoder: str = "vit"
@@ -41,8 +44,11 @@ class MuseConfig:
     img_size: int = 224
     extract_layers: tuple[int, int, int, int] = (2, 5, 8, 11)
     widths: tuple[int, int, int, int] | None = None
+    aligned: Aligned = "corners"
 
     def __post_init__(self) -> None:
+        if self.aligned not in get_args(Aligned):
+            raise ValueError(f"aligned {self.aligned!r} must be one of {', '.join(get_args(Aligned))}")
         object.__setattr__(self, "extract_layers", tuple(int(i) for i in self.extract_layers))
         if self.widths is not None:
             object.__setattr__(self, "widths", tuple(int(n) for n in self.widths))
@@ -75,7 +81,9 @@ class MuseConfig:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values that `of` reads back."""
         plain = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
-        return plain if self.is_vit else {"encoder": self.encoder, "widths": plain["widths"]}
+        if self.is_vit:
+            return plain
+        return {"encoder": self.encoder, "widths": plain["widths"], "aligned": self.aligned}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -106,7 +114,7 @@ class MuseBackbone(nn.Module):
         own = self.encoder.channels
         d = config.embed_dim
         widths = config.widths or ((d // 4, d // 2, d, 2 * d) if config.is_vit else own)
-        self.decoder = Decoder(own, widths, mapped=config.is_vit or widths != own)
+        self.decoder = Decoder(own, widths, config.is_vit or widths != own, config.aligned)
         self.dim, self.image_dim = 4 * widths[0], own[-1]
 
     def forward(self, x: Tensor) -> MuseFeatures:
@@ -119,20 +127,22 @@ class MuseBackbone(nn.Module):
 
     def nucleus_features(self, feature_map: Tensor, points: Tensor) -> Tensor:
         """Return (B, N, D), read from the map (B, D, H/4, W/4) at `points` (B, N, 2), x and y in input pixels."""
-        return sample_points(feature_map, points, STRIDE_PX)
+        return sample_points(feature_map, points, STRIDE_PX, self.config.aligned)
 
 
-def sample_points(feature_map: Tensor, points: Tensor, stride: int) -> Tensor:
+def sample_points(feature_map: Tensor, points: Tensor, stride: int, aligned: Aligned = "corners") -> Tensor:
     """Read a map (B, C, h, w) at `points` (B, N, 2), x and y in pixels `stride` times smaller than the map's.
 
-    Returns (B, N, C). Bilinear by the rule of the published models: 0 is the centre of the first pixel of the map and
-    w * stride that of the last (align_corners), zero outside.
+    Returns (B, N, C). Bilinear, zero outside. By the "corners", the rule of the published models, 0 is the centre of
+    the first pixel of the map and w * stride that of the last; by "pixels", pixel i covers [i, i + 1) * stride.
     """
     # Half precision cannot tell neighbouring pixels of a large tile apart.
     wide = torch.promote_types(feature_map.dtype, torch.float32)
     size = torch.tensor([feature_map.shape[-1], feature_map.shape[-2]], dtype=wide, device=points.device) * stride
     grid = (2 * points.to(wide) / size - 1).unsqueeze(1)
-    sampled = F.grid_sample(feature_map.to(wide), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    sampled = F.grid_sample(
+        feature_map.to(wide), grid, mode="bilinear", padding_mode="zeros", align_corners=aligned == "corners"
+    )
     return sampled.squeeze(2).transpose(1, 2).to(feature_map.dtype)
 
 
@@ -220,17 +230,18 @@ class Decoder(nn.Module):
     mapped  a 1x1 convolution takes each map of the encoder to its width first.
     """
 
-    def __init__(self, channels: Sequence[int], widths: Sequence[int], mapped: bool) -> None:
+    def __init__(self, channels: Sequence[int], widths: Sequence[int], mapped: bool, aligned: Aligned) -> None:
         super().__init__()
         w1, w2, w3, w4 = widths
+        self.aligned = aligned
         if mapped:
             pairs = zip(channels, widths, strict=True)
             self.dim_map_layers = nn.ModuleList(nn.Conv2d(c, w, 1, bias=False) for c, w in pairs)
         self.mapped = mapped
-        self.decoder3 = DecoderBlock(w4 + w3, w3)
-        self.decoder2 = DecoderBlock(w3 + w2, w2)
-        self.decoder1 = DecoderBlock(w2 + w1, w1)
-        self.hyper_feats = HyperFeatures(widths, w1)
+        self.decoder3 = DecoderBlock(w4 + w3, w3, aligned)
+        self.decoder2 = DecoderBlock(w3 + w2, w2, aligned)
+        self.decoder1 = DecoderBlock(w2 + w1, w1, aligned)
+        self.hyper_feats = HyperFeatures(widths, w1, aligned)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Return (B, 4 * w1, H/4, W/4) for `size` (H, W) in input pixels."""
@@ -239,7 +250,7 @@ class Decoder(nn.Module):
         # What stands at its stride already is not touched; a ViT's maps all come at stride 16. An odd grid of patches
         # has no half, so the coarsest map is rounded down, as published, and later levels follow the finer one.
         e1, e2, e3, e4 = (
-            resize(level, (size[0] // stride, size[1] // stride)) if self.mapped else level
+            resize(level, (size[0] // stride, size[1] // stride), self.aligned) if self.mapped else level
             for level, stride in zip(maps, _STRIDES, strict=True)
         )
         d3 = self.decoder3(e4, e3)
@@ -251,13 +262,14 @@ class Decoder(nn.Module):
 class DecoderBlock(nn.Module):
     """A deeper map enlarged to the size of a skip, joined with it, and convolved three times."""
 
-    def __init__(self, c_in: int, c_out: int) -> None:
+    def __init__(self, c_in: int, c_out: int, aligned: Aligned) -> None:
         super().__init__()
+        self.aligned = aligned
         self.first_block = ConvBN(c_in, c_out, 3)
         self.last_block = Residual(c_out)
 
     def forward(self, deeper: Tensor, skip: Tensor) -> Tensor:
-        joined = torch.cat([resize(deeper, (skip.shape[-2], skip.shape[-1])), skip], dim=1)
+        joined = torch.cat([resize(deeper, (skip.shape[-2], skip.shape[-1]), self.aligned), skip], dim=1)
         return self.last_block(F.relu(self.first_block(joined)))
 
 
@@ -289,17 +301,28 @@ class ConvBN(nn.Module):
 class HyperFeatures(nn.Module):
     """All levels at `width` channels each, enlarged to the first one's size and concatenated."""
 
-    def __init__(self, widths: Sequence[int], width: int) -> None:
+    def __init__(self, widths: Sequence[int], width: int, aligned: Aligned) -> None:
         super().__init__()
+        self.aligned = aligned
         self.conv_list = nn.ModuleList(ConvBN(c, width, 1) for c in widths)
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         size = int(levels[0].shape[-2]), int(levels[0].shape[-1])
-        return torch.cat([resize(conv(level), size) for conv, level in zip(self.conv_list, levels, strict=True)], 1)
+        pairs = zip(self.conv_list, levels, strict=True)
+        return torch.cat([resize(conv(level), size, self.aligned) for conv, level in pairs], 1)
 
 
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a map bilinearly with corners aligned; as it is where it has that size."""
+def resize(x: Tensor, size: tuple[int, int], aligned: Aligned = "corners") -> Tensor:
+    """Resize a map (B, C, h, w) bilinearly to `size`, with its corners or its pixels aligned; as it is at that size.
+
+    By pixels a map is enlarged by a whole factor and cut off, since a map of an odd size reaches further than the one
+    above it; one that must shrink is averaged.
+    """
     if (x.shape[-2], x.shape[-1]) == tuple(size):
         return x
+    if aligned == "pixels":
+        factor = -(-size[0] // x.shape[-2])
+        if factor == 1:
+            return F.adaptive_avg_pool2d(x, size)
+        return enlarged(x, factor)[..., : size[0], : size[1]]
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)

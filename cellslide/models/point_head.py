@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from cellslide.models.muse import STRIDE_PX, MuseBackbone, MuseConfig, MuseFeatures, sample_points
+from cellslide.models.muse import STRIDE_PX, Aligned, MuseBackbone, MuseConfig, MuseFeatures, sample_points
 
 Keep = Literal["argmax", "all"]
 
@@ -63,10 +63,11 @@ class PointHead(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, n_classes: int, hidden: int, space_px: int, aux_mask: bool = False, n_maps: int = 1
-    ) -> None:
+        self, in_channels: int, n_classes: int, hidden: int, space_px: int, aux_mask: bool = False, n_maps: int = 1,
+        aligned: Aligned = "corners",
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.space_px = space_px
+        self.space_px, self.aligned = space_px, aligned
         self.deform_layer = PointMlp(in_channels, hidden, 2)
         self.conv = nn.Conv2d(n_maps * in_channels, hidden, 3, padding=1)
         self.reg_head = PointMlp(hidden, hidden, 2)
@@ -87,8 +88,8 @@ class PointHead(nn.Module):
         # Not len(): the exporter would take the batch of its example for the only one.
         start = grid.flatten(0, 1).expand(maps[0].shape[0], -1, -1)
         # Places are kept in float32: half precision cannot tell neighbouring pixels of a large tile apart.
-        moved = start + self.deform_layer(sample_points(maps[0], start, STRIDE_PX)).float()
-        read = [sample_points(level, moved, STRIDE_PX * 2**i) for i, level in enumerate(maps)]
+        moved = start + self.deform_layer(sample_points(maps[0], start, STRIDE_PX, self.aligned)).float()
+        read = [sample_points(level, moved, STRIDE_PX * 2**i, self.aligned) for i, level in enumerate(maps)]
         cells = torch.cat(read, dim=-1).transpose(1, 2).unflatten(2, grid.shape[:2])
         features = self.conv(cells).flatten(2).transpose(1, 2)
         return moved + self.reg_head(features).float(), self.cls_head(features)
@@ -182,7 +183,10 @@ class MusePoints(nn.Module):
         self.config = config
         head = config.head
         self.backbone = MuseBackbone(config.backbone)
-        self.head = PointHead(self.backbone.dim, head.n_classes, head.hidden, head.space_px, head.aux_mask)
+        self.head = PointHead(
+            self.backbone.dim, head.n_classes, head.hidden, head.space_px, head.aux_mask,
+            aligned=config.backbone.aligned,
+        )  # fmt: skip
 
     @property
     def n_types(self) -> int:
