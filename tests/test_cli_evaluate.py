@@ -158,7 +158,7 @@ def fake_network(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     manifest = SimpleNamespace(load=lambda: SimpleNamespace(entries={}))
     modules = {
         "weights": SimpleNamespace(load_model=lambda model, weights: SimpleNamespace(spec=spec), Manifest=manifest),
-        "segmenter": SimpleNamespace(open_segmenter=lambda loaded, config: Opened()),
+        "inference.segmenter": SimpleNamespace(open_segmenter=lambda loaded, config: Opened()),
         "pipeline": SimpleNamespace(segment_array=segment_array),
     }
     for name, module in modules.items():

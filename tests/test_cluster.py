@@ -34,8 +34,9 @@ from cellslide.inference.segmenter import open_segmenter
 from cellslide.pipeline import segment_slide
 from cellslide.progress import Silent, Watch
 from cellslide.slides.inputs import SlideInput
+from cellslide.store.atomic import write_json
 from cellslide.store.cell_table import open_table
-from cellslide.store.run_record import read_record, write_json
+from cellslide.store.run_record import read_record
 from cellslide.store.tile_checkpoint import PARTS_FOLDER
 from tests.cluster_fakes import POISON, load_deadly, load_fake_classifier
 from tests.painted import paint_slide

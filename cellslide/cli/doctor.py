@@ -38,6 +38,7 @@ REQUIRED: tuple[tuple[str, str, str], ...] = (
     ("opencv-python-headless|opencv-python", "cv2", "4.8"),
     ("openslide-bin", "openslide_bin", "4.0.1"),
     ("openslide-python", "openslide", "1.4"),
+    ("orjson", "orjson", "3.10"),
     ("pandas", "pandas", "2.0"),
     ("pillow", "PIL", "10.3"),
     ("psutil", "psutil", "5.9"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -13,12 +12,12 @@ from cellslide.report.images import color_of, dots_uri, heat_uri, shape_of, smoo
 from cellslide.report.looks import CROP_PX, CROP_UM, Crop, Sharpness
 from cellslide.report.picks import Kind, Pick
 from cellslide.report.quality import Flag
+from cellslide.report.rendering import part, template
 from cellslide.report.searched import Searched
 from cellslide.report.tally import Tally
 from cellslide.store.cell_table import CellTable
 from cellslide.types import RunRecord, UInt8, hex_color
 
-HERE = Path(__file__).parent
 TITLES: dict[Kind, str] = {
     "sure": "most certain", "unsure": "least certain", "disputed": "most disputed", "small": "smallest",
     "large": "largest",
@@ -116,16 +115,10 @@ class Strip:
 
 def render(material: Material, budget: Budget) -> str:
     """Return the page as HTML."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(HERE)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     tally, record = material.tally, material.record
-    return environment.get_template("report.html").render(
+    return template("report.html").render(
         material=material, tally=tally, record=record, info=material.table.slide,
-        style=(HERE / "style.css").read_text(encoding="utf-8"),
+        style=part("report.css"),
         verdict=verdict(material.flags), rows=class_rows(material), others=other_rows(tally),
         size=frame_size(material), heat_size=heat_size(material), overlay=overlay(material),
         picture=None if material.picture is None else webp_uri(material.picture, budget.quality),

@@ -17,9 +17,10 @@ from cellslide.report.searched import read_searched
 from cellslide.report.tally import Frame, Tally, tally_cells
 from cellslide.slides.reopen import reopen_or_why
 from cellslide.slides.slide import Slide
+from cellslide.store.atomic import write_text
 from cellslide.store.cell_table import CellTable, open_table
 from cellslide.store.lock import hold
-from cellslide.store.run_record import RUN_FILE, TABLE, read_record, write_text
+from cellslide.store.run_record import RUN_FILE, TABLE, read_record
 from cellslide.types import Float64, UInt8
 
 PAGE_FILE = "report.html"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cellslide.errors import WeightsError
-from cellslide.store.run_record import write_text
+from cellslide.store.atomic import write_text
 from cellslide.weights.manifest import ENTRY_FILE, WeightsEntry
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from cellslide.classify.store import PartialProbs
 from cellslide.errors import CellslideError, SlideError
-from cellslide.store.run_record import read_record, write_json, write_record
+from cellslide.store.atomic import write_json
+from cellslide.store.run_record import read_record, write_record
 from cellslide.store.tile_checkpoint import PARTS_FOLDER
 
 FILE = ".begun.json"
