@@ -94,7 +94,7 @@ def run_slide(
         if earlier := finished(folder, record, config.output, watch):
             return earlier, True
         parts = Parts.open(folder, fingerprint(record), config.output.overwrite)
-        with kept(record, folder, segmenter, began):
+        with recorded_run(record, folder, segmenter, began):
             layout = lay_out(slide, segmenter)
             write_searched(folder, layout, slide, config)
             detect_tiles(slide, layout, segmenter, parts, record, watch)
@@ -121,7 +121,7 @@ def write_slide(source: SlideInput, setup: Setup, out_dir: Path, watch: Watch = 
     record.status, record.error, record.counts.nuclei = "running", None, 0
     with open_source(source, config) as slide, held(folder, watch) as watch:
         parts = Parts.open(folder, fingerprint(record))
-        with kept(record, folder, setup, began):
+        with recorded_run(record, folder, setup, began):
             layout = lay_out(slide, setup)
             count_tiles(layout, parts, record)
             write_cells(folder, slide.info, layout, setup, parts, record, watch)
@@ -219,7 +219,7 @@ def write_missing(folder: Path, output: OutputConfig, record: RunRecord, watch: 
 
 
 @contextmanager
-def kept(record: RunRecord, folder: Path, segmenter: Segmenter | Setup, began: float) -> Iterator[None]:
+def recorded_run(record: RunRecord, folder: Path, segmenter: Segmenter | Setup, began: float) -> Iterator[None]:
     """Keep `run.json` true: "running" now, at the end complete, or how it stopped and why."""
     write_record(folder, record)
     try:

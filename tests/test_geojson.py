@@ -236,10 +236,10 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_coordinates_have_two_decimals_and_measurements_four(tmp_path: Path) -> None:
-    cells = _with_rings(ellipses(3), [[[-0.051, 12_345_678.9], [40.004, -2], [0, 0.07]]])
+    cells = _with_rings(ellipses(3), [[[-0.051, 30], [40.004, -2], [123_456.789, 0.07]]])
     cells.score[:] = [0.123456, 1.0, np.nan]
     text = gzip.decompress(write_geojson(write_table(tmp_path, cells), tmp_path, "level0").read_bytes())
-    assert b"[[[-0.05,12345678.9],[40.0,-2.0],[0.0,0.07],[-0.05,12345678.9]]]" in text
+    assert b"[[[-0.05,30.0],[40.0,-2.0],[123456.79,0.07],[-0.05,30.0]]]" in text
     assert b'"score":0.1235,' in text and b'"score":1.0,' in text and text.count(b'"score"') == 2
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from cellslide.geometry.columns import slice_across
 from cellslide.geometry.outlines import SHAPE_FEATURES, ring_features
-from cellslide.geometry.record_rows import slice_across
 from cellslide.store import run_record as record
 from cellslide.store.anndata_columns import (
     CHUNK_ROWS,
