@@ -15,7 +15,7 @@ import numpy as np
 import tifffile
 from scipy import ndimage
 
-from cellslide.config import InferConfig, OutputConfig, OutputFormat, SegmentConfig, TissueConfig
+from cellslide.config import InferConfig, OutputConfig, SegmentConfig, TissueConfig
 from cellslide.inference.segmenter import open_segmenter
 from cellslide.inference.stream import Detector
 from cellslide.pipeline import run_slide
@@ -82,7 +82,7 @@ def find_discs(image: UInt8) -> Instances:
     )  # fmt: skip
 
 
-def segment_lattice(path: Path, out: Path, formats: tuple[OutputFormat, ...], tile_px: int = 1024) -> RunRecord:
+def segment_lattice(path: Path, out: Path, formats: tuple[str, ...], tile_px: int = 1024) -> RunRecord:
     """Segment a generated slide with the fake engine and return the record of the run."""
     config = SegmentConfig(
         tissue=TissueConfig(enabled=False),

@@ -10,8 +10,6 @@ from cellslide.errors import UsageError
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Engine = Literal["torch", "onnx"]
-OutputFormat = Literal["zarr", "geojson", "parquet", "csv", "labels", "h5ad", "tissuumaps"]
-OUTPUT_FORMATS: tuple[OutputFormat, ...] = ("zarr", "geojson", "parquet", "csv", "labels", "h5ad", "tissuumaps")
 
 
 def _require(ok: bool, flag: str, value: object, legal: str) -> None:
@@ -76,16 +74,15 @@ class InferConfig:
 
 @dataclass(frozen=True, slots=True)
 class OutputConfig:
-    """What is written; the zarr table is always written, since everything else is made from it."""
+    """What is written; the zarr table is always written, since everything else is made from it.
 
-    formats: tuple[OutputFormat, ...] = ("zarr", "geojson")
+    `formats` are names of `formats.registry`.
+    """
+
+    formats: tuple[str, ...] = ("zarr", "geojson")
     geojson_origin: Literal["bounds", "level0"] = "bounds"
     profile: Literal["lean", "full"] = "lean"
     overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        for name in self.formats:
-            _require(name in OUTPUT_FORMATS, "--format", name, "one of " + ", ".join(OUTPUT_FORMATS))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from cellslide import __version__
-from cellslide.config import OUTPUT_FORMATS, OutputConfig, SegmentConfig, TissueConfig
+from cellslide.config import OutputConfig, SegmentConfig, TissueConfig
 from cellslide.errors import CellslideError, Interrupted, SlideError, TileError, UsageError, in_words
-from cellslide.formats.export import export_table
+from cellslide.formats.registry import FORMATS, export_table, find_formats, present_formats
 from cellslide.inference.segmenter import Segmenter, Setup, open_segmenter, resolved
 from cellslide.inference.stream import TileResult
 from cellslide.nuclei.merge import merge_stream, same_point_um, to_cells
@@ -27,9 +27,10 @@ from cellslide.slides.inputs import SlideInput
 from cellslide.slides.slide import Slide, open_slide, slide_from_array
 from cellslide.slides.tiles import TileGrid, fitting_grid, select_tiles
 from cellslide.slides.tissue import TissueMask, find_tissue, write_tissue
-from cellslide.store.atomic import remove_folder, restore
+from cellslide.store.atomic import remove_folder
 from cellslide.store.cell_table import CellTableWriter, open_table
 from cellslide.store.lock import hold
+from cellslide.store.recovery import restore
 from cellslide.store.run_record import (
     TABLE,
     describe_slide,
@@ -56,18 +57,6 @@ from cellslide.types import (
 )
 from cellslide.weights import LoadedModel
 
-# What stands in a slide's folder when a format has been written.
-FILES = {
-    "zarr": TABLE,
-    "geojson": "cells.geojson.*",
-    "parquet": "cells.parquet",
-    "csv": "cells.csv*",
-    "labels": "labels.ome.zarr",
-    "h5ad": "cells.h5ad",
-    "tissuumaps": "cells.tmap",
-}
-# The flags that shape what stands in a format.
-SHAPING = {"geojson_origin": ("geojson",), "profile": ("geojson", "parquet", "csv", "tissuumaps")}
 # A part is written after so many tiles or seconds: a killed run loses little, and a slide is not a thousand files.
 PART_TILES = 64
 PART_SECONDS = 20.0
@@ -105,7 +94,7 @@ def run_slide(
         if earlier := finished(folder, record, config.output, watch):
             return earlier, True
         parts = Parts.open(folder, fingerprint(record), config.output.overwrite)
-        with kept(record, folder, segmenter, began):
+        with recorded_run(record, folder, segmenter, began):
             layout = lay_out(slide, segmenter)
             write_searched(folder, layout, slide, config)
             detect_tiles(slide, layout, segmenter, parts, record, watch)
@@ -132,7 +121,7 @@ def write_slide(source: SlideInput, setup: Setup, out_dir: Path, watch: Watch = 
     record.status, record.error, record.counts.nuclei = "running", None, 0
     with open_source(source, config) as slide, held(folder, watch) as watch:
         parts = Parts.open(folder, fingerprint(record))
-        with kept(record, folder, setup, began):
+        with recorded_run(record, folder, setup, began):
             layout = lay_out(slide, setup)
             count_tiles(layout, parts, record)
             write_cells(folder, slide.info, layout, setup, parts, record, watch)
@@ -216,21 +205,21 @@ def finished(folder: Path, record: RunRecord, output: OutputConfig, watch: Watch
 
 def write_missing(folder: Path, output: OutputConfig, record: RunRecord, watch: Watch) -> None:
     """Write the formats that are asked for and not there, and anew those that other flags have made."""
-    missing = {name for name in output.formats if not any(folder.glob(FILES[name]))}
-    told = record.config.get("output", {})
-    asked = {flag: getattr(output, flag) for flag in SHAPING}
-    changed = {flag for flag, value in asked.items() if told.get(flag, value) != value}
-    outdated = {name for flag in changed for name in SHAPING[flag] if any(folder.glob(FILES[name]))}
-    wanted = tuple(name for name in OUTPUT_FORMATS if name in missing | outdated)
+    missing = {format.name for format in find_formats(output.formats) if not format.is_in(folder)}
+    earlier = record.config.get("output", {})
+    asked = {flag: getattr(output, flag) for format in FORMATS.values() for flag in format.shaped_by}
+    changed = {flag for flag, value in asked.items() if earlier.get(flag, value) != value}
+    outdated = {format.name for format in present_formats(folder) if changed.intersection(format.shaped_by)}
+    wanted = tuple(name for name in FORMATS if name in missing | outdated)
     if wanted:
         write_formats(folder, replace(output, formats=wanted), record, watch)
     if changed:
-        record.config = {**record.config, "output": {**told, **asked}}
+        record.config = {**record.config, "output": {**earlier, **asked}}
         write_record(folder, record)
 
 
 @contextmanager
-def kept(record: RunRecord, folder: Path, segmenter: Segmenter | Setup, began: float) -> Iterator[None]:
+def recorded_run(record: RunRecord, folder: Path, segmenter: Segmenter | Setup, began: float) -> Iterator[None]:
     """Keep `run.json` true: "running" now, at the end complete, or how it stopped and why."""
     write_record(folder, record)
     try:
@@ -387,8 +376,8 @@ def timed(cells: Iterator[Cells], seconds: Seconds) -> Iterator[Cells]:
 
 def with_present(folder: Path, output: OutputConfig) -> OutputConfig:
     """Return the settings with the formats added that lie there already, which a new table makes outdated."""
-    there = (name for name in OUTPUT_FORMATS if name not in output.formats and any(folder.glob(FILES[name])))
-    return replace(output, formats=(*output.formats, *there))
+    there = (format.name for format in present_formats(folder))
+    return replace(output, formats=tuple(dict.fromkeys((*output.formats, *there))))
 
 
 def write_formats(folder: Path, output: OutputConfig, record: RunRecord, watch: Watch) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cellslide.geometry import kernels
-from cellslide.geometry.record_rows import Rings, rings_across, slice_across, slice_rows, take_across
+from cellslide.geometry.columns import Rings, rings_across, slice_across, slice_rows, take_across
 from cellslide.types import Cells, concat
 from tests.random_cells import as_kind, ellipses
 

@@ -14,8 +14,8 @@ from cellslide.classify.targets import expand_targets
 from cellslide.cli.main import cli
 from cellslide.errors import UsageError
 from cellslide.store.anndata_columns import Categorical
-from cellslide.store.atomic import tables_below
 from cellslide.store.cell_table import open_table
+from cellslide.store.recovery import tables_below
 from cellslide.store.run_record import read_record
 from tests.fake_classifier import SPEC, FakeNuClass, fake_loaded
 from tests.fakes import fake_model

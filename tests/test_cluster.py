@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cellslide.batch.dask import guard, stages
+from cellslide.batch.dask import retries as guard
+from cellslide.batch.dask import stages
 from cellslide.batch.dask.connect import Cluster, LocalWorkers, open_cluster
-from cellslide.batch.dask.drive import over_cluster
-from cellslide.batch.dask.guard import guarded
 from cellslide.batch.dask.paths import absolute
+from cellslide.batch.dask.retries import guarded
+from cellslide.batch.dask.scheduler import over_cluster
 from cellslide.batch.dask.stages import Handed, Job, Stage, StageEnd, do_stage
 from cellslide.batch.run import STOPPING, SlideOutcome
-from cellslide.batch.work import SegmentWork
+from cellslide.batch.worker_jobs import SegmentWork
 from cellslide.classify.targets import Target
 from cellslide.cli.cluster import place_of
 from cellslide.cli.main import cli
@@ -34,8 +35,9 @@ from cellslide.inference.segmenter import open_segmenter
 from cellslide.pipeline import segment_slide
 from cellslide.progress import Silent, Watch
 from cellslide.slides.inputs import SlideInput
+from cellslide.store.atomic import write_json
 from cellslide.store.cell_table import open_table
-from cellslide.store.run_record import read_record, write_json
+from cellslide.store.run_record import read_record
 from cellslide.store.tile_checkpoint import PARTS_FOLDER
 from tests.cluster_fakes import POISON, load_deadly, load_fake_classifier
 from tests.painted import paint_slide
@@ -217,7 +219,7 @@ def test_other_errors_are_the_slides_or_everybodys(tmp_path: Path) -> None:
 
 
 def test_a_slide_that_is_given_back_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cellslide.batch.dask.drive.AGAIN_S", 0.0)
+    monkeypatch.setattr("cellslide.batch.dask.scheduler.AGAIN_S", 0.0)
     answers = [FakeFuture("cancelled"), ends(undone=True), done("a")]
     assert drive(FakeClient(lambda *_: answers.pop(0)), tmp_path, "a")["a"].status == "done"
     outcome = drive(FakeClient(lambda *_: ends(undone=True)), tmp_path, "a")["a"]

@@ -19,7 +19,7 @@ from cellslide.classify.targets import Target
 from cellslide.report.cohort_page import page
 from cellslide.report.cohort_row import Row, outliers
 from cellslide.slides.inputs import SlideInput
-from cellslide.store.run_record import write_json
+from cellslide.store.atomic import write_json
 from tests.browser import Chromium
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from cellslide.config import InferConfig, OutputConfig, SegmentConfig, TileConfig, TissueConfig
+from cellslide.config import InferConfig, SegmentConfig, TileConfig, TissueConfig
 from cellslide.errors import UsageError
+from cellslide.formats.registry import find_formats
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ from cellslide.errors import UsageError
         (lambda: TileConfig(256, 129), r"--overlap 129: must be at most half of --tile-size \(128 px\)"),
         (lambda: InferConfig(batch_size=0), r"--batch-size 0: must be auto or 1 to 1024"),
         (lambda: InferConfig(workers=-1), r"--workers -1: must be 0 to 256"),
-        (lambda: OutputConfig(formats=("xml",)), r"--format xml: must be one of zarr, geojson, parquet, csv, labels"),
+        (lambda: find_formats(("xml",)), r"--format xml: must be one of zarr, geojson, parquet, csv, labels"),
         (lambda: SegmentConfig(mpp=25.0), r"--mpp 25.0: must be 0.05 to 2 µm per pixel"),
         (lambda: TissueConfig(enabled=False, mask=Path("m.png")), r"--tissue-mask m.png: must be left out"),
     ],

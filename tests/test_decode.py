@@ -14,8 +14,8 @@ from cellslide.bench import RawMaps, plain_hover, synthetic_maps
 from cellslide.geometry.outlines import ring_areas
 from cellslide.nuclei.hover_decode import decode_hover, hover_instances, measure_instances
 from cellslide.nuclei.hover_energy import gradient_range
-from cellslide.nuclei.hover_published import published_instances
 from cellslide.types import HoverDecode, HoverMaps
+from tests.reference.hover_published import published_instances
 
 MAGNIFICATIONS = {40: HoverDecode("published", 21, 10), 20: HoverDecode("published", 11, 3)}
 OURS = HoverDecode("fixed", kernel_px=11, min_marker_px=3)

@@ -13,10 +13,10 @@ from click.testing import CliRunner
 
 from cellslide.cli.main import cli
 from cellslide.errors import UsageError
-from cellslide.formats import export
+from cellslide.formats import arrow_files
 from cellslide.formats import ome_labels as labels
-from cellslide.formats.export import export_table
 from cellslide.formats.ome_labels import level_shapes
+from cellslide.formats.registry import export_table
 from cellslide.geometry.outlines import rasterise
 from cellslide.store import shapes as spatial
 from cellslide.store.cell_table import Columns, TableExtender, open_table
@@ -29,7 +29,7 @@ from tests.random_cells import CLASSES, as_kind, ellipses, model_spec, run_recor
 def test_parquet_holds_shapes_and_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, n: int) -> None:
     import geopandas
 
-    monkeypatch.setattr(export, "BLOCK_ROWS", 50)
+    monkeypatch.setattr(arrow_files, "BLOCK_ROWS", 50)
     monkeypatch.setattr(spatial, "ROW_GROUP", 40)
     cells = as_kind(ellipses(n), kind)
     table = write_table(tmp_path, cells, model_spec(kind))
@@ -52,7 +52,7 @@ def _top(prob: Any) -> list[int]:
 def test_csv_is_one_line_a_nucleus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pandas
 
-    monkeypatch.setattr(export, "BLOCK_ROWS", 50)
+    monkeypatch.setattr(arrow_files, "BLOCK_ROWS", 50)
     cells = ellipses(130)
     table = write_table(tmp_path, cells)
     path = export_table(table, tmp_path, ("csv",))["csv"]

@@ -17,11 +17,8 @@ import shapely
 from shapely.geometry import shape
 
 from cellslide.formats import geojson
-from cellslide.formats.ascii_columns import MISSING, decimals, vertices
 from cellslide.formats.geojson import write_geojson
-from cellslide.formats.geojson_text import Features, ten_thousandths
-from cellslide.geometry import kernels
-from cellslide.store.cell_table import NUCLEUS, Columns, TableExtender, digits, open_table
+from cellslide.store.cell_table import NUCLEUS, Columns, TableExtender, open_table
 from cellslide.types import Cells
 from tests.qupath_rules import collection_faults, file_faults, read_collections, read_features
 from tests.random_cells import BOUNDS, CLASSES, as_kind, ellipses, model_spec, run_record, slide_info, write_table
@@ -238,25 +235,12 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cells.geojson.gz", "cells.zarr"]
 
 
-@pytest.mark.parametrize("places", [2, 4])
-def test_decimals_are_what_python_prints(places: int) -> None:
-    rng = np.random.default_rng(0)
-    scale = 10**places
-    whole = rng.integers(-(10**7) * scale, 10**7 * scale, 3000)
-    values = np.concatenate([whole, [0, 1, -1, scale, 9999 * scale, 10_000 * scale, 99_999_999 * scale]]) / scale
-    texts = [bytes(row[row != 0]).decode() for row in decimals(values, places)]
-    assert texts == [f"{v:.{places}f}".rstrip("0").rstrip(".") for v in values]
-
-
-def test_a_number_too_large_for_a_coordinate_is_refused() -> None:
-    with pytest.raises(ValueError, match="too large"):
-        decimals(np.array([1e8]), 2)
-
-
-def test_vertices_are_exact_text() -> None:
-    cents = np.array([[-5, 12_345_678_90], [100, -200], [0, 7]])
-    rows = vertices(cents, np.array([True, False, False])).view(np.uint8).reshape(3, -1)
-    assert [bytes(r[r != 0]) for r in rows] == [b"[-0.05,12345678.9]", b",[1,-2]", b",[0,0.07]"]
+def test_coordinates_have_two_decimals_and_measurements_four(tmp_path: Path) -> None:
+    cells = _with_rings(ellipses(3), [[[-0.051, 30], [40.004, -2], [123_456.789, 0.07]]])
+    cells.score[:] = [0.123456, 1.0, np.nan]
+    text = gzip.decompress(write_geojson(write_table(tmp_path, cells), tmp_path, "level0").read_bytes())
+    assert b"[[[-0.05,30.0],[40.0,-2.0],[123456.79,0.07],[-0.05,30.0]]]" in text
+    assert b'"score":0.1235,' in text and b'"score":1.0,' in text and text.count(b'"score"') == 2
 
 
 def test_outlines_keep_their_area(tmp_path: Path) -> None:
@@ -266,56 +250,6 @@ def test_outlines_keep_their_area(tmp_path: Path) -> None:
     rings = np.split(cells.contour_xy, cells.contour_start[1:-1])
     wanted = shapely.area([shapely.Polygon(ring) for ring in rings])
     assert np.allclose([shape(f["geometry"]).area for f in features], wanted, rtol=0.005)
-
-
-@pytest.mark.parametrize("kind", ["mask", "box", "point"])
-def test_without_compiled_loops_the_text_is_the_same(
-    tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cells = ellipses(200)
-    if kind == "mask":
-        cells = _with_rings(
-            cells, [BOW_TIE[:-1], SPIKE[:-1], [[5, 5], [9, 5], [7, 5]], [[-3.25, -2], [9, 0], [9, 9.1]]]
-        )
-    table = write_table(tmp_path, as_kind(cells, kind), model_spec(kind))
-    compiled = gzip.decompress(write_geojson(table, tmp_path, "level0").read_bytes())
-    monkeypatch.setattr(kernels, "available", lambda: False)
-    assert gzip.decompress(write_geojson(table, tmp_path, "level0").read_bytes()) == compiled
-
-
-@pytest.mark.skipif(not kernels.available(), reason="no compiled loops here")
-@pytest.mark.parametrize("point", [True, False])
-def test_features_of_any_numbers_are_the_same_text(point: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng, n = np.random.default_rng(0), 400
-    counts = np.ones(n, np.int64) if point else rng.integers(3, 9, n)
-    start = np.concatenate([[0], np.cumsum(counts)])
-    cents = rng.integers(-(10 ** rng.integers(1, 11, (start[-1], 2))), 10 ** rng.integers(1, 11, (start[-1], 2)))
-    cents[:4] = [[0, -1], [9_999_999_999, -9_999_999_999], [999_999, 1_000_000], [10, -100]]
-    values = {name: rng.integers(-(10**12) + 1, 10**12, n) for name in ("one", "µ²", 'with "quotes" and more')}
-    for column in values.values():
-        column[rng.random(n) < 0.4] = MISSING
-        column[:3] = [0, 1, -(10**12) + 1]
-    uuid = np.array([bytes(rng.integers(48, 58, 36).astype(np.uint8)) for _ in range(n)])
-    uuid[5] = b"short"
-    features = Features(uuid, point, cents, start, ('{"name":"µ"}', "{}"), rng.integers(-1, 2, n), values)
-    compiled = features.text().tobytes()
-    monkeypatch.setattr(kernels, "available", lambda: False)
-    assert compiled == features.text().tobytes()
-    assert len(json.loads(b"[" + compiled[1:] + b"]")) == n
-
-
-def test_measurements_in_ten_thousandths() -> None:
-    values = np.array([0.12345, -2, np.nan, np.inf, 99_999_999.9999])
-    assert ten_thousandths(values, 4).tolist() == [1234, -20_000, MISSING, MISSING, 999_999_999_999]
-    assert ten_thousandths(values[:2], 2).tolist() == [1200, -20_000]
-    with pytest.raises(ValueError, match="too large to be a measurement"):
-        ten_thousandths(np.array([1e8]), 4)
-
-
-def test_digits_are_those_of_numpy() -> None:
-    for low, high in ((0, 10), (0, 1), (7, 7), (95, 105), (10_000, 10_200), (99_999_990, 99_999_999)):
-        values = np.arange(low, high)
-        assert digits(values).tolist() == values.astype("S").tolist()
 
 
 def test_zlib_serves_where_there_is_no_faster_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cellslide.formats import h5ad
-from cellslide.formats.export import export_table
+from cellslide.formats.registry import export_table
 from cellslide.store.cell_table import Categorical, Columns, TableExtender, open_table
 from tests.random_cells import as_kind, ellipses, model_spec, run_record, write_table
 

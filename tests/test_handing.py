@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cellslide.inference import shared_memory as handing
-from cellslide.inference.shared_memory import Blocks, NotSeen, taken
+from cellslide.inference.shared_memory import Blocks, MapsNotSeen, attach
 from cellslide.types import HoverMaps
 
 pytestmark = pytest.mark.skipif(not os.path.isdir(handing.FOLDER), reason="no shared memory as Linux has it")
@@ -31,7 +31,7 @@ def same(a: HoverMaps, b: HoverMaps) -> bool:
 def test_the_same_maps_arrive(typed: bool) -> None:
     blocks, given = Blocks(), [maps(33, seed, typed) for seed in (0, 1)]
     handed = [blocks.put(each) for each in given]
-    assert all(same(taken(there), each) for there, each in zip(handed, given, strict=True) if there is not None)
+    assert all(same(attach(there), each) for there, each in zip(handed, given, strict=True) if there is not None)
     assert None not in handed and len({there.block for there in handed if there is not None}) == 2
     blocks.close()
 
@@ -44,7 +44,7 @@ def test_a_block_that_was_given_back_serves_again_where_it_is_large_enough() -> 
     smaller, larger = blocks.put(maps(20, 1)), blocks.put(maps(80, 2))
     assert smaller is not None and larger is not None
     assert smaller.block == first.block != larger.block
-    assert same(taken(smaller), maps(20, 1)) and same(taken(larger), maps(80, 2))
+    assert same(attach(smaller), maps(20, 1)) and same(attach(larger), maps(80, 2))
     blocks.close()
 
 
@@ -75,8 +75,8 @@ def test_who_may_not_see_a_block_says_so_and_none_is_handed_over_again() -> None
     blocks = Blocks()
     handed = blocks.put(maps(20, 0))
     assert handed is not None
-    with pytest.raises(NotSeen):
-        taken(replace(handed, block=-1, path="/nowhere"))
+    with pytest.raises(MapsNotSeen):
+        attach(replace(handed, block=-1, path="/nowhere"))
     blocks.give_up()
     blocks.give_back(handed)
     assert blocks.put(maps(20, 0)) is None

@@ -16,8 +16,9 @@ from cellslide.batch.run import segment_slides
 from cellslide.errors import BusyError, CellslideError, Interrupted
 from cellslide.inference.segmenter import open_segmenter
 from cellslide.store import lock
-from cellslide.store.atomic import Staging, put_back, restore
+from cellslide.store.atomic import Staging
 from cellslide.store.lock import PREFIX, STALE_S, hold
+from cellslide.store.recovery import put_back, restore
 from tests.conftest import CHECKOUT
 from tests.fakes import fake_model
 from tests.painted import paint_slide

@@ -378,7 +378,7 @@ def test_a_table_of_ours_keeps_everything(tmp_path: Path) -> None:
 
 
 def test_exports_of_ours_are_read_again(tmp_path: Path) -> None:
-    from cellslide.formats.export import export_table
+    from cellslide.formats.registry import export_table
 
     with random_cells.write_table(tmp_path, random_cells.ellipses(40), slide=slide_info()) as table:
         files = export_table(table, tmp_path, ("geojson", "parquet", "csv"))

@@ -7,7 +7,7 @@ import torch
 
 from cellslide.config import InferConfig
 from cellslide.errors import CellslideError
-from cellslide.inference.crop_engine import OnDevice
+from cellslide.inference.micro_batches import OnDevice
 
 
 class Counting(OnDevice):

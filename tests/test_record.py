@@ -8,8 +8,8 @@ import pytest
 
 from cellslide.config import SegmentConfig
 from cellslide.errors import SlideError
+from cellslide.store.atomic import beside, write_text
 from cellslide.store.run_record import (
-    beside,
     describe_slide,
     differences,
     fingerprint,
@@ -19,7 +19,6 @@ from cellslide.store.run_record import (
     read_record,
     to_dict,
     write_record,
-    write_text,
 )
 from cellslide.types import Counts, FailedTile, Level, RunRecord, SlideInfo, WeightsRef
 

@@ -22,15 +22,16 @@ from cellslide.config import SegmentConfig, TissueConfig
 from cellslide.errors import UsageError
 from cellslide.inference.segmenter import open_segmenter
 from cellslide.pipeline import segment_slide
-from cellslide.report import keep_report, needs_report, tally, write_report
+from cellslide.report import keep_report, needs_report, write_report
 from cellslide.report import slide as report_slide
+from cellslide.report import statistics as tally
 from cellslide.report.histogram import Histogram
 from cellslide.report.images import color_of, shape_of
-from cellslide.report.looks import BLURRED, measure_sharpness
 from cellslide.report.page import Budget, render
+from cellslide.report.pixels import BLURRED, measure_sharpness
 from cellslide.report.quality import broken_outlines, flags
 from cellslide.report.seams import SeamCheck
-from cellslide.report.tally import Frame, tally_cells
+from cellslide.report.statistics import Frame, tally_cells
 from cellslide.slides.inputs import SlideInput
 from cellslide.slides.slide import open_slide, slide_from_array
 from cellslide.slides.tiles import tile_grid

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cellslide.errors import UsageError
-from cellslide.slides.inputs import SlideInput, dicom_series, expand_slides
+from cellslide.slides.inputs import SlideInput, expand_slides
+from cellslide.slides.slide_formats import dicom_series
 
 
 def touch(folder: Path, *names: str) -> None:

@@ -20,7 +20,7 @@ from cellslide.geometry.outlines import SHAPE_FEATURES, ring_features
 from cellslide.store import anndata_columns as anndata_store
 from cellslide.store import cell_table as table
 from cellslide.store import shapes as spatial
-from cellslide.store.anndata_columns import CHUNK_ROWS, ColumnWriter, read_ascii, read_obs
+from cellslide.store.anndata_columns import ColumnWriter, read_obs
 from cellslide.store.cell_table import (
     NUCLEUS,
     Categorical,
@@ -356,35 +356,11 @@ def test_outlines_in_their_order_are_those_of_any_range(tmp_path: Path, monkeypa
         stream.take(1)
 
 
-def test_uuids_as_bytes(tmp_path: Path) -> None:
-    table = write_table(tmp_path, ellipses(30))
-    (chunk,) = table.iter_chunks(ascii_uuids=True)
-    assert chunk.uuid.dtype == "S36" and chunk.uuid.astype(str).tolist() == table.vector("uuid").tolist()
-
-
 def test_arrays_are_zarr_v3_in_whole_chunks(tmp_path: Path, small_blocks: None) -> None:
     write_table(tmp_path, ellipses(300))
     group: Any = zarr.open_group(tmp_path / "cells.zarr" / "tables" / "cells", mode="r", zarr_format=3)
     assert group["obs/x"].shape == (300,) and group["obs/x"].chunks[0] < 300
     assert group["obs/_index"][0] == "0" and group["obs/_index"][299] == "299"
-
-
-def test_ascii_columns_are_what_zarr_reads(tmp_path: Path) -> None:
-    group = zarr.open_group(tmp_path / "t", mode="w", zarr_format=3)
-    n = CHUNK_ROWS + 500
-    even = np.array([f"{i:06d}" for i in range(n)], "S6")
-    uneven = np.arange(n).astype("S")
-    writer = ColumnWriter(group)
-    for part in (slice(0, 300), slice(300, n)):
-        writer.append(Columns({"even": even[part], "uneven": uneven[part]}))
-    writer.close()
-    for name, wanted in (("even", even), ("uneven", uneven)):
-        read = read_obs(group, name)
-        assert isinstance(read, np.ndarray) and read.tolist() == wanted.astype(str).tolist()
-        for start, stop in ((0, n), (CHUNK_ROWS - 5, CHUNK_ROWS + 5), (n - 3, n), (7, 7)):
-            assert read_ascii(group, name, start, stop).tolist() == wanted[start:stop].tolist()
-    with pytest.raises(TableError, match="no column"):
-        read_ascii(group, "other", 0, 5)
 
 
 def test_a_column_may_turn_from_ascii_to_any_text(tmp_path: Path) -> None:
@@ -396,8 +372,6 @@ def test_a_column_may_turn_from_ascii_to_any_text(tmp_path: Path) -> None:
     writer.close()
     read = read_obs(group, "a")
     assert isinstance(read, np.ndarray) and read.tolist() == ["one", "two", "drei", "vier µ", "five"]
-    with pytest.raises(TableError, match="not ASCII"):
-        read_ascii(group, "a", 0, 5)
 
 
 def test_places_seen_are_forgotten_only_when_none_can_come_back() -> None:

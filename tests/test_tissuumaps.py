@@ -11,9 +11,9 @@ import numpy as np
 import pandas
 import pytest
 
-from cellslide.formats import export
+from cellslide.formats import arrow_files
 from cellslide.formats.csv_text import as_written
-from cellslide.formats.export import export_table
+from cellslide.formats.registry import export_table
 from cellslide.store.cell_table import CellTableWriter, Columns, TableExtender, open_table
 from cellslide.types import ClassSpec
 from tests.random_cells import BOUNDS, CLASSES, as_kind, ellipses, model_spec, run_record, slide_info, write_table
@@ -32,7 +32,7 @@ def project_of(path: Path) -> dict[str, Any]:
 def test_points_lie_where_the_slide_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, bounds: Any
 ) -> None:
-    monkeypatch.setattr(export, "BLOCK_ROWS", 50)
+    monkeypatch.setattr(arrow_files, "BLOCK_ROWS", 50)
     cells = ellipses(n)
     table = write_table(tmp_path, cells, slide=slide_info(bounds))
     path = export_table(table, tmp_path, ("tissuumaps",))["tissuumaps"]

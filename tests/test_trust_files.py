@@ -19,8 +19,8 @@ from click.testing import CliRunner
 from cellslide.cli.main import cli
 from cellslide.errors import CellslideError, UsageError, WeightsError
 from cellslide.evaluate.dataset import read_dataset
+from cellslide.formats.arrow_files import write_csv
 from cellslide.formats.csv_text import as_written, harmless, harmless_column
-from cellslide.formats.export import write_csv
 from cellslide.formats.importers import import_nuclei, json_stream, read_nuclei
 from cellslide.geometry.outlines import is_tangled, valid_rings
 from cellslide.slides.inputs import expand_slides

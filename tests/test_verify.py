@@ -20,7 +20,7 @@ from cellslide.cli.main import cli
 from cellslide.config import OutputConfig, SegmentConfig, TissueConfig
 from cellslide.errors import UsageError
 from cellslide.formats import geojson
-from cellslide.formats.export import export_table
+from cellslide.formats.registry import export_table
 from cellslide.formats.verify import find_folders, verify_folder
 from cellslide.inference.segmenter import open_segmenter
 from cellslide.pipeline import segment_slide

@@ -32,13 +32,13 @@ from cellslide.store import shapes as spatial
 from cellslide.store.cell_table import open_table
 from cellslide.types import PathProbs
 from cellslide.view import cells as view_cells
-from cellslide.view import policy as view_policy
-from cellslide.view import scene as scene_module
+from cellslide.view import rule as view_policy
+from cellslide.view import slide as scene_module
+from cellslide.view.arrays import pack
 from cellslide.view.cells import CellIndex, density
 from cellslide.view.folders import find_slides
-from cellslide.view.kept import Kept
-from cellslide.view.packing import pack
-from cellslide.view.policy import Decisions, Policy, StoredRule
+from cellslide.view.lru_cache import LruCache
+from cellslide.view.rule import DecisionRule, Decisions, StoredRule
 from cellslide.view.server import LOOPBACK, Server, Viewer, open_server
 from tests.conftest import CHECKOUT
 from tests.random_cells import as_kind, ellipses, model_spec, write_table
@@ -318,10 +318,10 @@ def test_a_slide_is_decided_anew_as_the_gate_does(
         # A policy says its floors itself, so the calibration's are written out.
         given = decision.abstain is not None or decision.thresholds is not None
         full = decision if given else replace(decision, thresholds=CALIBRATION.thresholds, abstain=CALIBRATION.abstain)
-        marks = decisions.marks(Policy(full))
+        marks = decisions.marks(DecisionRule(full))
         np.testing.assert_array_equal(marks, expected_marks(viewed.probs, decision))
         some = np.array([3, 40, 170])
-        np.testing.assert_array_equal(decisions.marks(Policy(full), some), marks[some])
+        np.testing.assert_array_equal(decisions.marks(DecisionRule(full), some), marks[some])
 
 
 def test_the_stored_rule_gives_the_stored_classes(viewed: Viewed, viewer: Viewer) -> None:
@@ -355,7 +355,7 @@ def test_no_safe_gate_without_reliability(viewed: Viewed) -> None:
     stored = StoredRule(DecisionConfig(), replace(CALIBRATION, reliability_local=None), True)
     assert not stored.can_be_safe
     with pytest.raises(UsageError, match="reliability"):
-        Policy.asked({"gate": "safe"}, stored)
+        DecisionRule.asked({"gate": "safe"}, stored)
 
 
 def test_a_crowd_comes_as_counts(viewed: Viewed, viewer: Viewer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,7 +379,7 @@ def test_a_grid_keeps_every_point() -> None:
 
 
 def test_what_is_beyond_the_room_is_dropped() -> None:
-    cache, made = Kept(3_000, len), []
+    cache, made = LruCache(3_000, len), []
     for key in (0, 1, 0, 2, 3, 0, 1):
         value = cache.get(key, lambda key=key: (made.append(key), bytes([key]) * 1_000)[1])
         assert value[0] == key
@@ -487,7 +487,7 @@ def test_a_slide_that_opens_slowly_is_waited_for_by_those_who_want_it(
         with scenes.use(name) as scene:
             return scene.name
 
-    monkeypatch.setattr(scene_module, "Scene", opens)
+    monkeypatch.setattr(scene_module, "ViewedSlide", opens)
     with ThreadPoolExecutor() as pool:
         slow = [pool.submit(look, "slow") for _ in range(2)]
         try:

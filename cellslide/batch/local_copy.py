@@ -6,10 +6,8 @@ index or an OME-TIFF names. What does not fit is read where it lies. What a kill
 
 from __future__ import annotations
 
-import configparser
 import logging
 import os
-import re
 import shutil
 import socket
 import tempfile
@@ -20,19 +18,18 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
-import tifffile
 
 from cellslide.classify.targets import Target
 from cellslide.errors import CellslideError
 from cellslide.progress import IDLE, Watch
-from cellslide.slides.inputs import SlideInput, dicom_series
+from cellslide.slides.inputs import SlideInput
+from cellslide.slides.slide_formats import slide_files
 from cellslide.store.run_record import read_record
 
 PREFIX = "cellslide-stage-"
 # Left free on the local disk, for what else needs it.
 RESERVE_BYTES = 1 << 30
 PIECE_BYTES = 16 << 20
-_OME_FILE = re.compile(r'FileName="([^"]+)"')
 
 IsDone = Callable[[Target], bool]
 
@@ -109,52 +106,8 @@ class LocalCopies:
 
 
 def pieces_of(path: Path) -> list[Piece]:
-    """Return all files of a slide; a part that is named and not there is left out, as the slide has it."""
-    if path.is_dir():
-        return _below(path)
-    suffix = path.suffix.lower()
-    companion = path.with_suffix("")
-    found = [path]
-    if suffix == ".mrxs" and companion.is_dir():
-        return [_piece(path, path.parent), *_below(companion)]
-    if suffix == ".dcm":
-        found = next((series for series in dicom_series(path.parent) if path in series), found)
-    elif suffix in (".vms", ".vmu"):
-        found += _hamamatsu_parts(path)
-    elif suffix in (".tif", ".tiff", ".btf", ".tf8"):
-        found += _ome_parts(path)
-    return [_piece(file, path.parent) for file in found]
-
-
-def _below(folder: Path) -> list[Piece]:
-    return [_piece(file, folder.parent) for file in sorted(folder.rglob("*")) if file.is_file()]
-
-
-def _piece(file: Path, base: Path) -> Piece:
-    return Piece(file, file.relative_to(base), file.stat().st_size)
-
-
-def _hamamatsu_parts(index: Path) -> list[Path]:
-    parser = configparser.ConfigParser(interpolation=None, strict=False)
-    try:
-        parser.read_string(index.read_text(encoding="utf-8", errors="replace"))
-    except configparser.Error:
-        return []
-    return _beside(index, [value for section in parser.sections() for value in parser[section].values()])
-
-
-def _ome_parts(path: Path) -> list[Path]:
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            return _beside(path, _OME_FILE.findall(tiff.ome_metadata or "") if tiff.is_ome else [])
-    except (tifffile.TiffFileError, ValueError, OSError, KeyError, IndexError):
-        return []
-
-
-def _beside(path: Path, names: list[str]) -> list[Path]:
-    """Return those names that are files right beside `path`; what leads elsewhere is no part of the slide."""
-    plain = dict.fromkeys(name for name in names if name and Path(name).name == name and name != path.name)
-    return [path.parent / name for name in plain if (path.parent / name).is_file()]
+    """Return all files of a slide, a folder among them by its own name."""
+    return [Piece(file, file.relative_to(path.parent), file.stat().st_size) for file in slide_files(path)]
 
 
 def _copy(piece: Piece, place: Path, watch: Watch) -> None:

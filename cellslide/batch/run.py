@@ -269,6 +269,7 @@ class StopOnSignal:
         self._before: dict[int, Any] = {}
 
     def __call__(self) -> int | None:
+        """Return the exit code to end with, None while nobody asked to stop."""
         return self._code
 
     def __enter__(self) -> StopOnSignal:

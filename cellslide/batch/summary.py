@@ -25,7 +25,8 @@ from cellslide.errors import CellslideError
 from cellslide.formats.csv_text import harmless
 from cellslide.report.cohort_page import page
 from cellslide.report.cohort_row import Row, outliers
-from cellslide.store.run_record import RUN_FILE, now_utc, plain, read_record, write_json, write_text
+from cellslide.store.atomic import write_json, write_text
+from cellslide.store.run_record import RUN_FILE, now_utc, plain, read_record
 from cellslide.types import RunRecord
 
 SUMMARY_FILE = "summary.csv"

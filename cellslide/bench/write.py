@@ -23,7 +23,7 @@ import numpy as np
 from cellslide.bench.fake import square_slide
 from cellslide.bench.merge import MILLION, UNIT
 from cellslide.bench.rows import BenchOptions, Row, Target, cpu_ms, row
-from cellslide.formats.export import write_csv, write_parquet
+from cellslide.formats.arrow_files import write_csv, write_parquet
 from cellslide.formats.geojson import write_geojson
 from cellslide.store.cell_table import CellTableWriter, open_table
 from cellslide.store.run_record import peak_rss_bytes

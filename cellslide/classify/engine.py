@@ -20,8 +20,8 @@ from torch import Tensor
 from cellslide.classify.decision import temper
 from cellslide.config import ClassifyConfig
 from cellslide.errors import UsageError
-from cellslide.inference.crop_engine import OnDevice
 from cellslide.inference.crops import CropCutter, RegionRead, read_region
+from cellslide.inference.micro_batches import OnDevice
 from cellslide.slides.slide import Slide
 from cellslide.types import ClassifierSpec, CropSpec, Float32, Int64, PathProbs, Plane
 

@@ -21,7 +21,8 @@ from cellslide.classify.engine import Classifier
 from cellslide.classify.store import PartialProbs
 from cellslide.config import ClassifyConfig, OutputConfig, TissueConfig
 from cellslide.errors import SlideError, UsageError
-from cellslide.pipeline import FILES, write_formats, write_missing
+from cellslide.formats.registry import present_formats
+from cellslide.pipeline import write_formats, write_missing
 from cellslide.progress import IDLE, Watch
 from cellslide.slides.slide import Slide
 from cellslide.slides.tissue import find_tissue
@@ -307,7 +308,7 @@ def described(rule: Rule) -> dict[str, Any]:
 
 def finish(folder: Path, record: RunRecord, output: OutputConfig, began: float, watch: Watch, peak: int) -> None:
     """Write the other formats anew, those that are there and those asked for, then `run.json`."""
-    there = (name for name in FILES if name != "labels" and any(folder.glob(FILES[name])))
+    there = (format.name for format in present_formats(folder) if format.typed)
     formats: Any = tuple(dict.fromkeys([*output.formats, *there]))
     write_formats(folder, replace(output, formats=formats), record, watch)
     shaped = {"geojson_origin": output.geojson_origin, "profile": output.profile}

@@ -9,8 +9,8 @@ from pathlib import Path
 from cellslide.errors import SlideError, UsageError
 from cellslide.slides.inputs import SlideInput, expand_slides
 from cellslide.slides.slide import Slide, open_slide
-from cellslide.store.atomic import put_back, tables_below
 from cellslide.store.cell_table import open_table
+from cellslide.store.recovery import put_back, tables_below
 from cellslide.store.run_record import TABLE
 from cellslide.types import SlideInfo
 

@@ -139,7 +139,7 @@ def write_entry(path: Path, entry: WeightsEntry, calibration: Calibration) -> No
 
     import yaml
 
-    from cellslide.store.run_record import write_text
+    from cellslide.store.atomic import write_text
     from cellslide.weights.classifier import calibration_as_yaml
 
     values, safe_gate = calibration_as_yaml(calibration)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cellslide.cli.cluster import cluster_options, ended, on_cluster, place_of
-from cellslide.cli.many import Telling, copies_in, finish, ledger_for, on_devices, one_by_one, stage_option, telling
+from cellslide.cli.many import RunOutput, copies_in, finish, ledger_for, on_devices, one_by_one, stage_option, telling
 from cellslide.cli.options import (
     FILE,
     batch_size_option,
@@ -31,7 +31,7 @@ from cellslide.errors import UsageError
 if TYPE_CHECKING:
     from cellslide.batch.local_copy import LocalCopies
     from cellslide.batch.run import SlideOutcome
-    from cellslide.batch.work import ClassifyWork
+    from cellslide.batch.worker_jobs import ClassifyWork
     from cellslide.classify import Classifier
     from cellslide.classify.columns import Rule
     from cellslide.classify.targets import Target
@@ -144,7 +144,7 @@ def command(
       cellslide classify out --gate safe --regate
       cellslide classify slide.svs -o out --cells qupath.geojson --organ breast
     """
-    from cellslide.batch.device_pool import parse_devices
+    from cellslide.batch.workers import parse_devices
     from cellslide.classify.targets import expand_targets
 
     config = to_config(**settings)
@@ -223,7 +223,7 @@ def organ_finder(spec: ClassifierSpec, given: str | None) -> Callable[[str | Non
 
 def work_of(config: ClassifyConfig, rule: Rule, copies: LocalCopies | None) -> ClassifyWork:
     """Return what the process of a device does to type slides."""
-    from cellslide.batch.work import ClassifyWork
+    from cellslide.batch.worker_jobs import ClassifyWork
 
     return ClassifyWork(config, rule, partial(organ_finder, given=config.organ), copies)
 
@@ -256,7 +256,7 @@ def run(
     rule: Rule,
     organ_of: Callable[[str | None], Organ],
     copies: LocalCopies | None,
-    tell: Telling,
+    tell: RunOutput,
 ) -> list[SlideOutcome]:
     """Type the slides, one after another."""
     from cellslide.batch.local_copy import done_before
@@ -269,7 +269,7 @@ def run(
 
 
 def regate_all(
-    targets: list[Target], config: ClassifyConfig, flags: dict[str, Any], tell: Telling
+    targets: list[Target], config: ClassifyConfig, flags: dict[str, Any], tell: RunOutput
 ) -> list[SlideOutcome]:
     """Apply the rule of the flags to typed folders; returns how each ended."""
     from cellslide.batch.run import regate_slides

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from cellslide.cli.many import Telling, told, watched
+from cellslide.cli.many import RunOutput, told, watched
 from cellslide.cli.options import chain
 from cellslide.errors import UsageError
 
 if TYPE_CHECKING:
     from cellslide.batch.run import SlideOutcome
-    from cellslide.batch.work import ClassifyWork, SegmentWork
+    from cellslide.batch.worker_jobs import ClassifyWork, SegmentWork
     from cellslide.classify.targets import Target
 
 # So long (s) the command may take to end when all is done; Dask now and then never does.
@@ -59,12 +59,12 @@ def place_of(scheduler: str | None, jobs: int | None, devices: Sequence[str]) ->
 
 
 def on_cluster(
-    place: Place, segment: SegmentWork | None, classify: ClassifyWork | None, targets: Sequence[Target], tell: Telling
+    place: Place, segment: SegmentWork | None, classify: ClassifyWork | None, targets: Sequence[Target], tell: RunOutput
 ) -> list[SlideOutcome]:
     """Find the nuclei of slides, type them, or both, by Dask; returns how each ended, in the order of the slides."""
     from cellslide.batch.dask.connect import open_cluster, require_dask, share_of_cores
-    from cellslide.batch.dask.drive import over_cluster
     from cellslide.batch.dask.paths import absolute
+    from cellslide.batch.dask.scheduler import over_cluster
     from cellslide.batch.dask.stages import Job
 
     require_dask()
@@ -90,7 +90,7 @@ Work = TypeVar("Work", "SegmentWork", "ClassifyWork")
 
 def shared(work: Work, jobs: int | None) -> Work:
     """Return the work of one of `jobs` processes on this machine, which decodes on its share of the cores."""
-    from cellslide.batch.work import on_device
+    from cellslide.batch.worker_jobs import on_device
 
     if jobs is None:
         return work

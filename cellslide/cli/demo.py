@@ -12,7 +12,7 @@ from cellslide.cli.options import FOLDER, device_option, run_options
 if TYPE_CHECKING:
     from cellslide.batch.run import SlideOutcome
     from cellslide.classify.targets import Target
-    from cellslide.cli.many import Telling
+    from cellslide.cli.many import RunOutput
     from cellslide.config import SegmentConfig
 
 DETAIL_PX = 800
@@ -73,7 +73,7 @@ def process(path: Path, output: Path, device: str, no_progress: bool, log_json: 
     return finish(run_both(targets, config, tell) if typed else run(targets, config, [device], None, tell), tell)
 
 
-def run_both(targets: list[Target], config: SegmentConfig, tell: Telling) -> list[SlideOutcome]:
+def run_both(targets: list[Target], config: SegmentConfig, tell: RunOutput) -> list[SlideOutcome]:
     """Segment the slide and type its nuclei with the classifier that ships, for its first organ."""
     from cellslide.classify.columns import Rule
     from cellslide.classify.decision import DecisionConfig

@@ -1,4 +1,4 @@
-"""`cellslide doctor`: is everything here that the other commands need?"""
+"""`cellslide doctor`: checks that everything is here that the other commands need."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ REQUIRED: tuple[tuple[str, str, str], ...] = (
     ("opencv-python-headless|opencv-python", "cv2", "4.8"),
     ("openslide-bin", "openslide_bin", "4.0.1"),
     ("openslide-python", "openslide", "1.4"),
+    ("orjson", "orjson", "3.10"),
     ("pandas", "pandas", "2.0"),
     ("pillow", "PIL", "10.3"),
+    ("platformdirs", "platformdirs", "4.0"),
     ("psutil", "psutil", "5.9"),
     ("pyarrow", "pyarrow", "16"),
     ("pyyaml", "yaml", "6.0"),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cellslide.progress import Watch
 
 from cellslide.cli.classify import bring_cells, cells_options
-from cellslide.cli.many import Telling, finish, ledger_for, one_by_one, telling
+from cellslide.cli.many import RunOutput, finish, ledger_for, one_by_one, telling
 
 reading_options = chain(
     click.option(
@@ -109,7 +109,7 @@ def _with_cells(targets: list[Target], flags: dict[str, Any]) -> Target:
     return bring_cells(targets, ClassifyConfig(**{name: flags[name] for name in names}, output=output))
 
 
-def _run(targets: list[Target], embedder: Embedder, tell: Telling) -> list[SlideOutcome]:
+def _run(targets: list[Target], embedder: Embedder, tell: RunOutput) -> list[SlideOutcome]:
     from cellslide.batch.run import embed_slides
 
     def work(stream: Iterator[Target], watch: Watch) -> Iterator[SlideOutcome]:

@@ -101,7 +101,7 @@ def command(
     from cellslide.evaluate.protocols import protocol_of
     from cellslide.evaluate.report import pixel_size, write_per_image
     from cellslide.evaluate.score import ClassSet, dataset_classes
-    from cellslide.store.run_record import write_text
+    from cellslide.store.atomic import write_text
 
     for file in (json_file, per_image):
         if file is not None:

@@ -43,7 +43,7 @@ def find_tables(folders: tuple[Path, ...]) -> list[Path]:
 
     Raises UsageError naming the first folder that has none.
     """
-    from cellslide.store.atomic import tables_below
+    from cellslide.store.recovery import tables_below
     from cellslide.store.run_record import TABLE
 
     found: dict[Path, None] = {}
@@ -56,10 +56,10 @@ def find_tables(folders: tuple[Path, ...]) -> list[Path]:
 
 
 def _export_one(path: Path, config: OutputConfig) -> bool:
-    from cellslide.formats.export import export_table
-    from cellslide.store.atomic import restore
+    from cellslide.formats.registry import export_table
     from cellslide.store.cell_table import open_table
     from cellslide.store.lock import hold
+    from cellslide.store.recovery import restore
 
     try:
         with hold(path.parent):

@@ -16,9 +16,9 @@ from cellslide.cli.options import FOLDER
 
 if TYPE_CHECKING:
     from cellslide.batch import Ledger
-    from cellslide.batch.device_pool import Work
     from cellslide.batch.local_copy import LocalCopies
     from cellslide.batch.run import SlideOutcome
+    from cellslide.batch.workers import Work
     from cellslide.classify.targets import Target
     from cellslide.cli.progress import RunProgress
     from cellslide.progress import StopCheck, Watch
@@ -35,7 +35,7 @@ Pairs = Iterable[tuple["Target", "SlideOutcome"]]
 
 
 @dataclass(frozen=True, slots=True)
-class Telling:
+class RunOutput:
     """What is told of a run: a JSON line per slide, a bar or lines, and the summary in the output folder."""
 
     log_json: bool
@@ -43,10 +43,10 @@ class Telling:
     ledger: Ledger
 
 
-def telling(log_json: bool, no_progress: bool, ledger: Ledger) -> Telling:
+def telling(log_json: bool, no_progress: bool, ledger: Ledger) -> RunOutput:
     """Return what the flags ask to be told; -q silences all but errors."""
     shown = not no_progress and logging.getLogger("cellslide").isEnabledFor(logging.INFO)
-    return Telling(log_json, shown, ledger)
+    return RunOutput(log_json, shown, ledger)
 
 
 def copies_in(stage_dir: Path | None) -> LocalCopies | None:
@@ -83,7 +83,7 @@ def watched(slides: int, shown: bool, stages: int = 1) -> Iterator[tuple[RunProg
 def one_by_one(
     targets: Sequence[Target],
     work: Callable[[Iterator[Target], Watch], Iterator[SlideOutcome]],
-    tell: Telling,
+    tell: RunOutput,
     copies: LocalCopies | None,
     is_done: Callable[[Target], bool],
     stages: int = 1,
@@ -99,16 +99,16 @@ def one_by_one(
 
 
 def on_devices(
-    work: Work, targets: Sequence[Target], devices: Sequence[str], tell: Telling, stages: int = 1
+    work: Work, targets: Sequence[Target], devices: Sequence[str], tell: RunOutput, stages: int = 1
 ) -> list[SlideOutcome]:
     """Do slides on several devices, a process each."""
-    from cellslide.batch.device_pool import over_devices
+    from cellslide.batch.workers import over_devices
 
     with watched(len(targets), tell.shown, stages) as (progress, stop):
         return told(over_devices(work, targets, devices, progress.lane, stop), tell, progress)
 
 
-def told(pairs: Pairs, tell: Telling, progress: RunProgress) -> list[SlideOutcome]:
+def told(pairs: Pairs, tell: RunOutput, progress: RunProgress) -> list[SlideOutcome]:
     """Tell of slides as they end; the summary is written at the end, also of a run that was stopped."""
     outcomes = []
     try:
@@ -125,7 +125,7 @@ def told(pairs: Pairs, tell: Telling, progress: RunProgress) -> list[SlideOutcom
     return outcomes
 
 
-def finish(outcomes: list[SlideOutcome], tell: Telling) -> int:
+def finish(outcomes: list[SlideOutcome], tell: RunOutput) -> int:
     """Show the summary and the errors; return the exit code."""
     from cellslide.batch import PAGE_FILE
     from cellslide.batch.run import exit_code

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
-from cellslide.config import OUTPUT_FORMATS
 from cellslide.errors import one_line
+from cellslide.formats.registry import FORMATS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,9 +53,9 @@ def _batch_size(ctx: click.Context, param: click.Parameter, value: str) -> int |
 
 def _formats(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
-    wrong = [name for name in names if name not in OUTPUT_FORMATS]
+    wrong = [name for name in names if name not in FORMATS]
     if wrong:
-        raise click.BadParameter(f"{', '.join(wrong)}: must be among {', '.join(OUTPUT_FORMATS)}")
+        raise click.BadParameter(f"{', '.join(wrong)}: must be among {', '.join(FORMATS)}")
     return names
 
 
@@ -63,7 +63,7 @@ def format_option(default: str = "zarr,geojson") -> Callable[[F], F]:
     """Return the option `--format a,b` (parameter `formats`, tuple of checked names)."""
     return click.option(
         "--format", "formats", default=default, show_default=True, callback=_formats,
-        help="What to write, with commas: " + ", ".join(OUTPUT_FORMATS) + ".",
+        help="What to write, with commas: " + ", ".join(FORMATS) + ".",
     )  # fmt: skip
 
 

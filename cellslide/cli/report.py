@@ -37,8 +37,8 @@ def command(folders: tuple[Path, ...], slide: Path | None) -> None:
 
 def _report_one(folder: Path, slide: Path | None) -> bool:
     from cellslide.report import write_report
-    from cellslide.store.atomic import restore
     from cellslide.store.lock import hold
+    from cellslide.store.recovery import restore
 
     try:
         with hold(folder):

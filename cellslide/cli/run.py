@@ -22,7 +22,7 @@ from cellslide.cli.classify import (
 from cellslide.cli.classify import to_config as to_classify_config
 from cellslide.cli.cluster import cluster_options, ended, on_cluster, place_of
 from cellslide.cli.many import (
-    Telling,
+    RunOutput,
     copies_in,
     finish,
     ledger_for,
@@ -118,13 +118,13 @@ def command(
     if not sources:
         click.echo("no slide falls into this shard", err=True)
         return 0
-    from cellslide.batch.device_pool import parse_devices
+    from cellslide.batch.workers import parse_devices
 
     devices = parse_devices(config.infer.device)
     config, classify_config = at_first(config, devices), at_first(classify_config, devices)
     place = place_of(scheduler, jobs, devices)
     if place is not None:
-        from cellslide.batch.work import SegmentWork
+        from cellslide.batch.worker_jobs import SegmentWork
         from cellslide.weights import load_model
 
         found, typed = (
@@ -140,7 +140,7 @@ def command(
     targets, copies = to_targets(sources, output), copies_in(stage_dir)
     tell = telling(log_json, no_progress, ledger_for(targets, output))
     if len(devices) > 1:
-        from cellslide.batch.work import RunWork, SegmentWork
+        from cellslide.batch.worker_jobs import RunWork, SegmentWork
 
         work = RunWork(SegmentWork(config, copies), work_of(classify_config, rule, copies))
         return finish(on_devices(work, targets, devices, tell, stages=2), tell)
@@ -162,7 +162,7 @@ def run(
     rule: Rule,
     organ_of: Callable[[str | None], Organ],
     copies: LocalCopies | None,
-    tell: Telling,
+    tell: RunOutput,
 ) -> list[SlideOutcome]:
     """Segment and type the slides, one after another."""
     from cellslide.batch.local_copy import done_before

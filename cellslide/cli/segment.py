@@ -11,7 +11,7 @@ import click
 
 from cellslide.cli.cluster import cluster_options, ended, on_cluster, place_of
 from cellslide.cli.many import (
-    Telling,
+    RunOutput,
     copies_in,
     finish,
     ledger_for,
@@ -105,7 +105,7 @@ def command(
     if not sources:
         click.echo("no slide falls into this shard", err=True)
         return 0
-    from cellslide.batch.device_pool import parse_devices
+    from cellslide.batch.workers import parse_devices
 
     devices = parse_devices(config.infer.device)
     config = replace(config, infer=replace(config.infer, device=devices[0]))
@@ -115,7 +115,7 @@ def command(
     targets = to_targets(sources, output)
     tell = telling(log_json, no_progress, ledger_for(targets, output))
     if place is not None:
-        from cellslide.batch.work import SegmentWork
+        from cellslide.batch.worker_jobs import SegmentWork
         from cellslide.weights import load_model
 
         work = SegmentWork(config, copies_in(stage_dir), load_model)
@@ -151,11 +151,11 @@ def chosen_slides(args: Sequence[str], shard: tuple[int, int] | None) -> list[Sl
 
 
 def run(
-    targets: list[Target], config: SegmentConfig, devices: Sequence[str], copies: LocalCopies | None, tell: Telling
+    targets: list[Target], config: SegmentConfig, devices: Sequence[str], copies: LocalCopies | None, tell: RunOutput
 ) -> list[SlideOutcome]:
     """Segment the slides, on one device or several."""
     if len(devices) > 1:
-        from cellslide.batch.work import SegmentWork
+        from cellslide.batch.worker_jobs import SegmentWork
 
         return on_devices(SegmentWork(config, copies), targets, devices, tell)
     from cellslide.batch.local_copy import done_before

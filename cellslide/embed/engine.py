@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from cellslide.config import EmbedConfig
-from cellslide.inference.crop_engine import OnDevice
 from cellslide.inference.crops import CropCutter, Region, crop_corners, plan_regions, read_ahead
+from cellslide.inference.micro_batches import OnDevice
 from cellslide.slides.slide import Slide, slide_from_array
 from cellslide.types import CropSpec, Float32, Float64, Int64, Plane, UInt8
 

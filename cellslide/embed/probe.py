@@ -23,7 +23,7 @@ from cellslide.evaluate import classification
 from cellslide.evaluate.dataset import Dataset, Sample
 from cellslide.evaluate.report import pixel_size
 from cellslide.evaluate.score import ClassSet, dataset_classes, truth_of
-from cellslide.store.run_record import beside
+from cellslide.store.atomic import beside
 from cellslide.types import Float32, Float64, Int64
 
 if TYPE_CHECKING:

@@ -20,17 +20,9 @@ from cellslide.errors import UsageError
 from cellslide.progress import IDLE, Watch
 from cellslide.slides.slide import Slide
 from cellslide.store.anndata_columns import Columns
+from cellslide.store.atomic import beside
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable, TableExtender, open_table
-from cellslide.store.run_record import (
-    TABLE,
-    beside,
-    differences,
-    flatten,
-    now_utc,
-    peak_rss_bytes,
-    read_record,
-    write_record,
-)
+from cellslide.store.run_record import TABLE, differences, flatten, now_utc, peak_rss_bytes, read_record, write_record
 from cellslide.types import Float32, RunRecord, WeightsRef
 
 NAME = "embedding"

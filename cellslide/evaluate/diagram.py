@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellslide.evaluate.classification import ReliabilityBins
-from cellslide.store.run_record import beside
+from cellslide.store.atomic import beside
 
 if TYPE_CHECKING:
     from PIL.Image import Image

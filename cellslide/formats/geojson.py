@@ -1,4 +1,4 @@
-"""The cell table as GeoJSON that QuPath 0.4 to 0.7 reads: one detection per nucleus, streamed, no object per cell.
+"""The cell table as GeoJSON that QuPath 0.4 to 0.7 reads: one detection per nucleus, streamed by blocks of cells.
 
 What QuPath demands and this keeps: rings closed and valid on its grid of 0.01 px (one bad ring costs the whole file),
 UUIDs as `id`, a colour with every class, measurements finite numbers. Its reader holds a whole file, or zip entry, as
@@ -7,7 +7,7 @@ a tree in memory (about 1 GB per 100,000 cells), hence the entries of at most 50
 
 from __future__ import annotations
 
-import os
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
-from cellslide.formats.geojson_text import Features, compact, ten_thousandths
 from cellslide.geometry.outlines import GRID_PX, ring_areas, sure_rings, valid_rings
 from cellslide.store.anndata_columns import Columns
+from cellslide.store.atomic import beside
 from cellslide.store.cell_table import CellChunk, CellTable
-from cellslide.types import Float64, Int64, UInt8, take_rings
+from cellslide.store.shapes import close_rings
+from cellslide.types import Float64, Int64, take_rings
 
 Origin = Literal["bounds", "level0"]
 Profile = Literal["lean", "full"]
@@ -33,6 +35,7 @@ COMPRESSION, ISAL_LEVEL = 4, 2
 # What zlib calls window bits: with the head of a gzip file, whose date stays 0, or bare, as in a zip.
 GZIP_BITS, ZIP_BITS = 31, -15
 SMALLEST_PX2 = 0.25
+LARGEST_PX = 99_999_999
 GZ_NAME, ZIP_NAME = "cells.geojson.gz", "cells.geojson.zip"
 LEAN_OBS, FULL_OBS = ("gate",), ("gate", "abstained", "projected_prob", "mass_lost")
 PROBABILITIES = {"prob": "prob", "prob_local": "prob local", "prob_global": "prob global"}
@@ -45,13 +48,8 @@ def write_geojson(table: CellTable, out_dir: Path, origin: Origin = "bounds", pr
     """
     big = len(table) > ENTRY_CELLS
     target, stale = (out_dir / name for name in ((ZIP_NAME, GZ_NAME) if big else (GZ_NAME, ZIP_NAME)))
-    out_dir.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    try:
-        (_write_zip if big else _write_gz)(partial, _Layout.of(table, origin, profile), table)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with beside(target) as scratch:
+        (_write_zip if big else _write_gz)(scratch, _Layout.of(table, origin, profile), table)
     stale.unlink(missing_ok=True)
     return target
 
@@ -61,7 +59,7 @@ class _Layout:
     """What every feature of one file has in common; `shift_px` is subtracted from level-0 pixels."""
 
     shift_px: Float64
-    classes: tuple[str, ...]
+    classes: tuple[dict[str, Any], ...]
     class_names: tuple[str, ...]
     obs: tuple[str, ...]
     obsm: tuple[str, ...] = ()
@@ -71,7 +69,7 @@ class _Layout:
     def of(cls, table: CellTable, origin: Origin, profile: Profile) -> _Layout:
         bounds = table.slide.bounds if origin == "bounds" else None
         colored = zip(table.class_names, table.colors, strict=True)
-        classes = tuple(compact({"name": name, "color": list(color)}) for name, color in colored)
+        classes = tuple({"name": name, "color": list(color)} for name, color in colored)
         full = profile == "full"
         return cls(
             np.array(bounds[:2] if bounds else (0, 0), np.float64),
@@ -109,44 +107,63 @@ def _compressor(window_bits: int) -> Any:
     return isal_zlib.compressobj(ISAL_LEVEL, isal_zlib.DEFLATED, window_bits)
 
 
-def _first(texts: Iterator[UInt8], n: int) -> Iterator[UInt8]:
+def _first(texts: Iterator[bytes], n: int) -> Iterator[bytes]:
     for _, text in zip(range(n), texts, strict=False):
         yield text
 
 
-def _write_collection(write: Callable[[bytes | memoryview], object], texts: Iterator[UInt8]) -> None:
-    opening = b'{"type":"FeatureCollection","features":[\n'
+def _write_collection(write: Callable[[bytes], object], texts: Iterator[bytes]) -> None:
+    before = b'{"type":"FeatureCollection","features":[\n'
     for text in texts:
-        # Every feature begins with the comma that parts it from the one before. A few bytes on their own at the start
-        # would cost ISA-L its grip on the rest.
-        write(opening + text[1:].tobytes() if opening else text.data)
-        opening = b""
-    write(opening + b"\n]}\n")
+        # A few bytes on their own at the start would cost ISA-L its grip on the rest.
+        write(before + text)
+        before = b",\n"
+    write(b"\n]}\n" if before == b",\n" else before + b"]}\n")
 
 
-def _texts(table: CellTable, layout: _Layout) -> Iterator[UInt8]:
-    """Yield the features by BLOCK_CELLS."""
+def _texts(table: CellTable, layout: _Layout) -> Iterator[bytes]:
+    """Yield the features by BLOCK_CELLS, parted by commas."""
     known = ("abstained",) if "abstained" in table.columns else ()
     obs = tuple(dict.fromkeys([*layout.obs, *known]))
     features = bool(layout.features)
-    chunks = table.iter_chunks(
-        BLOCK_CELLS, obs=obs, obsm=layout.obsm, features=features, probabilities=False, ascii_uuids=True
-    )
-    for chunk in chunks:
-        yield _features(chunk, layout)
+    for chunk in table.iter_chunks(BLOCK_CELLS, obs=obs, obsm=layout.obsm, features=features, probabilities=False):
+        # Without the brackets of the list.
+        yield orjson.dumps(_features(chunk, layout), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
 
 
-def _features(chunk: CellChunk, layout: _Layout) -> UInt8:
-    """Return the features of a chunk, each as `,\\n{...}`."""
+def _features(chunk: CellChunk, layout: _Layout) -> list[dict[str, Any]]:
+    """Return the features of a chunk; coordinates are numpy arrays, which orjson writes as they are."""
+    geometries, measured = _geometries(chunk, layout), _measured(chunk, layout)
+    classes = [{"classification": kind} for kind in layout.classes] + [{}]
+    return [
+        {
+            "type": "Feature",
+            "id": uuid,
+            "geometry": geometry,
+            "properties": {"objectType": "detection", **classes[kind], "measurements": measurements},
+        }
+        for uuid, geometry, kind, measurements in zip(
+            chunk.uuid.tolist(), geometries, shown_class(chunk).tolist(), measured, strict=True
+        )
+    ]
+
+
+def _geometries(chunk: CellChunk, layout: _Layout) -> list[dict[str, Any]]:
+    """Return a valid closed polygon for each cell, or its centroid; raises ValueError for a place that no slide has."""
     cells = chunk.cells
     centroid_xy = cells.centroid_xy - layout.shift_px
     if cells.contour_xy is None or cells.contour_start is None:
-        cents, start = _cents(centroid_xy), np.arange(len(chunk) + 1, dtype=np.int64)
-    else:
-        cents, start = _ring_cents(cells.contour_xy - layout.shift_px, cells.contour_start, centroid_xy)
-    measured = {name: ten_thousandths(values, places) for name, values, places in _measurements(chunk, layout)}
-    point = cells.contour_xy is None
-    return Features(chunk.uuid, point, cents, start, layout.classes, shown_class(chunk), measured).text()
+        return [{"type": "Point", "coordinates": point} for point in _pixels(_cents(centroid_xy))]
+    cents, start = _ring_cents(cells.contour_xy - layout.shift_px, cells.contour_start, centroid_xy)
+    closed, ends = close_rings(cents, start)
+    xy, ends = _pixels(closed), ends.tolist()
+    return [{"type": "Polygon", "coordinates": [xy[a:b]]} for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def _pixels(cents: Int64) -> Float64:
+    if cents.size and np.abs(cents).max() > LARGEST_PX * 100:
+        raise ValueError(f"{np.abs(cents).max() // 100} is too large to be a pixel coordinate")
+    return cents / 100
 
 
 def _cents(xy: Float64) -> Int64:
@@ -191,8 +208,20 @@ def shown_class(chunk: CellChunk) -> NDArray[Any]:
     return np.where(abstained.astype(np.bool_), -1, chunk.class_index)
 
 
+def _measured(chunk: CellChunk, layout: _Layout) -> list[dict[str, float]]:
+    """Return the measurements of each cell; a value that is not finite is left out, since JSON does not know it."""
+    # Adding zero makes -0 to 0.
+    columns = {name: np.round(values, places) + 0.0 for name, values, places in _measurements(chunk, layout)}
+    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
+    found = [dict(zip(columns, row, strict=True)) for row in rows]
+    gaps = ~np.isfinite(np.stack([*columns.values()]))
+    for i in np.flatnonzero(gaps.any(axis=0)).tolist():
+        found[i] = {name: value for name, value in found[i].items() if math.isfinite(value)}
+    return found
+
+
 def _measurements(chunk: CellChunk, layout: _Layout) -> Iterator[tuple[str, Float64, int]]:
-    """Yield name, values (N,) and decimals; a value that is not finite is left out of its feature."""
+    """Yield name, values (N,) and decimals."""
     yield "probability", chunk.class_prob.astype(np.float64), 4
     yield "score", chunk.cells.score.astype(np.float64), 4
     if chunk.cells.contour_xy is not None:  # A point has no area, and 0 would say that it is known.

@@ -15,6 +15,8 @@ import zarr
 
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable
 
+FILE_NAME = "cells.h5ad"
+
 TEXT = h5py.string_dtype()
 CHUNK_ROWS = 16_384
 

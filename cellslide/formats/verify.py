@@ -22,7 +22,7 @@ import zarr
 from numpy.typing import NDArray
 
 from cellslide.errors import UsageError, one_line
-from cellslide.formats.export import CSV_NAME, PARQUET_NAME, arrow_blocks
+from cellslide.formats.arrow_files import CSV_NAME, PARQUET_NAME, arrow_blocks
 from cellslide.formats.geojson import GZ_NAME, PROBABILITIES, ZIP_NAME, Profile
 from cellslide.formats.verify_geojson import compare_geojson
 from cellslide.store.anndata_columns import Categorical

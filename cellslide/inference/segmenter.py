@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from cellslide.config import InferConfig, OutputFormat, SegmentConfig, TileConfig
+from cellslide.config import InferConfig, SegmentConfig, TileConfig
 from cellslide.errors import UsageError
+from cellslide.formats.registry import find_formats
 from cellslide.inference.cpu_memory import share_freed_memory
 from cellslide.inference.device import available_cpus, resolve_device
 from cellslide.inference.onnx_engine import OnnxEngine
@@ -121,10 +122,10 @@ def open_segmenter(model: LoadedModel, config: SegmentConfig, pool: Executor | N
     return Segmenter(model, config, Detector(engine, worker_count(config.infer), pool))
 
 
-def check_formats(spec: ModelSpec, formats: Sequence[OutputFormat]) -> None:
-    """Raise UsageError, before any work is done, for a format that a model of this kind cannot give."""
-    if "labels" in formats and spec.kind == "point":
-        raise UsageError(f"--format labels: {spec.name} gives points, which have no label map; leave labels out")
+def check_formats(spec: ModelSpec, formats: Sequence[str]) -> None:
+    """Raise UsageError, before any work is done, for a format that is unknown or cannot hold what a model gives."""
+    for name in (format.name for format in find_formats(formats) if spec.kind not in format.kinds):
+        raise UsageError(f"--format {name}: {spec.name} gives {spec.kind}s, which it cannot hold; leave {name} out")
 
 
 def make_engine(model: LoadedModel, config: InferConfig, tile_px: int) -> Engine:

@@ -24,12 +24,12 @@ ALIGN = 64
 Place = tuple[str, str, tuple[int, ...], int]
 
 
-class NotSeen(Exception):
+class MapsNotSeen(Exception):
     """A process may not open the memory of the one that started it: some sandboxes hide open files."""
 
 
 @dataclass(frozen=True, slots=True)
-class Handed:
+class SharedMaps:
     """Where the maps of one tile lie: the block's number and file, and name, dtype, shape and offset of each array."""
 
     block: int
@@ -57,7 +57,7 @@ class Blocks:
         self._room = os.path.isdir(FOLDER) and os.path.isdir("/proc/self/fd")
         self._given_up = False
 
-    def put(self, maps: HoverMaps) -> Handed | None:
+    def put(self, maps: HoverMaps) -> SharedMaps | None:
         """Copy maps into a block until it is given back; None where there is no memory for it, or all is given up."""
         if self._given_up:
             return None
@@ -65,7 +65,7 @@ class Blocks:
         block = self._take(size)
         if block is None:
             return None
-        handed = Handed(block.number, block.path, places)
+        handed = SharedMaps(block.number, block.path, places)
         for (name, *_), array in zip(places, _arrays(handed, block.memory), strict=True):
             array[...] = getattr(maps, name)
         self._used[block.number] = block
@@ -75,7 +75,7 @@ class Blocks:
         """Hand nothing over from now on."""
         self._given_up = True
 
-    def give_back(self, handed: Handed) -> None:
+    def give_back(self, handed: SharedMaps) -> None:
         """Let another tile have the block, unless all were freed meanwhile."""
         block = self._used.pop(handed.block, None)
         if block is not None:
@@ -121,20 +121,20 @@ def _laid_out(maps: HoverMaps) -> tuple[tuple[Place, ...], int]:
     return tuple(places), end
 
 
-def _arrays(handed: Handed, memory: mmap.mmap) -> list[NDArray[Any]]:
+def _arrays(handed: SharedMaps, memory: mmap.mmap) -> list[NDArray[Any]]:
     return [np.ndarray(shape, dtype, memory, offset) for _, dtype, shape, offset in handed.places]
 
 
 _seen: dict[int, mmap.mmap] = {}
 
 
-def taken(handed: Handed) -> HoverMaps:
-    """Return the maps that another process handed over, as they lie there; raises NotSeen."""
+def attach(handed: SharedMaps) -> HoverMaps:
+    """Return the maps that another process handed over, as they lie there; raises MapsNotSeen."""
     if handed.block not in _seen:
         try:
             file = os.open(handed.path, os.O_RDWR)
         except OSError as error:
-            raise NotSeen(str(error)) from error
+            raise MapsNotSeen(str(error)) from error
         try:
             _seen[handed.block] = mmap.mmap(file, 0)
         finally:

@@ -31,7 +31,7 @@ import numpy as np
 
 from cellslide.errors import TileError
 from cellslide.inference.cpu_memory import keep_freed_blocks
-from cellslide.inference.shared_memory import Blocks, Handed, NotSeen, taken
+from cellslide.inference.shared_memory import Blocks, MapsNotSeen, SharedMaps, attach
 from cellslide.nuclei.hover_decode import decode_hover, prepare
 from cellslide.types import HoverDecode, HoverMaps, Instances, NoOutput, Seconds, Tile, UInt8
 
@@ -210,7 +210,7 @@ class Detector:
         future.add_done_callback(lambda _: self._blocks.give_back(handed))
         return future
 
-    def _begin(self, maps: HoverMaps | Handed) -> Future[tuple[Instances, float]]:
+    def _begin(self, maps: HoverMaps | SharedMaps) -> Future[tuple[Instances, float]]:
         task = partial(decode_task, maps, self.engine.spec.decode)
         try:
             return self._executor().submit(task)
@@ -234,7 +234,7 @@ class Detector:
     def _decoded(self, future: Future[tuple[Instances, float]], item: _Pending) -> tuple[Instances, float]:
         try:
             return future.result()
-        except NotSeen as error:
+        except MapsNotSeen as error:
             log.info("maps take the pipe to decoding processes: %s", error)
             self._blocks.give_up()
             if item.maps is not None:
@@ -326,10 +326,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def decode_task(maps: HoverMaps | Handed, config: HoverDecode) -> tuple[Instances, float]:
+def decode_task(maps: HoverMaps | SharedMaps, config: HoverDecode) -> tuple[Instances, float]:
     """Decode one tile; return its instances (tile frame) and the seconds it took."""
     start = time.perf_counter()
-    instances = decode_hover(taken(maps) if isinstance(maps, Handed) else maps, config)
+    instances = decode_hover(attach(maps) if isinstance(maps, SharedMaps) else maps, config)
     return instances, time.perf_counter() - start
 
 

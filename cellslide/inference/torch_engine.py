@@ -120,6 +120,7 @@ class TileNet(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Normalise uint8 (B, H, W, 3), forward, and keep what decoding needs."""
         # (B, H, W, 3) seen as (B, 3, H, W) lies in memory as channels_last already.
         x = images.permute(0, 3, 1, 2).float() / 255.0
         out = self.module((x - self.mean) / self.std)

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellslide.geometry import kernels
+from cellslide.geometry.columns import Rings, join_light, rings_across, take_across
 from cellslide.geometry.outlines import ring_areas, ring_bounds, to_polygons
-from cellslide.geometry.record_rows import Rings, join_light, rings_across, take_across
 from cellslide.types import Bool, Cells, Float64, Instances, Int32, Int64, ModelSpec, Plane, SlideInfo, Tile
 
 BAND_UM = 3.0
@@ -34,12 +34,19 @@ class Grid(Protocol):
     """What the merge asks of a tile grid: tiles by index, row by row."""
 
     @property
-    def plane(self) -> Plane: ...
+    def plane(self) -> Plane:
+        """The plane that the tiles lie in."""
+
     @property
-    def n_rows(self) -> int: ...
+    def n_rows(self) -> int:
+        """Rows of tiles."""
+
     @property
-    def n_cols(self) -> int: ...
-    def tile(self, index: int) -> Tile: ...
+    def n_cols(self) -> int:
+        """Tiles of a row."""
+
+    def tile(self, index: int) -> Tile:
+        """Return a tile by its index."""
 
 
 def to_cells(instances: Instances, tile: Tile, plane: Plane, info: SlideInfo, band_um: float = BAND_UM) -> Cells:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from cellslide.errors import UsageError
 from cellslide.slides.slide import Slide
+from cellslide.store.atomic import beside
 from cellslide.store.cell_table import CellChunk, open_table
-from cellslide.store.run_record import beside
 from cellslide.types import Float64, Int32, Plane, SlideInfo, UInt8
 
 ROWS_AT_ONCE = 50_000

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from cellslide.report.charts import HEIGHT, WIDTH, Chart, chart_of
+from cellslide.report.gallery import GalleryCell, Kind
 from cellslide.report.images import color_of, dots_uri, heat_uri, shape_of, smoothed, webp_uri
-from cellslide.report.looks import CROP_PX, CROP_UM, Crop, Sharpness
-from cellslide.report.picks import Kind, Pick
+from cellslide.report.pixels import CROP_PX, CROP_UM, Crop, Sharpness
 from cellslide.report.quality import Flag
-from cellslide.report.searched import Searched
-from cellslide.report.tally import Tally
+from cellslide.report.regions import SearchedRegion
+from cellslide.report.rendering import part, template
+from cellslide.report.statistics import CellStatistics
 from cellslide.store.cell_table import CellTable
 from cellslide.types import RunRecord, UInt8, hex_color
 
-HERE = Path(__file__).parent
 TITLES: dict[Kind, str] = {
     "sure": "most certain", "unsure": "least certain", "disputed": "most disputed", "small": "smallest",
     "large": "largest",
@@ -43,8 +42,8 @@ class Material:
 
     table: CellTable
     record: RunRecord
-    tally: Tally
-    searched: Searched
+    tally: CellStatistics
+    searched: SearchedRegion
     flags: tuple[Flag, ...]
     crops: dict[int, Crop]
     picture: UInt8 | None
@@ -116,16 +115,10 @@ class Strip:
 
 def render(material: Material, budget: Budget) -> str:
     """Return the page as HTML."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(HERE)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     tally, record = material.tally, material.record
-    return environment.get_template("report.html").render(
+    return template("report.html").render(
         material=material, tally=tally, record=record, info=material.table.slide,
-        style=(HERE / "style.css").read_text(encoding="utf-8"),
+        style=part("report.css"),
         verdict=verdict(material.flags), rows=class_rows(material), others=other_rows(tally),
         size=frame_size(material), heat_size=heat_size(material), overlay=overlay(material),
         picture=None if material.picture is None else webp_uri(material.picture, budget.quality),
@@ -163,7 +156,7 @@ def class_rows(material: Material) -> tuple[ClassRow, ...]:
     return tuple(found)
 
 
-def other_rows(tally: Tally) -> tuple[tuple[str, int], ...]:
+def other_rows(tally: CellStatistics) -> tuple[tuple[str, int], ...]:
     """Return how many nuclei have no class, and why."""
     rows = (("no class said (abstained)", int(tally.abstained.sum())), ("not typed", tally.untyped))
     return tuple((name, n) for name, n in rows if n)
@@ -224,7 +217,7 @@ def layers(material: Material) -> Iterator[Layer]:
         yield Layer(k, name, hex_color(color_of(k, k_all)), shape_of(k, k_all), counts[k], image)
 
 
-def densities(tally: Tally) -> Iterator[Heat]:
+def densities(tally: CellStatistics) -> Iterator[Heat]:
     """Yield a map of each class that has any cell, each on its own scale."""
     for k, name in enumerate(tally.classes):
         if tally.counts[k]:
@@ -233,7 +226,7 @@ def densities(tally: Tally) -> Iterator[Heat]:
             yield Heat(name, f"{most:,.0f} per mm²", heat_uri(per_mm2, most))
 
 
-def charts(tally: Tally) -> Iterator[Chart]:
+def charts(tally: CellStatistics) -> Iterator[Chart]:
     """Yield the histograms of sizes, shapes and the detector's confidence."""
     wanted = [
         chart_of(tally.area, "area", "µm²", ".0f"),
@@ -250,14 +243,14 @@ _SHAPE_WORDS = {
 }
 
 
-def confidence(tally: Tally) -> Chart | None:
+def confidence(tally: CellStatistics) -> Chart | None:
     """Return the histogram of the probability of the class, those without a class set off."""
     if not tally.typed:
         return None
     return chart_of(tally.confidence, "probability of the class", form=".2f", whole=True, split=True)
 
 
-def matrix(tally: Tally) -> Iterator[MatrixRow]:
+def matrix(tally: CellStatistics) -> Iterator[MatrixRow]:
     """Yield the rows of the matrix of the local path's class against the global path's."""
     if tally.agreement is None or not tally.agreement.any():
         return
@@ -266,14 +259,14 @@ def matrix(tally: Tally) -> Iterator[MatrixRow]:
         yield MatrixRow(name, tuple((n, n / total, j == k) for j, n in enumerate(tally.agreement[k].tolist())))
 
 
-def agreed(tally: Tally) -> float | None:
+def agreed(tally: CellStatistics) -> float | None:
     """Return the share of cells of which both paths say the same."""
     if tally.agreement is None or not tally.agreement.any():
         return None
     return float(np.trace(tally.agreement) / tally.agreement.sum())
 
 
-def dispute(tally: Tally) -> Heat | None:
+def dispute(tally: CellStatistics) -> Heat | None:
     """Return where the paths differ: the share of cells per bin, from 0 to 1; None where they never do."""
     if not tally.where_differ.any():
         return None
@@ -298,7 +291,7 @@ def gallery(material: Material, budget: Budget) -> Iterator[tuple[str, str, str,
             yield name, hex_color(color_of(k, k_all)), shape_of(k, k_all), strips
 
 
-def shown_each(tally: Tally, budget: Budget) -> int:
+def shown_each(tally: CellStatistics, budget: Budget) -> int:
     """Return how many crops each class and kind may show, so that all together stay within the budget."""
     return int(np.clip(budget.crops // max(len(tally.picks.kept), 1), 2, 8))
 
@@ -312,7 +305,7 @@ def _shots(material: Material, k: int, kind: Kind, n: int, quality: int) -> Iter
             yield Shot(webp_uri(crop.image, min(quality + 5, 90)), _path(crop), caption, alt)
 
 
-def _caption(pick: Pick, kind: Kind, tally: Tally) -> str:
+def _caption(pick: GalleryCell, kind: Kind, tally: CellStatistics) -> str:
     if kind in ("small", "large"):
         return f"{pick.value:.0f} µm²"
     if kind == "disputed":

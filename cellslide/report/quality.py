@@ -11,9 +11,9 @@ import numpy as np
 import shapely
 
 from cellslide.geometry.outlines import to_polygons
-from cellslide.report.looks import Sharpness
+from cellslide.report.pixels import Sharpness
 from cellslide.report.seams import SeamVerdict
-from cellslide.report.tally import Tally
+from cellslide.report.statistics import CellStatistics
 from cellslide.store.cell_table import CellTable
 from cellslide.types import RunRecord
 
@@ -46,7 +46,7 @@ class Flag:
 
 
 def flags(
-    record: RunRecord, table: CellTable, tally: Tally, tissue_mm2: float | None, seams: SeamVerdict | None,
+    record: RunRecord, table: CellTable, tally: CellStatistics, tissue_mm2: float | None, seams: SeamVerdict | None,
     sharpness: Sharpness | None, slide_gone: str | None,
 ) -> list[Flag]:  # fmt: skip
     """Return all that was checked, what is bad first."""
@@ -100,7 +100,7 @@ def _focus(sharpness: Sharpness | None, slide_gone: str | None) -> Iterator[Flag
     yield Flag("bad" if blurred > MANY_BLURRED * n else "note" if blurred else "good", "Focus", text)
 
 
-def _density(tally: Tally, tissue_mm2: float | None) -> Iterator[Flag]:
+def _density(tally: CellStatistics, tissue_mm2: float | None) -> Iterator[Flag]:
     if not tally.n:
         yield Flag("bad", "Nuclei", "None were found. The tissue outline shows what was searched.")
         return
@@ -147,7 +147,7 @@ def _seams(verdict: SeamVerdict | None) -> Iterator[Flag]:
     yield Flag("bad" if verdict.odd or many else "good", "Seams", text)
 
 
-def _classes(record: RunRecord, tally: Tally) -> Iterator[Flag]:
+def _classes(record: RunRecord, tally: CellStatistics) -> Iterator[Flag]:
     typed = int(tally.counts.sum() + tally.abstained.sum())
     if not tally.typed or not tally.n:
         return

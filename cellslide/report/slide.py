@@ -9,17 +9,18 @@ from pathlib import Path
 import numpy as np
 
 from cellslide.errors import SlideError, TileError, in_words
-from cellslide.report.looks import Crop, Sharpness, cut_crops, measure_sharpness, read_picture
 from cellslide.report.page import Budget, Material, render, shown_each
+from cellslide.report.pixels import Crop, Sharpness, cut_crops, measure_sharpness, read_picture
 from cellslide.report.quality import flags
+from cellslide.report.regions import read_searched
 from cellslide.report.seams import SeamCheck
-from cellslide.report.searched import read_searched
-from cellslide.report.tally import Frame, Tally, tally_cells
+from cellslide.report.statistics import CellStatistics, Frame, tally_cells
 from cellslide.slides.reopen import reopen_or_why
 from cellslide.slides.slide import Slide
+from cellslide.store.atomic import write_text
 from cellslide.store.cell_table import CellTable, open_table
 from cellslide.store.lock import hold
-from cellslide.store.run_record import RUN_FILE, TABLE, read_record, write_text
+from cellslide.store.run_record import RUN_FILE, TABLE, read_record
 from cellslide.types import Float64, UInt8
 
 PAGE_FILE = "report.html"
@@ -95,7 +96,7 @@ def gather(folder: Path, table: CellTable, slide: Slide | None, gone: str | None
 
 
 def look(
-    slide: Slide, table: CellTable, tally: Tally
+    slide: Slide, table: CellTable, tally: CellStatistics
 ) -> tuple[UInt8 | None, Sharpness | None, dict[int, Crop], str | None]:
     """Return picture, sharpness and crops; of a slide that is damaged what can be had, and why not all."""
     gone = None
@@ -109,6 +110,6 @@ def look(
     return picture, sharpness, cut_crops(slide, table, picks), gone
 
 
-def _places(tally: Tally) -> Float64:
+def _places(tally: CellStatistics) -> Float64:
     """Return the cells that are drawn, (N, 2): they are spread over the slide as the cells are."""
     return np.concatenate([np.empty((0, 2), np.float32), *tally.dots_xy]).astype(np.float64)

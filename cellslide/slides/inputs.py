@@ -19,19 +19,14 @@ from pathlib import Path
 
 from cellslide.errors import HIDDEN, UsageError
 from cellslide.slides.pixel_size import LARGEST_UM, SMALLEST_UM
+from cellslide.slides.slide_formats import dicom_series, format_of, series_uid
 
-SLIDE_SUFFIXES = frozenset(
-    (".svs", ".svslide", ".tif", ".tiff", ".btf", ".tf8", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".bif", ".czi",
-     ".dcm", ".avs", ".png", ".jpg", ".jpeg", ".webp")
-)  # fmt: skip
 PATH_HEADERS = ("path", "slide", "wsi")
 MPP_HEADERS = ("mpp", "wsi_mpp")
 # Room for a hash, and for the endings of files that are being written.
 MOST_NAME_BYTES = 200
 # What stands beside the folders of the slides.
 TAKEN_NAMES = frozenset(("summary.csv", "cohort.html"))
-_HEAD_BYTES = 1 << 16
-_SERIES_UID = b"\x20\x00\x0e\x00UI"
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +70,7 @@ def _expand(path: Path, text: str) -> list[SlideInput]:
 
 
 def _is_slide(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() in SLIDE_SUFFIXES and not path.name.startswith(".")
+    return path.is_file() and format_of(path) is not None and not path.name.startswith(".")
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -93,26 +88,6 @@ def _in_folder(folder: Path) -> list[Path]:
     if not slides:
         raise UsageError(f"{folder}: no slide in this folder; name files, or a pattern such as '{folder}/**/*.svs'")
     return slides
-
-
-def dicom_series(folder: Path) -> list[list[Path]]:
-    """Return the .dcm files right inside a folder, grouped by the series they belong to."""
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".dcm" and p.is_file() and p.name[0] != ".")
-    groups: dict[bytes, list[Path]] = {}
-    for file in files:
-        groups.setdefault(_series_uid(file), []).append(file)
-    return list(groups.values())
-
-
-def _series_uid(file: Path) -> bytes:
-    """Return SeriesInstanceUID (0020,000E) from the head of a DICOM file; the file's own name if it has none."""
-    with file.open("rb") as stream:
-        head = stream.read(_HEAD_BYTES)
-    at = head.find(_SERIES_UID)
-    if at < 0:
-        return file.name.encode()
-    length = int.from_bytes(head[at + 6 : at + 8], "little")
-    return head[at + 8 : at + 8 + length].rstrip(b"\0 ")
 
 
 def _read_txt(path: Path) -> list[SlideInput]:
@@ -205,7 +180,7 @@ def _merge_dicom(found: list[SlideInput]) -> list[SlideInput]:
             continue
         whole = len(group) > 1 and len(dicom_series(folder)) == 1
         for item in group:
-            key = (_absolute(folder), _series_uid(item.path))
+            key = (_absolute(folder), series_uid(item.path))
             if key not in seen and _absolute(folder) not in folders:
                 merged.append(replace(item, path=folder) if whole else item)
             seen.add(key)

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from cellslide.errors import CellslideError
-from cellslide.store.run_record import beside
+from cellslide.store.atomic import beside
 from cellslide.types import Bool, Float32, Float64, Int32, UInt8
 
 MPP = 0.25

@@ -30,7 +30,7 @@ from cellslide.errors import UsageError
 from cellslide.geometry.outlines import is_tangled
 from cellslide.slides.slide import Slide
 from cellslide.slides.tissue_detection import detect_tissue
-from cellslide.store.run_record import write_text
+from cellslide.store.atomic import write_text
 from cellslide.types import Bool, Float64, Int64, SlideInfo
 
 Box = tuple[float, float, float, float]

@@ -12,14 +12,18 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
 
 from cellslide.errors import CellslideError
-from cellslide.store.zarr_chunks import Nodes, codec_of, read_rows, write_rows
 
 CHUNK_ROWS = 50_000
 CHUNK_BYTES = 16 << 20
 TEXT = np.dtype(object)
 DICT_ATTRS = {"encoding-type": "dict", "encoding-version": "0.1.0"}
+
+
+# Its checksum is what notices a damaged chunk.
+CODEC = ZstdCodec(level=1, checksum=True)
 
 
 class TableError(CellslideError):
@@ -66,8 +70,7 @@ class GrowingArray:
         """Take name, dtype and width from `like` (N, ...); nothing is written before a chunk is full."""
         self.group, self.name = group, name
         self.is_text = like.dtype.kind in "OUST"
-        # Bytes stay bytes: they are laid out as a chunk at once, without an object a row.
-        self.dtype = like.dtype if like.dtype.kind == "S" else TEXT if self.is_text else like.dtype
+        self.dtype = TEXT if self.is_text else like.dtype
         self.tail = like.shape[1:]
         row_bytes = max(1, 64 if self.is_text else like.dtype.itemsize * int(np.prod(self.tail, dtype=np.int64)))
         self.chunk_rows = min(CHUNK_ROWS, max(1024, 1 << (CHUNK_BYTES // row_bytes).bit_length() - 1))
@@ -79,10 +82,7 @@ class GrowingArray:
         """Add rows; raises TableError where their width differs from the first block's."""
         if values.shape[1:] != self.tail:
             raise TableError(f"{self.name}: a block has rows of shape {values.shape[1:]}, the first had {self.tail}")
-        as_bytes = values.dtype.kind == self.dtype.kind == "S"
-        if not as_bytes and self.dtype.kind == "S":
-            self.dtype, self.pending = TEXT, [_as_text(part) for part in self.pending]
-        self.pending.append(values if as_bytes else values.astype(self.dtype, copy=False))
+        self.pending.append(_as_text(values) if self.is_text else values.astype(self.dtype, copy=False))
         self.n_pending += len(values)
         if self.n_pending >= self.chunk_rows:
             whole = self.n_pending // self.chunk_rows * self.chunk_rows
@@ -104,9 +104,9 @@ class GrowingArray:
         if self.array is None:
             self.array = self._create(len(values))
         first, self.n_written = self.n_written, self.n_written + len(values)
-        if values.size and not (values.dtype != TEXT and write_rows(self.array, values, first)):
+        if values.size:
             self._resize()
-            self.array[first:] = _as_text(values) if self.is_text else values
+            self.array[first:] = values
 
     def _resize(self) -> None:
         if self.array.shape[0] != self.n_written:
@@ -119,14 +119,14 @@ class GrowingArray:
             shape=(n, *self.tail),
             chunks=(max(1, min(n, self.chunk_rows)), *(max(1, width) for width in self.tail)),
             dtype="string" if self.is_text else self.dtype,
-            compressors=codec_of(self.dtype),
+            compressors=CODEC,
             attributes={"encoding-type": kind, "encoding-version": "0.2.0"},
             overwrite=True,
         )
 
 
 def _as_text(values: NDArray[Any]) -> NDArray[Any]:
-    return values.astype(np.str_).astype(TEXT) if values.dtype.kind == "S" else values
+    return (values.astype(np.str_) if values.dtype.kind == "S" else values).astype(TEXT)
 
 
 class ColumnWriter:
@@ -239,7 +239,17 @@ def read_word(group: zarr.Group, path: str) -> str:
     return str(node[()])
 
 
-def _node(group: zarr.Group, path: str, nodes: Nodes | None) -> Any:
+@dataclass(frozen=True, slots=True)
+class OpenNodes:
+    """Nodes of a table that does not change, kept open: arrays and groups, words of categories, and of each array the
+    chunk that was read last, since zarr unpacks a whole chunk for a single row."""
+
+    opened: dict[str, Any] = field(default_factory=dict)
+    words: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    last: dict[str, tuple[int, NDArray[Any]]] = field(default_factory=dict)
+
+
+def _node(group: zarr.Group, path: str, nodes: OpenNodes | None) -> Any:
     """Return an array or group, None where it is missing; `nodes` keeps what was opened, which takes longer than to
     read."""
     if nodes is None:
@@ -249,16 +259,30 @@ def _node(group: zarr.Group, path: str, nodes: Nodes | None) -> Any:
     return nodes.opened[path]
 
 
-def _rows(node: Any, start: int, stop: int | None, nodes: Nodes | None) -> NDArray[Any]:
-    """Return rows [start, stop) of an array, texts as objects."""
-    rows = read_rows(node, start, stop, nodes)
-    values = np.asarray(node[start:stop]) if rows is None else rows
-    values = values.astype(np.str_) if values.dtype.kind == "S" else values
+def _rows(node: Any, start: int, stop: int | None, nodes: OpenNodes | None) -> NDArray[Any]:
+    """Return rows [start, stop) of an array, texts as objects; raises TableError for a damaged chunk."""
+    start, stop, _ = slice(start, stop).indices(node.shape[0])
+    rows = int(node.chunks[0])
+    k = start // rows
+    first, end = k * rows, min((k + 1) * rows, node.shape[0])
+    if nodes is None or stop > end or (start, stop) == (first, end):
+        return _read(node, start, stop)
+    kept = nodes.last.get(node.path)
+    if kept is None or kept[0] != k:
+        nodes.last[node.path] = kept = k, _read(node, first, end)
+    return kept[1][start - first : stop - first].copy()
+
+
+def _read(node: Any, start: int, stop: int) -> NDArray[Any]:
+    try:
+        values = np.asarray(node[start:stop])
+    except (RuntimeError, ValueError) as error:
+        raise TableError(f"{node.store_path} is damaged: {error}; write the table again with --overwrite") from error
     return values.astype(TEXT) if values.dtype.kind in "UT" else values
 
 
 def read_obs(
-    group: zarr.Group, name: str, start: int = 0, stop: int | None = None, nodes: Nodes | None = None
+    group: zarr.Group, name: str, start: int = 0, stop: int | None = None, nodes: OpenNodes | None = None
 ) -> Column:
     """Return rows [start, stop) of one column; raises TableError naming the columns there are.
 
@@ -273,7 +297,7 @@ def read_obs(
     return _rows(node, start, stop, nodes)
 
 
-def _words(array: Any, nodes: Nodes | None) -> tuple[str, ...]:
+def _words(array: Any, nodes: OpenNodes | None) -> tuple[str, ...]:
     found = nodes.words.get(array.path) if nodes else None
     if found is None:
         found = tuple(str(word) for word in array[:])
@@ -282,25 +306,8 @@ def _words(array: Any, nodes: Nodes | None) -> tuple[str, ...]:
     return found
 
 
-def read_ascii(group: zarr.Group, name: str, start: int, stop: int, nodes: Nodes | None = None) -> NDArray[np.bytes_]:
-    """Return rows [start, stop) of a text column as bytes; texts of one length, as UUIDs are, without an object a row.
-
-    Raises TableError as `read_obs` does, and where the column is no text or not ASCII.
-    """
-    texts = read_rows(_node(group, f"obs/{name}", nodes), start, stop, nodes)
-    if texts is not None and texts.dtype.kind == "S":
-        return texts
-    values = read_obs(group, name, start, stop, nodes)
-    if not isinstance(values, np.ndarray) or values.dtype != TEXT:
-        raise TableError(f"column {name} is no text")
-    try:
-        return values.astype(np.bytes_)
-    except UnicodeEncodeError as error:
-        raise TableError(f"column {name} is not ASCII: {error}") from error
-
-
 def read_matrix(
-    group: zarr.Group, path: str, start: int = 0, stop: int | None = None, nodes: Nodes | None = None
+    group: zarr.Group, path: str, start: int = 0, stop: int | None = None, nodes: OpenNodes | None = None
 ) -> NDArray[Any]:
     """Return rows [start, stop) of `X` or of `obsm/NAME`; raises TableError where it is missing."""
     node = _node(group, path, nodes)

@@ -1,21 +1,49 @@
-"""Folders that appear whole or not at all: written under another name, renamed at the end; and what kills leave."""
+"""Files and folders that appear whole or not at all: written under another name, renamed at the end."""
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import DTypeLike
 
-from cellslide.errors import BusyError
-from cellslide.store.lock import hold
-from cellslide.store.run_record import TABLE
-
 ZEROS = bytes(1 << 20)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Yield a place beside `path` to write to, renamed to `path` at the end: a file that is there is whole.
+
+    Where something raises, such as a full disk, it is removed and `path` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A process number would not do: several hosts may write at once.
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text in one step; bytes of foreign names that are no text are spelled out."""
+    with beside(path) as scratch:
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON in one step."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 class Staging:
@@ -42,45 +70,6 @@ class Staging:
     def abort(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def restore(folder: Path) -> None:
-    """Undo what a killed run left half done in a folder that is held: put back what it had moved away, remove the rest.
-
-    `publish` moves the old folder away before the new one takes its place; killed in between, that is all there is.
-    """
-    for old in folder.glob("*.old-*"):
-        target = folder / old.name.rpartition(".old-")[0]
-        if target.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(target)
-    for left in (*folder.glob("*.tmp-*"), *folder.glob(".*.tmp")):
-        # What another run puts down to ask for the folder is not ours to remove.
-        if left.name.startswith(".lock-"):
-            continue
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink(missing_ok=True)
-
-
-def put_back(folder: Path, name: str) -> None:
-    """Where a killed run had moved `name` away in `folder` or one level below, put it back; a folder in use is left."""
-    for old in (*folder.glob(f"{name}.old-*"), *folder.glob(f"*/{name}.old-*")):
-        if not old.with_name(name).exists():
-            with suppress(BusyError, OSError), hold(old.parent):
-                restore(old.parent)
-
-
-def tables_below(folder: Path) -> list[Path]:
-    """Return the cell tables that a folder is, holds, or holds one level below, in a fixed order."""
-    if folder.name == TABLE and folder.is_dir():
-        return [folder]
-    if not folder.is_dir():
-        return []
-    put_back(folder, TABLE)
-    return sorted(p for p in (*folder.glob(TABLE), *folder.glob(f"*/{TABLE}")) if p.is_dir())
 
 
 def remove_folder(folder: Path) -> None:

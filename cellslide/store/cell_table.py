@@ -17,8 +17,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from cellslide.geometry.columns import slice_across
 from cellslide.geometry.outlines import SHAPE_FEATURES, ring_features
-from cellslide.geometry.record_rows import slice_across
 from cellslide.store import run_record as record
 from cellslide.store.anndata_columns import (
     CHUNK_ROWS,
@@ -26,9 +26,9 @@ from cellslide.store.anndata_columns import (
     Column,
     Columns,
     ColumnWriter,
+    OpenNodes,
     TableError,
     obs_names,
-    read_ascii,
     read_matrix,
     read_obs,
     read_word,
@@ -39,7 +39,6 @@ from cellslide.store.anndata_columns import (
 from cellslide.store.atomic import Staging
 from cellslide.store.shapes import ShapeReader, ShapeWriter, cell_rings, link_shapes, mark_store, ring_boxes
 from cellslide.store.uuids import SeenPlaces, make_uuids, pack_places
-from cellslide.store.zarr_chunks import Nodes
 from cellslide.types import (
     Cells,
     ClassSpec,
@@ -128,7 +127,7 @@ class CellTableWriter:
             obsm["prob"] = cells.class_prob.astype(np.float32)
         if cells.embedding is not None:
             obsm["embedding"] = cells.embedding
-        return Columns({"_index": digits(ids), **self._obs(cells, ids)}, obsm, self._features(cells))
+        return Columns({"_index": ids.astype(np.str_), **self._obs(cells, ids)}, obsm, self._features(cells))
 
     def _obs(self, cells: Cells, ids: Int64) -> dict[str, Column]:
         index, prob = _top_class(cells)
@@ -219,7 +218,7 @@ def _write_uuids(group: zarr.Group, n: int, key: str, given: Column | None = Non
 
     Equal places are counted on.
     """
-    writer, nodes = ColumnWriter(group), Nodes()
+    writer, nodes = ColumnWriter(group), OpenNodes()
     blocks = range(0, max(n, 1), BLOCK_ROWS)
     seen = SeenPlaces(np.asarray(read_obs(group, "y", first, first + BLOCK_ROWS, nodes)) for first in blocks)
     for first in blocks:
@@ -257,7 +256,7 @@ class CellTable:
         root = zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False)
         group: Any = root["tables/cells"]
         self.group: zarr.Group = group
-        self._nodes = Nodes()
+        self._nodes = OpenNodes()
         self.slide = _read_slide(read_word(group, "uns/slide"))
         self.kind: ModelKind = _read_kind(read_word(group, "uns/kind"))
         self.class_names = tuple(str(v) for v in np.asarray(read_matrix(group, "uns/class_names")))
@@ -297,10 +296,6 @@ class CellTable:
             raise TableError(f"column {name} is categorical")
         return column
 
-    def ascii(self, name: str, start: int, stop: int) -> NDArray[np.bytes_]:
-        """Return rows [start, stop) of a text column as bytes; raises TableError where it is none or not ASCII."""
-        return read_ascii(self.group, name, start, stop, self._nodes)
-
     def matrix(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return rows [start, stop) of `obsm[name]`, or of the shape features for the name "X"."""
         return read_matrix(self.group, name if name == "X" else f"obsm/{name}", start, stop, self._nodes)
@@ -320,12 +315,10 @@ class CellTable:
         features: bool = False,
         outlines: bool = True,
         probabilities: bool = True,
-        ascii_uuids: bool = False,
     ) -> Iterator[CellChunk]:
         """Yield the cells in order, `rows` at a time, with the extra columns named.
 
-        Without `outlines`, or without the `probabilities` of all classes, it is quicker, and so it is with
-        `ascii_uuids`, which gives UUIDs as bytes.
+        Without `outlines`, or without the `probabilities` of all classes, it is quicker.
         """
         stream = self.shapes.stream() if outlines and self.shapes and self.kind != "point" else None
         for start in range(0, self.n, rows):
@@ -335,7 +328,7 @@ class CellTable:
                 {name: self.matrix(name, start, stop) for name in obsm},
                 self.matrix("X", start, stop) if features else None,
             )
-            uuid = self.ascii("uuid", start, stop) if ascii_uuids else self.vector("uuid", start, stop)
+            uuid = self.vector("uuid", start, stop)
             yield self._chunk(start, uuid, extra, stream.take(stop - start) if stream else None, probabilities)
 
     def _chunk(
@@ -424,15 +417,3 @@ class TableExtender:
     def abort(self) -> None:
         """Remove what was written; the old table stays."""
         self.staging.abort()
-
-
-def digits(values: Int64) -> NDArray[np.bytes_]:
-    """Return numbers 0 <= value < 10^9 (N,) as texts; quick where all are of one length."""
-    if not len(values) or (width := len(str(values.max()))) != len(str(values.min())):
-        return values.astype(np.bytes_)
-    text, rest = np.empty((len(values), width), np.uint8), values.astype(np.uint32)
-    for k in range(width - 1, -1, -1):
-        tenth = rest // np.uint32(10)
-        text[:, k] = 48 + rest - tenth * np.uint32(10)
-        rest = tenth
-    return text.view(f"S{width}")[:, 0]

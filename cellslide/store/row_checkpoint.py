@@ -14,8 +14,8 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from cellslide.errors import UsageError
-from cellslide.store.atomic import new_array, remove_folder
-from cellslide.store.run_record import FINGERPRINT_FILE, changed_since, write_json
+from cellslide.store.atomic import new_array, remove_folder, write_json
+from cellslide.store.run_record import FINGERPRINT_FILE, changed_since
 from cellslide.types import Bool, Float32, Int64
 
 DONE_FILE = "done.npy"

@@ -1,14 +1,11 @@
-"""The run record: `RunRecord` <-> `run.json`, what identifies a run to be resumed, and files written in one step."""
+"""The run record: `RunRecord` <-> `run.json`, and what identifies a run to be resumed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 import psutil
 
 from cellslide.errors import SlideError
+from cellslide.store.atomic import write_json
 from cellslide.types import Counts, FailedTile, RunRecord, Seconds, SlideInfo, WeightsRef
 
 # The two that every finished slide's folder holds.
@@ -101,34 +99,6 @@ def from_dict(content: Mapping[str, Any]) -> RunRecord:
     values["failed_tiles"] = [FailedTile(**t) for t in content["failed_tiles"]]
     values["seconds"] = Seconds(**content["seconds"])
     return RunRecord(**values)
-
-
-@contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """Yield a place beside `path` to write to, renamed to `path` at the end: a file that is there is whole.
-
-    Where something raises, such as a full disk, it is removed and `path` stays as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A process number would not do: several hosts may write at once.
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        yield scratch
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text in one step; bytes of foreign names that are no text are spelled out."""
-    with beside(path) as scratch:
-        scratch.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON in one step."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def write_record(folder: Path, record: RunRecord) -> Path:

@@ -18,7 +18,7 @@ import zarr
 from numpy.typing import NDArray
 
 from cellslide.geometry import kernels
-from cellslide.geometry.record_rows import slice_rows
+from cellslide.geometry.columns import slice_rows
 from cellslide.store.anndata_columns import TableError, write_mapping
 from cellslide.types import Bool, Cells, Float64, Int64, UInt8
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from cellslide.errors import UsageError
-from cellslide.store.atomic import remove_folder
-from cellslide.store.run_record import FINGERPRINT_FILE, beside, changed_since, write_json
+from cellslide.store.atomic import beside, remove_folder, write_json
+from cellslide.store.run_record import FINGERPRINT_FILE, changed_since
 from cellslide.types import Cells, concat
 
 PARTS_FOLDER = ".parts"

@@ -17,7 +17,7 @@ from torch import Tensor
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import MANIFEST
 from cellslide.models.checkpoint import read_tensors
-from cellslide.store.run_record import beside
+from cellslide.store.atomic import beside
 from cellslide.train.data import ImageSet
 from cellslide.train.recipe import RunLength
 from cellslide.types import ClassSpec

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cellslide.models.nuclass import NuClass
-from cellslide.store.run_record import beside
+from cellslide.store.atomic import beside
 from cellslide.train.cell_data import CellCrops, CellDataset, CellImage, exact_loader, normalise
 from cellslide.train.loaders import DrawSampler, start_worker
 from cellslide.train.nuclass_recipe import NuClassRecipe

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cellslide.store.cell_table import BLOCK_ROWS, Categorical, CellTable
 from cellslide.types import Bool, Float32, Float64, Int64, take_rings
-from cellslide.view.kept import Kept
+from cellslide.view.lru_cache import LruCache
 
 Box = tuple[float, float, float, float]
 CACHE_BYTES = 192 << 20
@@ -29,7 +29,7 @@ class CellIndex:
     def __init__(self, table: CellTable) -> None:
         self.table = table
         self.x, self.y, self.score = (table.vector(name).astype(np.float32) for name in ("x", "y", "score"))
-        self.cache: Kept[tuple[NDArray[Any], ...]] = Kept(CACHE_BYTES, _size)
+        self.cache: LruCache[tuple[NDArray[Any], ...]] = LruCache(CACHE_BYTES, _size)
         self._lock = threading.Lock()
         self.mpp = (table.slide.mpp_x + table.slide.mpp_y) / 2
 

@@ -14,7 +14,7 @@ import numpy as np
 from cellslide.errors import TileError
 from cellslide.slides.slide import Slide, thumbnail_plane
 from cellslide.types import Float64, Plane, SlideInfo, UInt8
-from cellslide.view.kept import Kept
+from cellslide.view.lru_cache import LruCache
 
 TILE_PX = 512
 QUALITY = 88
@@ -33,7 +33,7 @@ class TilePictures:
 
     def __init__(self, info: SlideInfo, slide: Slide | None) -> None:
         self.info, self.slide = info, slide
-        self._kept: Kept[bytes] = Kept(CACHE_BYTES, len)
+        self._kept: LruCache[bytes] = LruCache(CACHE_BYTES, len)
 
     def tile(self, level: int, x: int, y: int) -> bytes | None:
         """Return a tile as JPEG, or None where there is none at that place."""

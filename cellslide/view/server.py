@@ -23,8 +23,8 @@ from cellslide.errors import CellslideError, MissingDependencyError, UsageError
 from cellslide.view.cells import Box
 from cellslide.view.folders import find_slides, served_file
 from cellslide.view.index import index_page
-from cellslide.view.policy import Policy
-from cellslide.view.scene import Scene, Scenes
+from cellslide.view.rule import DecisionRule
+from cellslide.view.slide import ViewedSlide, ViewedSlides
 
 LOOPBACK = "127.0.0.1"
 SCRIPT = "text/javascript; charset=utf-8"
@@ -85,7 +85,7 @@ class Viewer:
         if moved_to is not None and len(self.folders) != 1:
             raise UsageError(f"--slide {moved_to}: {root} holds {len(self.folders)} slides; give the folder of one")
         self.token = token or secrets.token_urlsafe(18)
-        self.scenes = Scenes(self.root, self.folders, moved_to)
+        self.scenes = ViewedSlides(self.root, self.folders, moved_to)
 
     def answer(self, target: str) -> Answer:
         """Return what a request's target, path and query, asks for."""
@@ -140,15 +140,15 @@ class Viewer:
         return Answer(path.read_bytes(), kind, policy=OTHER_PAGE)
 
 
-def _of_scene(scene: Scene, what: list[str], query: dict[str, str]) -> Answer | None:
+def _of_scene(scene: ViewedSlide, what: list[str], query: dict[str, str]) -> Answer | None:
     """Return what is asked of an open slide, None where there is no such thing."""
     match what:
         case ["facts.json"]:
             return _json(scene.facts())
         case ["cells"]:
-            return Answer(scene.cells(_box(query), _scale(query), Policy.asked(query, scene.stored)), BINARY)
+            return Answer(scene.cells(_box(query), _scale(query), DecisionRule.asked(query, scene.stored)), BINARY)
         case ["counts.json"]:
-            return _json(scene.counts(Policy.asked(query, scene.stored)))
+            return _json(scene.counts(DecisionRule.asked(query, scene.stored)))
         case ["tile", level, x, y]:
             return _picture(scene.tiles.tile(_whole(level), _whole(x), _whole(y)), JPEG)
         case ["cell", row]:

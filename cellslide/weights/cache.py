@@ -9,12 +9,13 @@ import hashlib
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_dir
+
 from cellslide.errors import WeightsError
-from cellslide.store.run_record import write_text
+from cellslide.store.atomic import write_text
 from cellslide.weights.manifest import ENTRY_FILE, WeightsEntry
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -32,13 +33,7 @@ def cache_dir() -> Path:
     named = os.environ.get("CELLSLIDE_CACHE")
     if named:
         return Path(named).expanduser()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "cellslide"
+    return Path(user_cache_dir("cellslide", appauthor=False, opinion=False))
 
 
 def find_file(entry: WeightsEntry) -> Path | None:

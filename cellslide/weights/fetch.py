@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from cellslide.errors import UsageError, WeightsError
-from cellslide.store.run_record import beside
+from cellslide.store.atomic import beside
 from cellslide.weights.cache import cache_dir, file_sha256, find_file, how_to_get, verify_file
 from cellslide.weights.classifier import LoadedClassifier, load_classifier
 from cellslide.weights.load import FINDERS, LoadedModel, entry_beside, load_entry, load_file, resolve_path

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from cellslide import __version__
-from cellslide.batch.dask.guard import MOST, guarded
-from cellslide.batch.dask.telling import telling
+from cellslide.batch.dask.events import telling
+from cellslide.batch.dask.retries import MOST, guarded
 from cellslide.batch.local_copy import done_before, local_targets
 from cellslide.batch.run import ENVIRONMENT, SlideOutcome, joined, outcome_of, reported, write_failure
-from cellslide.batch.work import ClassifyWork, SegmentWork
+from cellslide.batch.worker_jobs import ClassifyWork, SegmentWork
 from cellslide.classify import Classifier, open_classifier
 from cellslide.classify.slide import Typing, type_slide, write_typed
 from cellslide.classify.targets import Target, check_slide, open_target, require_cells

@@ -103,7 +103,8 @@ class Reader(Protocol):
         """Yield the nuclei in the order of the file."""
 
     @property
-    def labels(self) -> Mapping[str, str]: ...
+    def labels(self) -> Mapping[str, str]:
+        """Classes by the names that the file gives them."""
 
     @property
     def ordered(self) -> bool:

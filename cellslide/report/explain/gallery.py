@@ -7,7 +7,6 @@ elsewhere and runs no script.
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cellslide.store.run_record import beside
+from cellslide.report.rendering import part, template
+from cellslide.store.atomic import beside
 from cellslide.types import ClassSpec, Float32, Float64, UInt8, hex_color
 
 JPEG_QUALITY = 88
@@ -28,29 +28,6 @@ TOP_CLASSES = 3
 # A scale bar is the longest of these that takes at most this share of the picture.
 SCALE_BARS_UM = (100, 50, 20, 10, 5, 2, 1)
 SCALE_BAR_SHARE = 0.4
-
-STYLE = """
-:root{color-scheme:light}
-body{font:14px/1.4 system-ui,"DejaVu Sans",sans-serif;margin:16px 20px 60px;color:#1b1f24;background:#fff}
-h1{font-size:20px;margin:0 0 4px}p{max-width:1100px;margin:4px 0}
-.note{color:#57606a}.warn{color:#9a3412;font-weight:600}
-article{display:flex;gap:18px;border-top:1px solid #d0d7de;padding:14px 0}
-.facts{flex:0 0 290px}.facts h2{font-size:16px;margin:0 0 2px}
-.badge{display:inline-block;border-radius:3px;padding:0 6px;color:#fff;background:#57606a;font-size:12px}
-.badge.abstained{background:#9a3412}
-table{border-collapse:collapse;width:100%;font-size:12.5px;margin-top:6px}
-td{padding:1px 4px 1px 0;white-space:nowrap}td.name{max-width:118px;overflow:hidden;text-overflow:ellipsis}
-td.bar{width:96px}td.bar div{height:9px;border-radius:2px}td.num{text-align:right;font-variant-numeric:tabular-nums}
-tr.head td{padding-top:6px;color:#57606a}
-.gate{position:relative;height:8px;border-radius:4px;background:#dbe2ea;margin:4px 2px 0}
-.gate i{position:absolute;top:-3px;width:4px;height:14px;margin-left:-2px;background:#1b1f24}
-.ends{display:flex;justify-content:space-between;font-size:11px;color:#57606a}
-.pictures{display:inline-flex;flex-direction:column;gap:8px}.row{display:flex;gap:10px;justify-content:flex-end}
-figure{margin:0;width:188px}figure div{position:relative;height:188px;line-height:0}
-figure img,figure svg{width:188px;height:188px}figure svg{position:absolute;left:0;top:0}
-figure div:hover svg .mark{display:none}
-figcaption{font-size:12px;line-height:1.25;margin-top:3px;color:#57606a}
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,88 +94,37 @@ class Heading:
 def write_gallery(path: Path, heading: Heading, cards: Iterable[Card]) -> Path:
     """Write the page; it is renamed into place when it is whole. Cards are written as they come, one in memory."""
     with beside(path) as scratch, scratch.open("w", encoding="utf-8") as file:
-        file.write(_head(heading))
+        file.write(template("explain.html").render(heading=heading, style=part("explain.css")))
         for card in cards:
             file.write(_card(card))
         file.write("</body></html>\n")
     return path
 
 
-def _head(heading: Heading) -> str:
-    title = html.escape(heading.title)
-    lines = "".join(f'<p class="note">{html.escape(line)}</p>\n' for line in heading.lines)
-    warnings = "".join(f'<p class="warn">{html.escape(line)}</p>\n' for line in heading.warnings)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style></head>\n'
-        f"<body><h1>{title}</h1>\n{lines}{warnings}"
-    )
-
-
 def _card(card: Card) -> str:
-    rows = ("".join(_figure(picture) for picture in row) for row in card.pictures)
-    pictures = "".join(f'<div class="row">{row}</div>\n' for row in rows)
-    return (
-        f'<article id="cell-{card.cell_id}"><div class="facts">{_facts(card)}</div>\n'
-        f'<div class="pictures">{pictures}</div></article>\n'
+    return template("explain_cell.html").render(
+        card=card,
+        prob=f"{card.class_prob:.3f}" if np.isfinite(card.class_prob) else "(no probability)",
+        gate=card.gate if np.isfinite(card.gate) else None,
+        bars=[(bars.title, _bars(bars)) for bars in card.bars],
+        rows=[[_figure(picture) for picture in row] for row in card.pictures],
     )
 
 
-def _facts(card: Card) -> str:
-    badges = f'<span class="badge">{html.escape(card.path)}</span>'
-    if card.abstained:
-        badges += ' <span class="badge abstained">abstained</span>'
-    x, y = card.xy
-    bars = "".join(_bars(bars) for bars in card.bars)
-    remarks = "".join(f'<p class="warn">{html.escape(text)}</p>' for text in card.remarks)
-    return (
-        f"<h2>{html.escape(card.class_name)} {_number(card.class_prob)}</h2>\n"
-        f"<div>cell {card.cell_id} {badges}</div>\n"
-        f'<div class="note">level-0 x {x:.1f}, y {y:.1f}; organ {html.escape(card.organ)}</div>\n'
-        f'<div class="note" style="font-size:11px">{html.escape(card.uuid)}</div>\n'
-        f"{_gate(card.gate)}<table>{bars}</table>{remarks}"
-    )
-
-
-def _gate(gate: float) -> str:
-    if not np.isfinite(gate):
-        return '<div class="note">g: the global path did not run</div>'
-    return (
-        f'<div class="gate" title="g, the weight of the global path"><i style="left:{100 * gate:.1f}%"></i></div>'
-        f'<div class="ends"><span>local</span><span>g = {gate:.3f}</span><span>global</span></div>'
-    )
-
-
-def _bars(bars: Bars) -> str:
+def _bars(bars: Bars) -> list[tuple[str, str, float]] | None:
+    """Return name, colour and probability of the most probable classes, None where the path did not run."""
     if not np.isfinite(bars.prob).all():
-        return f'<tr class="head"><td colspan="3">{html.escape(bars.title)}: not run</td></tr>'
+        return None
     # By probability, then by the order of the classes.
     order = np.argsort(-bars.prob, kind="stable")[:TOP_CLASSES]
-    rows = "".join(_bar(bars.classes[k], float(bars.prob[k])) for k in order)
-    return f'<tr class="head"><td colspan="3">{html.escape(bars.title)}</td></tr>{rows}'
+    return [(bars.classes[k].name, hex_color(bars.classes[k].color), float(bars.prob[k])) for k in order]
 
 
-def _bar(spec: ClassSpec, prob: float) -> str:
-    color, name = hex_color(spec.color), html.escape(spec.name)
-    return (
-        f'<tr><td class="name" title="{name}">{name}</td><td class="bar">'
-        f'<div style="width:{100 * prob:.1f}%;background:{color}"></div></td><td class="num">{prob:.3f}</td></tr>'
-    )
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if np.isfinite(value) else "(no probability)"
-
-
-def _figure(picture: Picture) -> str:
+def _figure(picture: Picture) -> dict[str, str | int]:
     size = picture.image.shape[0]
     shown = picture.image if picture.heat is None else overlay_heat(picture.image, picture.heat)
     marks = f'<g class="mark">{_marks(picture, size)}</g>{_scale_bar(size, picture.um_per_px)}'
-    return (
-        f'<figure><div><img alt="{html.escape(picture.caption)}" src="{data_uri(shown)}">'
-        f'<svg viewBox="0 0 {size} {size}">{marks}</svg></div>'
-        f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>\n"
-    )
+    return {"caption": picture.caption, "image": data_uri(shown), "size": size, "marks": marks}
 
 
 def _marks(picture: Picture, size: int) -> str:

@@ -19,6 +19,7 @@ from cellslide.slides.readers.plain import ArrayReader, pillow_reader
 from cellslide.slides.readers.tiff import TiffReader
 from cellslide.slides.readers.tiled import TiledReader, tiff_levels, tiled_reader
 from cellslide.slides.readers.vendor import OpenSlideReader
+from cellslide.slides.slide_formats import format_of
 
 __all__ = [
     "WHITE",
@@ -44,12 +45,15 @@ PLAIN_VENDORS = ("aperio", "generic-tiff")
 
 
 def open_reader(path: Path) -> SlideReader:
-    """Open a slide file, or a folder of DICOM files, with the first library that knows it.
+    """Open a slide file, or a folder of DICOM files, with what its format names, else the first library that knows it.
 
     Raises UsageError if it is not there, SlideError if no library can read it.
     """
     if not path.exists():
         raise UsageError(f"{path}: no such file")
+    format = format_of(path)
+    if format is not None and format.open is not None:
+        return format.open(path)
     file = _first_dicom(path) if path.is_dir() else path
     if is_tiff(file):
         _check_tiles(file)

@@ -49,6 +49,7 @@ class SlideReader(Protocol):
 
 
 def is_tiff(path: Path) -> bool:
+    """Return whether a file begins as TIFF does; raises SlideError where it cannot be read."""
     try:
         with path.open("rb") as stream:
             return stream.read(4) in _TIFF_MAGIC

@@ -18,7 +18,7 @@ from cellslide.errors import UsageError
 from cellslide.models import build_model
 from cellslide.models.muse import MuseBackbone
 from cellslide.models.muse_layout import backbone_state, fill_backbone
-from cellslide.store.run_record import beside
+from cellslide.store.atomic import beside
 from cellslide.train.export import ModelWriter, model_writer, trained_entry, weights_in
 from cellslide.train.pretrain.data import MuseViews, Views
 from cellslide.train.pretrain.distill import Center, DinoHead, cosine_between, follow, image_loss, nucleus_loss

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Room:
+class Slots:
     """Stages that fit at once by tag, and which tags any worker has; without a tag each thread does one."""
 
     slots: Counter[str] = field(default_factory=Counter)

@@ -15,7 +15,7 @@ MOST_EACH = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class CellBlock:
     """Rows [start, start + N) as the report needs them.
 
     class_index  int64 (N,), -1 where a cell is not typed; `said` bool (N,), a class was said (typed, not abstained).
@@ -42,7 +42,7 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Pick:
+class GalleryCell:
     """A cell to show: its row, where it lies (level-0 pixels), its class, whether that was said, and its numbers.
 
     value  what it was chosen by: probability, score, or area in µm². local, global_ are classes, -1 where unknown.
@@ -57,14 +57,14 @@ class Pick:
     global_: int
 
 
-class Picks:
+class Gallery:
     """Keeps the best cells of each class and kind while blocks go by; ties by row, so that a rerun shows the same."""
 
     def __init__(self, n_classes: int) -> None:
         self.n_classes = n_classes
-        self.kept: dict[tuple[int, Kind], list[tuple[float, Pick]]] = {}
+        self.kept: dict[tuple[int, Kind], list[tuple[float, GalleryCell]]] = {}
 
-    def add(self, block: Block) -> None:
+    def add(self, block: CellBlock) -> None:
         """Look at the next block of cells."""
         for kind, (rank, value) in _ranks(block).items():
             for k in range(self.n_classes):
@@ -72,10 +72,12 @@ class Picks:
                 if len(rows):
                     self._offer((k, kind), block, rows[_best(rank[rows], MOST_EACH)], rank, value)
 
-    def _offer(self, key: tuple[int, Kind], block: Block, rows: Int64, rank: NDArray[Any], value: NDArray[Any]) -> None:
+    def _offer(
+        self, key: tuple[int, Kind], block: CellBlock, rows: Int64, rank: NDArray[Any], value: NDArray[Any]
+    ) -> None:
         offered = self.kept.setdefault(key, [])
         for i in rows.tolist():
-            pick = Pick(
+            pick = GalleryCell(
                 block.start + i, (float(block.xy[i, 0]), float(block.xy[i, 1])), key[0], bool(block.said[i]),
                 float(value[i]), int(block.local[i]), int(block.global_[i]),
             )  # fmt: skip
@@ -83,7 +85,7 @@ class Picks:
         offered.sort(key=lambda pair: (-pair[0], pair[1].row))
         del offered[MOST_EACH:]
 
-    def of(self, k: int, kind: Kind, n: int) -> list[Pick]:
+    def of(self, k: int, kind: Kind, n: int) -> list[GalleryCell]:
         """Return the `n` best of a class and kind, best first."""
         return [pick for _, pick in self.kept.get((k, kind), [])[:n]]
 
@@ -93,7 +95,7 @@ def _best(rank: NDArray[Any], n: int) -> Int64:
     return np.lexsort((np.arange(len(rank)), -rank))[:n].astype(np.int64)
 
 
-def _ranks(block: Block) -> dict[Kind, tuple[Float64, Float64]]:
+def _ranks(block: CellBlock) -> dict[Kind, tuple[Float64, Float64]]:
     """Return for each kind what cells are ranked by (the greater the better) and the number that is told of them."""
     prob = block.prob.astype(np.float64)
     if np.isfinite(prob).any():

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cellslide.batch.dask.connect import Cluster
-from cellslide.batch.dask.guard import write_off
-from cellslide.batch.dask.room import Room
+from cellslide.batch.dask.events import hear, topic_of
+from cellslide.batch.dask.retries import write_off
+from cellslide.batch.dask.slots import Slots
 from cellslide.batch.dask.stages import Handed, Job, Stage, StageEnd, ask_to_stop, do_stage
-from cellslide.batch.dask.telling import hear, topic_of
 from cellslide.batch.run import SlideOutcome
 from cellslide.classify.targets import Target
 from cellslide.errors import CellslideError, Interrupted, in_words
@@ -85,7 +85,7 @@ class _Owner:
     lane_of: Callable[[int], Progress]
     waiting: dict[Stage, deque[_Task]] = field(default_factory=lambda: {stage: deque() for stage in Stage})
     running: dict[Future, _Task] = field(default_factory=dict)
-    room: Room = field(default_factory=Room)
+    room: Slots = field(default_factory=Slots)
     lanes: dict[str, Progress] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
     events: deque[Any] = field(default_factory=deque)

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 Value = TypeVar("Value")
 
 
-class Kept(Generic[Value]):
+class LruCache(Generic[Value]):
     """Values by key, the least used thrown away beyond `most_bytes`; used from several threads.
 
     size_of  gives the bytes of a value, `size` is their sum.

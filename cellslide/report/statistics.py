@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellslide.report.gallery import CellBlock, Gallery
 from cellslide.report.histogram import Histogram
-from cellslide.report.picks import Block, Picks
 from cellslide.store.anndata_columns import Categorical
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable
 from cellslide.types import Float32, Float64, Int64, SlideInfo
@@ -68,7 +68,7 @@ class Frame:
 
 
 @dataclass(slots=True)
-class Tally:
+class CellStatistics:
     """The cells of a slide, summed up.
 
     counts       int64 (K,) cells of which the class was said; `abstained` (K,) those whose class was not, by the most
@@ -96,7 +96,7 @@ class Tally:
     gate: Histogram
     area: Histogram
     shapes: dict[str, Histogram]
-    picks: Picks
+    picks: Gallery
     dots_xy: list[Float32] = field(default_factory=list)
     dots_class: list[NDArray[np.uint8]] = field(default_factory=list)
 
@@ -106,7 +106,7 @@ class Tally:
         return sum(map(len, self.dots_class))
 
 
-def tally_cells(table: CellTable, frame: Frame, seams: Any = None) -> Tally:
+def tally_cells(table: CellTable, frame: Frame, seams: Any = None) -> CellStatistics:
     """Read a table once and sum it up; `seams`, where given, is told of every block as well (`add(xy, tile)`)."""
     tally = _empty(table, frame)
     chosen = _dots(len(table))
@@ -128,11 +128,11 @@ def _dots(n: int) -> Int64:
     return np.unique((np.random.default_rng(0).random(MOST_DOTS) * n).astype(np.int64))
 
 
-def _empty(table: CellTable, frame: Frame) -> Tally:
+def _empty(table: CellTable, frame: Frame) -> CellStatistics:
     k = len(table.class_names)
     has_prob = "prob_local" in table.matrices and "prob_global" in table.matrices
     shapes = {name: Histogram(*SHAPES[name]) for name in SHAPES if name in table.features and name != "area_um2"}
-    return Tally(
+    return CellStatistics(
         classes=table.class_names,
         typed=is_typed(table),
         frame=frame,
@@ -149,7 +149,7 @@ def _empty(table: CellTable, frame: Frame) -> Tally:
         gate=Histogram(0.0, 1.0, 40),
         area=Histogram(*SHAPES["area_um2"], groups=k),
         shapes=shapes,
-        picks=Picks(k),
+        picks=Gallery(k),
     )
 
 
@@ -158,7 +158,7 @@ def is_typed(table: CellTable) -> bool:
     return "prob" in table.matrices or "gate" in table.columns or len(table.class_names) > 1
 
 
-def read_block(table: CellTable, start: int, stop: int) -> Block:
+def read_block(table: CellTable, start: int, stop: int) -> CellBlock:
     """Read rows [start, stop) of the columns that a report needs."""
     n = stop - start
     x, y, prob, score, area, tile = (
@@ -173,7 +173,9 @@ def read_block(table: CellTable, start: int, stop: int) -> Block:
     shapes = {name: features[:, k] for k, name in enumerate(table.features) if name in SHAPES}
     xy = np.stack([x, y], axis=1).astype(np.float64)
     said = (index >= 0) & ~abstained.astype(np.bool_)
-    return Block(start, xy, index, said, prob, score, gate, local, global_, sure, area, tile.astype(np.int64), shapes)
+    return CellBlock(
+        start, xy, index, said, prob, score, gate, local, global_, sure, area, tile.astype(np.int64), shapes
+    )
 
 
 def _paths(table: CellTable, start: int, stop: int) -> tuple[Int64, Int64, Float32]:
@@ -192,7 +194,7 @@ def _paths(table: CellTable, start: int, stop: int) -> tuple[Int64, Int64, Float
     return local, global_, np.where(differ, np.minimum(p_local, p_global), never).astype(np.float32)
 
 
-def _add(tally: Tally, block: Block) -> None:
+def _add(tally: CellStatistics, block: CellBlock) -> None:
     k, shape = len(tally.classes), tally.frame.shape
     index, said = block.class_index, block.said
     tally.counts += np.bincount(index[said], minlength=k)
@@ -211,7 +213,7 @@ def _add(tally: Tally, block: Block) -> None:
     _add_histograms(tally, block)
 
 
-def _add_histograms(tally: Tally, block: Block) -> None:
+def _add_histograms(tally: CellStatistics, block: CellBlock) -> None:
     known = np.where(block.class_index >= 0, np.where(block.said, 0, 1), -1)
     tally.confidence.add(block.prob, known)
     tally.score.add(block.score)
@@ -222,7 +224,7 @@ def _add_histograms(tally: Tally, block: Block) -> None:
         histogram.add(np.where(block.area > 0, block.shapes[name], np.nan))
 
 
-def _keep_dots(tally: Tally, block: Block, rows: Int64) -> None:
+def _keep_dots(tally: CellStatistics, block: CellBlock, rows: Int64) -> None:
     tally.dots_xy.append(block.xy[rows].astype(np.float32))
     named = np.where(block.said[rows], block.class_index[rows], len(tally.classes))
     tally.dots_class.append(named.astype(np.uint8))

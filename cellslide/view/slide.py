@@ -20,18 +20,18 @@ from cellslide.slides.reopen import reopen_or_why
 from cellslide.store.cell_table import Categorical, CellTable, open_table
 from cellslide.store.run_record import TABLE
 from cellslide.types import Float64, hex_color
+from cellslide.view.arrays import pack
 from cellslide.view.cells import Box, CellIndex, density, relative
 from cellslide.view.folders import check_links, is_inside
-from cellslide.view.packing import pack
 from cellslide.view.pixels import TILE_PX, CropField, TilePictures, as_png, read, top_level
-from cellslide.view.policy import Decisions, Policy, StoredRule
+from cellslide.view.rule import DecisionRule, Decisions, StoredRule
 
 PLAIN_FIELD_UM, PLAIN_FIELD_PX = 64.0, 256
 MOST_BINS = 160
 PATH_COLUMNS = ("prob_local", "prob_global", "gate")
 
 
-class Scene:
+class ViewedSlide:
     """An open slide folder; its methods are called from several threads."""
 
     def __init__(self, root: Path, folder: Path, moved_to: Path | None = None) -> None:
@@ -94,7 +94,7 @@ class Scene:
             "reliability_local": calibration.reliability_local, "reliability_global": calibration.reliability_global,
         }  # fmt: skip
 
-    def cells(self, box: Box, screen_scale: float, policy: Policy) -> bytes:
+    def cells(self, box: Box, screen_scale: float, policy: DecisionRule) -> bytes:
         """Return the cells of a box, for the page to decide and draw: as outlines, points or counts on a grid."""
         rows = self.index.rows_in(box)
         form = self.index.form(len(rows), screen_scale)
@@ -111,7 +111,7 @@ class Scene:
             arrays["ring"], arrays["start"] = relative(rings[0], box), rings[1].astype(np.int32)
         return pack(arrays, {"form": form, "n": len(rows), "box": list(box)})
 
-    def _density(self, box: Box, screen_scale: float, policy: Policy) -> bytes:
+    def _density(self, box: Box, screen_scale: float, policy: DecisionRule) -> bytes:
         rows = self.index.rows_in(box, policy.score)
         bin_px = max(10 / screen_scale, max(box[2] - box[0], box[3] - box[1]) / MOST_BINS)
         marks, n_marks = self.decisions.marks(policy, rows), len(self.table.class_names) + 2
@@ -120,7 +120,7 @@ class Scene:
         facts = {"form": "density", "n": len(rows), "box": list(box), "bin": bin_px, "rows": n_rows, "cols": n_cols}
         return pack({"counts": counts}, facts)
 
-    def counts(self, policy: Policy) -> dict[str, Any]:
+    def counts(self, policy: DecisionRule) -> dict[str, Any]:
         """Return how many cells of the whole slide are of each class, abstain, have no class, or score too low."""
         marks = self.decisions.marks(policy)[self.index.scored(policy.score)]
         counts = np.bincount(marks, minlength=len(self.table.class_names) + 2).tolist()
@@ -181,12 +181,12 @@ def _finite(values: NDArray[Any]) -> list[float | None]:
 
 @dataclass(slots=True)
 class _Open:
-    scene: Scene
+    scene: ViewedSlide
     stamp: tuple[int, int]
     users: int = 0
 
 
-class Scenes:
+class ViewedSlides:
     """The slides' scenes, opened when they are asked for; those least used are closed, never while in use."""
 
     def __init__(self, root: Path, folders: Mapping[str, Path], moved_to: Path | None = None, most: int = 4) -> None:
@@ -197,7 +197,7 @@ class Scenes:
         self._turns = {name: Lock() for name in folders}
 
     @contextmanager
-    def use(self, name: str) -> Iterator[Scene]:
+    def use(self, name: str) -> Iterator[ViewedSlide]:
         """Give the scene of a slide of `folders`; one whose table was written anew is opened again."""
         with self._turns[name]:
             stamp = _stamp(self.folders[name])
@@ -224,7 +224,7 @@ class Scenes:
             return entry
 
     def _opened(self, name: str, stamp: tuple[int, int]) -> _Open:
-        entry = _Open(Scene(self.root, self.folders[name], self.moved_to), stamp, users=1)
+        entry = _Open(ViewedSlide(self.root, self.folders[name], self.moved_to), stamp, users=1)
         with self._lock:
             self._open[name] = entry
             while len(self._open) > self.most:

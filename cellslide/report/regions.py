@@ -23,7 +23,7 @@ Place = Callable[[float, float], tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True)
-class Searched:
+class SearchedRegion:
     """The regions that were searched; `mm2` is None and `polygons` empty where the file is not there."""
 
     polygons: tuple[shapely.Polygon, ...]
@@ -53,7 +53,7 @@ class Searched:
         return "".join(words)
 
 
-def read_searched(folder: Path, info: SlideInfo, record: RunRecord) -> Searched:
+def read_searched(folder: Path, info: SlideInfo, record: RunRecord) -> SearchedRegion:
     """Return what a slide's folder says was searched; a missing or foreign file tells nothing."""
     origin = (record.config.get("output") or {}).get("geojson_origin", "bounds")
     dx, dy = origin_offset(info, origin)
@@ -62,6 +62,6 @@ def read_searched(folder: Path, info: SlideInfo, record: RunRecord) -> Searched:
         polygons = tuple(shapely.transform(shape(f["geometry"]), lambda xy: xy + (dx, dy)) for f in features)
         area = sum(float(f["properties"]["measurements"]["area mm2"]) for f in features)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, shapely.errors.ShapelyError):
-        return Searched((), None, info)
+        return SearchedRegion((), None, info)
     kept = tuple(p for p in polygons if isinstance(p, shapely.Polygon) and not p.is_empty)
-    return Searched(kept, area, info)
+    return SearchedRegion(kept, area, info)

@@ -210,7 +210,7 @@ def _how(exit_code: int | None) -> str:
     return f"signal {-exit_code}" if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"
 
 
-class Teller:
+class WorkerProgress:
     """Progress that goes to another process, advances gathered so that it hears of them now and then.
 
     tell     passes on the name of what is heard, and its values.
@@ -274,7 +274,7 @@ def _serve(
 
 
 def _take(pipe: connection.Connection, handle: Handle, stop: StopCheck) -> None:
-    teller = Teller(lambda *words: pipe.send(("progress", *words)), TELL_S)
+    teller = WorkerProgress(lambda *words: pipe.send(("progress", *words)), TELL_S)
     while True:
         if (code := stop()) is not None:
             raise Interrupted(code)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from cellslide.classify.store import PartialProbs
 from cellslide.errors import CellslideError, SlideError
-from cellslide.store.run_record import read_record, write_json, write_record
+from cellslide.store.atomic import write_json
+from cellslide.store.run_record import read_record, write_record
 from cellslide.store.tile_checkpoint import PARTS_FOLDER
 
 FILE = ".begun.json"
@@ -23,7 +24,7 @@ MOST = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class Attempts:
     """A stage of a run that was begun so often, and how far the slide was (parts and typed cells) the last time."""
 
     run_id: str
@@ -47,17 +48,17 @@ def guarded(folder: Path, run_id: str, stage: str, most: int = MOST) -> Iterator
         error = SlideError(f"{words}; give them more, or --workers 1 and a smaller --batch-size")
         write_off(folder, str(error))
         raise error
-    write_json(path, asdict(Begun(run_id, stage, times, done)))
+    write_json(path, asdict(Attempts(run_id, stage, times, done)))
     try:
         yield times
     finally:
         path.unlink(missing_ok=True)
 
 
-def read_begun(path: Path) -> Begun | None:
+def read_begun(path: Path) -> Attempts | None:
     """Return what a stage left that did not end, or None."""
     try:
-        return Begun(**json.loads(path.read_text(encoding="utf-8")))
+        return Attempts(**json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
         return None
 

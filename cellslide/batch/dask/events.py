@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from cellslide.batch.device_pool import Teller
+from cellslide.batch.workers import WorkerProgress
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -20,13 +20,13 @@ def topic_of(run_id: str) -> str:
     return f"cellslide-{run_id}"
 
 
-def telling(worker: Worker, run_id: str, slide_id: str) -> Teller:
+def telling(worker: Worker, run_id: str, slide_id: str) -> WorkerProgress:
     """Return progress that goes to the owner of the run, tiles gathered."""
 
     def tell(what: str, *values: Any) -> None:
         worker.log_event(topic_of(run_id), {"slide": slide_id, "what": what, "values": list(values)})
 
-    return Teller(tell, TELL_S)
+    return WorkerProgress(tell, TELL_S)
 
 
 def hear(event: Any, lanes: Mapping[str, Progress]) -> None:

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from cellslide.batch.device_pool import Handle
 from cellslide.batch.local_copy import LocalCopies, done_before, local_targets
 from cellslide.batch.run import SlideOutcome, classify_slides, run_slides, segment_slides
+from cellslide.batch.workers import Handle
 from cellslide.classify import Classifier, open_classifier
 from cellslide.classify.columns import Rule
 from cellslide.classify.targets import Target

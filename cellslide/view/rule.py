@@ -66,14 +66,14 @@ def _record(kind: type[Any], values: Mapping[str, Any]) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class DecisionRule:
     """What the page asks for: how to decide, and the least score of a nucleus that is shown."""
 
     decision: DecisionConfig
     score: float = 0.0
 
     @classmethod
-    def asked(cls, query: Mapping[str, str], stored: StoredRule) -> Policy:
+    def asked(cls, query: Mapping[str, str], stored: StoredRule) -> DecisionRule:
         """Return the policy of a query (gate, tau, gamma, abstain, floors, score); raises UsageError for a wrong one.
 
         What is not asked for is as stored; `floors=0` leaves out what the rule asks of single classes.
@@ -113,7 +113,7 @@ class Decisions:
         self._kept: OrderedDict[tuple[object, ...], tuple[Int16, Float32]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def marks(self, policy: Policy, rows: Int64 | None = None) -> Int16:
+    def marks(self, policy: DecisionRule, rows: Int64 | None = None) -> Int16:
         """Return what rows (all if None) are shown as: the class, K where it abstains, K + 1 where it has none."""
         index, prob = self._top(policy.decision)
         if rows is not None:

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 
 from cellslide.errors import TileError
-from cellslide.report.picks import Pick
-from cellslide.report.tally import Frame
+from cellslide.report.gallery import GalleryCell
+from cellslide.report.statistics import Frame
 from cellslide.slides.slide import Slide
 from cellslide.store.cell_table import CellTable
 from cellslide.store.shapes import polygons_from_wkb
@@ -28,7 +28,7 @@ BLURRED = 0.5
 class Crop:
     """A nucleus to show: uint8 (CROP_PX, CROP_PX, 3), and its outline (P, 2) in the crop's pixels or None."""
 
-    pick: Pick
+    pick: GalleryCell
     image: UInt8
     outline_xy: Float64 | None
 
@@ -92,7 +92,7 @@ def _inside(x: int, y: int, plane: Plane) -> tuple[int, int, int, int]:
     return x, y, min(x + FIELD_PX, plane.width_px), min(y + FIELD_PX, plane.height_px)
 
 
-def cut_crops(slide: Slide, table: CellTable, picks: Iterable[Pick]) -> dict[int, Crop]:
+def cut_crops(slide: Slide, table: CellTable, picks: Iterable[GalleryCell]) -> dict[int, Crop]:
     """Return a crop of CROP_UM about each cell, by its row; cells that cannot be read are left out."""
     plane = Plane.of(slide.info, CROP_UM / CROP_PX)
     unique = {pick.row: pick for pick in picks}

@@ -1,0 +1,130 @@
+"""The kinds of slide files: one record each with its suffixes, the files that make up a slide, and what opens it."""
+
+from __future__ import annotations
+
+import configparser
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cellslide.slides.readers.base import SlideReader
+
+_HEAD_BYTES = 1 << 16
+_SERIES_UID = b"\x20\x00\x0e\x00UI"
+_OME_FILE = re.compile(r'FileName="([^"]+)"')
+
+
+def only_itself(path: Path) -> list[Path]:
+    """Return the one file of a slide."""
+    return [path]
+
+
+@dataclass(frozen=True, slots=True)
+class SlideFormat:
+    """A kind of slide file.
+
+    suffixes  in lower case, with their dot.
+    files     returns all files of a slide from the one that the user names; all lie beside it or below.
+              A part that is named and not there is left out.
+    open      opens it and knows its pixel size; None leaves it to the libraries, which look at its content.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    files: Callable[[Path], list[Path]] = only_itself
+    open: Callable[[Path], SlideReader] | None = None
+
+
+def dicom_series(folder: Path) -> list[list[Path]]:
+    """Return the .dcm files right inside a folder, grouped by the series they belong to."""
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".dcm" and p.is_file() and p.name[0] != ".")
+    groups: dict[bytes, list[Path]] = {}
+    for file in files:
+        groups.setdefault(series_uid(file), []).append(file)
+    return list(groups.values())
+
+
+def series_uid(file: Path) -> bytes:
+    """Return SeriesInstanceUID (0020,000E) from the head of a DICOM file; the file's own name if it has none."""
+    with file.open("rb") as stream:
+        head = stream.read(_HEAD_BYTES)
+    at = head.find(_SERIES_UID)
+    if at < 0:
+        return file.name.encode()
+    length = int.from_bytes(head[at + 6 : at + 8], "little")
+    return head[at + 8 : at + 8 + length].rstrip(b"\0 ")
+
+
+def _dicom_files(path: Path) -> list[Path]:
+    return next((series for series in dicom_series(path.parent) if path in series), [path])
+
+
+def _mirax_files(path: Path) -> list[Path]:
+    companion = path.with_suffix("")
+    below = sorted(companion.rglob("*")) if companion.is_dir() else []
+    return [path, *(file for file in below if file.is_file())]
+
+
+def _hamamatsu_files(index: Path) -> list[Path]:
+    parser = configparser.ConfigParser(interpolation=None, strict=False)
+    try:
+        parser.read_string(index.read_text(encoding="utf-8", errors="replace"))
+    except configparser.Error:
+        return [index]
+    return [index, *_beside(index, [value for section in parser.sections() for value in parser[section].values()])]
+
+
+def _ome_files(path: Path) -> list[Path]:
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            return [path, *_beside(path, _OME_FILE.findall(tiff.ome_metadata or "") if tiff.is_ome else [])]
+    except (tifffile.TiffFileError, ValueError, OSError, KeyError, IndexError):
+        return [path]
+
+
+def _beside(path: Path, names: list[str]) -> list[Path]:
+    """Return those names that are files right beside `path`; what leads elsewhere is no part of the slide."""
+    plain = dict.fromkeys(name for name in names if name and Path(name).name == name and name != path.name)
+    return [path.parent / name for name in plain if (path.parent / name).is_file()]
+
+
+SLIDE_FORMATS: dict[str, SlideFormat] = {}
+
+
+def register(format: SlideFormat) -> None:
+    """Add a kind of slide file; raises ValueError where its name or a suffix is taken."""
+    if format.name in SLIDE_FORMATS or any(format_of(Path(f"a{suffix}")) for suffix in format.suffixes):
+        raise ValueError(f"there is a slide format {format.name}, or one of its suffixes {', '.join(format.suffixes)}")
+    SLIDE_FORMATS[format.name] = format
+
+
+def format_of(path: Path) -> SlideFormat | None:
+    """Return the kind of slide file that a suffix names, None where it names none."""
+    suffix = path.suffix.lower()
+    return next((format for format in SLIDE_FORMATS.values() if suffix in format.suffixes), None)
+
+
+def slide_files(path: Path) -> list[Path]:
+    """Return all files of a slide; of a folder all that lie in it."""
+    if path.is_dir():
+        return [file for file in sorted(path.rglob("*")) if file.is_file()]
+    format = format_of(path)
+    return [path] if format is None else format.files(path)
+
+
+register(SlideFormat("aperio", (".svs", ".svslide")))
+register(SlideFormat("tiff", (".tif", ".tiff", ".btf", ".tf8"), _ome_files))
+register(SlideFormat("hamamatsu", (".ndpi",)))
+register(SlideFormat("hamamatsu-index", (".vms", ".vmu"), _hamamatsu_files))
+register(SlideFormat("leica", (".scn",)))
+register(SlideFormat("mirax", (".mrxs",), _mirax_files))
+register(SlideFormat("ventana", (".bif",)))
+register(SlideFormat("zeiss", (".czi",)))
+register(SlideFormat("dicom", (".dcm",), _dicom_files))
+register(SlideFormat("avs", (".avs",)))
+register(SlideFormat("image", (".png", ".jpg", ".jpeg", ".webp")))
