@@ -17,6 +17,30 @@ def _require(ok: bool, flag: str, value: object, legal: str) -> None:
         raise UsageError(f"{flag} {value}: must be {legal}")
 
 
+def parse_devices(text: str) -> tuple[str, ...]:
+    """Return the devices that `--device` names: "cuda:0,1" and "cuda:0,cuda:1" are two, "auto" is one.
+
+    Raises UsageError where a part is empty, or a number follows no device.
+    """
+    found: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        kind = found[-1].partition(":")[0] if found and ":" in found[-1] else None
+        if not part or (part.isdigit() and kind is None):
+            raise UsageError(f"--device {text}: must be a device, or several as in cuda:0,1 or cpu,cpu")
+        found.append(f"{kind}:{part}" if part.isdigit() else part)
+    if len(found) > 1 and "auto" in found:
+        raise UsageError(f"--device {text}: name each device, auto chooses one only")
+    return tuple(found)
+
+
+def parse_device(name: str) -> tuple[str, int]:
+    """Return kind and number of one device; raises UsageError for a name that is none."""
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "mps", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
+        raise UsageError(f"--device {name}: must be auto, cpu, mps, cuda or cuda:N")
+    return kind, int(number or 0)
+
+
 @dataclass(frozen=True, slots=True)
 class TissueConfig:
     """Where to look: the built-in mask, a mask image, or everywhere, and optionally only inside a region of interest.
@@ -103,7 +127,7 @@ class SegmentConfig:
 
 @dataclass(frozen=True, slots=True)
 class ClassifyConfig:
-    """All settings of `cellslide classify`, but for the rule that decides (`gate.DecisionConfig`).
+    """All settings of `cellslide classify`, but for the rule that decides (`classify.decision.DecisionConfig`).
 
     organ         organ of the slides; None takes the list's, "unknown" where that has none either.
     paths         "both", so that any rule may be applied later, or "local" alone, without context.

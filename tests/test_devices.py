@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from cellslide.batch.worker_jobs import SegmentWork, on_device
-from cellslide.batch.workers import over_devices, parse_devices
+from cellslide.batch.workers import over_devices
 from cellslide.cli.main import cli
-from cellslide.config import InferConfig
+from cellslide.config import InferConfig, parse_devices
 from cellslide.errors import Interrupted, UsageError
 from cellslide.progress import Silent
 from cellslide.weights import LoadedModel

@@ -299,7 +299,7 @@ POLICIES = [
 
 
 def expected_marks(probs: PathProbs, decision: DecisionConfig) -> np.ndarray:
-    """Return what `gate.decide` makes of cells: the class, 3 where it abstains, 4 where it is not typed."""
+    """Return what `decision.decide` makes of cells: the class, 3 where it abstains, 4 where it is not typed."""
     known = np.flatnonzero(~np.isnan(probs.local).any(axis=1))
     part = PathProbs(probs.local[known], probs.global_[known], probs.gate[known])
     made = decide(part, decision, CALIBRATION)

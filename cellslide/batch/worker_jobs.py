@@ -1,4 +1,4 @@
-"""What the process of a device does with each slide: segment, classify, or both; see `devices`.
+"""What the process of a device does with each slide: segment, classify, or both; see `workers`.
 
 Settings are pickled, models are not: each process loads its own.
 """

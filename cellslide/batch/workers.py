@@ -20,7 +20,7 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cellslide.errors import CellslideError, Interrupted, UsageError
+from cellslide.errors import CellslideError, Interrupted
 
 if TYPE_CHECKING:
     from cellslide.batch.run import SlideOutcome
@@ -42,22 +42,6 @@ class Work(Protocol):
 
     def open(self, device: str, processes: int) -> AbstractContextManager[Handle]:
         """Open the model on a device, one of so many processes, and give what does one slide."""
-
-
-def parse_devices(text: str) -> tuple[str, ...]:
-    """Return the devices that `--device` names: "cuda:0,1" and "cuda:0,cuda:1" are two, "auto" is one.
-
-    Raises UsageError where a part is empty, or a number follows no device.
-    """
-    found: list[str] = []
-    for part in (part.strip() for part in text.split(",")):
-        kind = found[-1].partition(":")[0] if found and ":" in found[-1] else None
-        if not part or (part.isdigit() and kind is None):
-            raise UsageError(f"--device {text}: must be a device, or several as in cuda:0,1 or cpu,cpu")
-        found.append(f"{kind}:{part}" if part.isdigit() else part)
-    if len(found) > 1 and "auto" in found:
-        raise UsageError(f"--device {text}: name each device, auto chooses one only")
-    return tuple(found)
 
 
 def over_devices(

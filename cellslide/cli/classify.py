@@ -144,8 +144,8 @@ def command(
       cellslide classify out --gate safe --regate
       cellslide classify slide.svs -o out --cells qupath.geojson --organ breast
     """
-    from cellslide.batch.workers import parse_devices
     from cellslide.classify.targets import expand_targets
+    from cellslide.config import parse_devices
 
     config = to_config(**settings)
     targets = expand_targets(slides, output)

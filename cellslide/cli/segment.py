@@ -105,7 +105,7 @@ def command(
     if not sources:
         click.echo("no slide falls into this shard", err=True)
         return 0
-    from cellslide.batch.workers import parse_devices
+    from cellslide.config import parse_devices
 
     devices = parse_devices(config.infer.device)
     config = replace(config, infer=replace(config.infer, device=devices[0]))

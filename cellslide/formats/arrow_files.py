@@ -19,11 +19,13 @@ from cellslide.formats.geojson import PROBABILITIES, Profile
 from cellslide.formats.tissuumaps import POINTS_NAME, TMAP_NAME, project_text, shown_points
 from cellslide.store.anndata_columns import Categorical, Column
 from cellslide.store.atomic import beside, write_text
-from cellslide.store.cell_table import BLOCK_ROWS, CellTable
+from cellslide.store.cell_table import CellTable
 from cellslide.store.shapes import ROW_GROUP, geo_metadata, points_to_wkb, polygons_to_wkb
 from cellslide.types import Bool
 
 PARQUET_NAME, CSV_NAME = "cells.parquet", "cells.csv.gz"
+# A row group at a time: two at once would take half as much memory again.
+BLOCK_ROWS = ROW_GROUP
 
 
 def write_parquet(table: CellTable, out_dir: Path, profile: Profile = "lean") -> Path:
@@ -132,7 +134,8 @@ def _arrow(column: Column, dictionary: bool) -> Any:
     if not isinstance(column, Categorical):
         if column.dtype != object:
             return _numbers(column)
-        texts = pa.array(column, pa.string())
+        # Of an array `pa.array` would first import pandas.
+        texts = pa.array(column.tolist(), pa.string())
         return texts if dictionary else harmless_column(texts)
     words = pa.DictionaryArray.from_arrays(_numbers(column.codes, column.codes >= 0), _strings(column.names))
     return words if dictionary else harmless_column(words.cast(pa.string()))  # CSV knows no dictionaries

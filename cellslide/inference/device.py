@@ -6,8 +6,8 @@ import os
 
 import torch
 
-from cellslide.config import Precision
-from cellslide.errors import MissingDependencyError, UsageError
+from cellslide.config import Precision, parse_device
+from cellslide.errors import MissingDependencyError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Past this many pixels in a batch a GPU gains nothing, and the host would hold gigabytes of maps.
@@ -22,11 +22,9 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "mps", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
-        raise UsageError(f"--device {name}: must be auto, cpu, mps, cuda or cuda:N")
+    kind, number = parse_device(name)
     n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (kind == "cuda" and int(number or 0) >= n_cuda) or (kind == "mps" and not _has_mps()):
+    if (kind == "cuda" and number >= n_cuda) or (kind == "mps" and not _has_mps()):
         raise MissingDependencyError(
             f"--device {name}: not on this machine (CUDA devices: {n_cuda}); use --device auto or cpu"
         )

@@ -1,4 +1,4 @@
-"""A network on its device, run in batches of one size, which is halved where memory runs out."""
+"""A network on its device, run in micro-batches of one size, which is halved where memory runs out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,22 @@ from cellslide.inference.device import (
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+
+
+class Batched(Protocol):
+    """What runs batches on a device."""
+
+    device: str
+    batch_size: int
+
+
+def halve_batch(engine: Batched) -> bool:
+    """Halve the batch size, since memory ran out, and log it; return False where it is 1 already."""
+    if engine.batch_size == 1:
+        return False
+    engine.batch_size //= 2
+    log.warning("out of memory on %s: going on with --batch-size %d", engine.device, engine.batch_size)
+    return True
 
 
 class OnDevice(ABC):
@@ -75,7 +91,5 @@ class OnDevice(ABC):
     def _halve(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        if self.batch_size == 1:
+        if not halve_batch(self):
             raise CellslideError(self.too_large())
-        self.batch_size //= 2
-        log.warning("out of memory on %s: going on with --batch-size %d", self.device, self.batch_size)

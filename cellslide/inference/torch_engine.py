@@ -7,7 +7,6 @@ be put on the device before the last one is fetched.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -29,6 +28,7 @@ from cellslide.inference.device import (
     resolve_device,
     resolve_precision,
 )
+from cellslide.inference.micro_batches import halve_batch
 from cellslide.models.folding import folded
 from cellslide.nuclei.nms import point_nms
 from cellslide.types import HoverMaps, Instances, ModelSpec, NoOutput, UInt8
@@ -39,8 +39,6 @@ Arrays = Mapping[str, NDArray[Any]]
 
 # A box that ends so near to the tile's edge may go on behind it.
 EDGE_PX = 0.5
-
-log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -77,9 +75,7 @@ def in_steps(
         step = attempt(images[first : first + size])
         if step is None:
             free()
-            if engine.batch_size > 1:
-                engine.batch_size //= 2
-                log.warning("out of memory on %s: going on with --batch-size %d", engine.device, engine.batch_size)
+            if halve_batch(engine):
                 continue
             step = attempt(images[first : first + 1])
         steps.append(step)
