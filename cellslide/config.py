@@ -116,6 +116,7 @@ class SegmentConfig:
     model: str | None = None
     weights: Path | None = None
     mpp: float | None = None
+    allow_fluorescence: bool = False
     tissue: TissueConfig = field(default_factory=TissueConfig)
     tiles: TileConfig = field(default_factory=TileConfig)
     infer: InferConfig = field(default_factory=InferConfig)
@@ -143,6 +144,7 @@ class ClassifyConfig:
     model: str | None = None
     weights: Path | None = None
     mpp: float | None = None
+    allow_fluorescence: bool = False
     organ: str | None = None
     paths: Literal["both", "local"] = "both"
     context_size: int | None = None
@@ -187,6 +189,7 @@ class EmbedConfig:
     model: str | None = None
     weights: Path | None = None
     mpp: float | None = None
+    allow_fluorescence: bool = False
     read_mpp: float | None = None
     field_px: int | None = None
     to: Literal["zarr", "parquet", "npz"] = "zarr"

@@ -37,6 +37,12 @@ class SlideError(CellslideError):
     """A slide that cannot be opened or read; the run over many slides records it and goes on."""
 
 
+class FluorescenceError(SlideError):
+    """A slide of fluorescence, on which nothing that was learned on H&E holds; a flag insists."""
+
+    exit_code = 2
+
+
 class TileError(SlideError):
     """One tile that cannot be read or decoded; the run of the slide records it and goes on."""
 

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from cellslide.inference.stream import TileResult
 from cellslide.nuclei.merge import merge_stream, same_point_um, to_cells
 from cellslide.progress import IDLE, Watch
 from cellslide.slides.inputs import SlideInput
+from cellslide.slides.missing import missing_tissue
 from cellslide.slides.slide import Slide, open_slide, slide_from_array
 from cellslide.slides.tiles import TileGrid, fitting_grid, select_tiles
 from cellslide.slides.tissue import TissueMask, find_tissue, write_tissue
@@ -60,16 +61,22 @@ from cellslide.weights import LoadedModel
 # A part is written after so many tiles or seconds: a killed run loses little, and a slide is not a thousand files.
 PART_TILES = 64
 PART_SECONDS = 20.0
+# Why a tile of the file is listed as failed, though nothing went wrong with reading it.
+MISSING = "missing in the file, inside the tissue"
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where a slide is searched: the plane, the grid over it, the tissue (None: everywhere), the tiles in order."""
+    """Where a slide is searched: the plane, the grid over it, the tissue (None: everywhere), the tiles in order.
+
+    missing  level-0 boxes of tiles inside the tissue that the file leaves out.
+    """
 
     plane: Plane
     grid: TileGrid
     mask: TissueMask | None
     tiles: list[Tile]
+    missing: tuple[tuple[float, float, float, float], ...] = ()
 
 
 def segment_slide(source: SlideInput, segmenter: Segmenter, out_dir: Path, watch: Watch = IDLE) -> RunRecord:
@@ -168,7 +175,8 @@ def segment_array(model: LoadedModel | Segmenter, image: UInt8, mpp: float, conf
 def open_source(source: SlideInput, config: SegmentConfig) -> Slide:
     """Open a slide with the pixel size that `--mpp` or the list gives, if any."""
     given = source.mpp if config.mpp is None else config.mpp
-    return open_slide(source.path, given, "list" if config.mpp is None else "flag", source.slide_id, source.local)
+    how: Literal["list", "flag"] = "list" if config.mpp is None else "flag"
+    return open_slide(source.path, given, how, source.slide_id, source.local, config.allow_fluorescence)
 
 
 def begin_record(slide: dict[str, Any], segmenter: Segmenter) -> RunRecord:
@@ -253,7 +261,18 @@ def lay_out(slide: Slide, segmenter: Segmenter | Setup) -> Layout:
     grid = fitting_grid(plane, tiles.size_px or spec.tile_px, tiles.overlap_px or 0, step)
     everywhere = not tissue.enabled and tissue.roi is None
     mask = None if everywhere else find_tissue(slide, tissue)
-    return Layout(plane, grid, mask, select_tiles(grid, mask))
+    return Layout(plane, grid, mask, select_tiles(grid, mask), _missing(slide, plane, mask, tissue))
+
+
+def _missing(
+    slide: Slide, plane: Plane, mask: TissueMask | None, tissue: TissueConfig
+) -> tuple[tuple[float, float, float, float], ...]:
+    """Return what the file leaves out of the tissue that is to be searched, on the level that is read."""
+    level, gaps = slide.best_level(plane), slide.reader.header.missing
+    if not gaps or not gaps[level].is_gap.any():
+        return ()
+    found = mask if mask is not None and tissue.enabled and tissue.mask is None else find_tissue(slide, TissueConfig())
+    return tuple(box for box in missing_tissue(slide, level, found) if mask is None or mask.near(box))
 
 
 def write_searched(folder: Path, layout: Layout, slide: Slide, config: SegmentConfig) -> None:
@@ -329,7 +348,9 @@ def count_tiles(layout: Layout, parts: Parts, record: RunRecord) -> None:
         t.index: layout.plane.to_level0(np.array([t.read_xyxy[:2]]))[0] for t in layout.tiles if t.index in failed
     }
     record.failed_tiles = [FailedTile(int(corner[i][0]), int(corner[i][1]), error) for i, error in failed.items()]
+    record.failed_tiles += [FailedTile(int(box[0]), int(box[1]), MISSING) for box in layout.missing]
     record.counts.tiles, record.counts.tiles_failed = len(layout.tiles), len(failed)
+    record.counts.tiles_missing = len(layout.missing)
     record.counts.tiles_empty, record.counts.nuclei_raw = parts.n_empty, parts.n_raw
 
 

@@ -421,11 +421,15 @@ class PathProbs:
 
 @dataclass(slots=True)
 class Counts:
-    """What a run met: tiles searched, empty ones, failed ones, nuclei before and after the merge."""
+    """What a run met: tiles searched, empty ones, failed ones, nuclei before and after the merge.
+
+    tiles_missing counts tiles of the file, not of the search: those inside the tissue that the file leaves out.
+    """
 
     tiles: int = 0
     tiles_empty: int = 0
     tiles_failed: int = 0
+    tiles_missing: int = 0
     nuclei_raw: int = 0
     nuclei: int = 0
 

@@ -247,6 +247,7 @@ def test_the_record_says_what_was_done(slide: PaintedSlide, tmp_path: Path) -> N
         "tiles": 24,
         "tiles_empty": 0,
         "tiles_failed": 0,
+        "tiles_missing": 0,
         "nuclei_raw": record.counts.nuclei_raw,
         "nuclei": table.n,
     }

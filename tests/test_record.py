@@ -71,7 +71,7 @@ def test_keys_are_those_of_the_contract(record: RunRecord) -> None:
     content = to_dict(record)
     assert set(content) == CONTRACT_KEYS
     assert set(content["slide"]) == {"path", "sha256_head", "mpp", "mpp_source", "width", "height", "vendor"}
-    assert set(content["counts"]) == {"tiles", "tiles_empty", "tiles_failed", "nuclei_raw", "nuclei"}
+    assert set(content["counts"]) == {"tiles", "tiles_empty", "tiles_failed", "tiles_missing", "nuclei_raw", "nuclei"}
     assert set(content["seconds"]) == {"read", "infer", "decode", "merge", "classify", "write", "total"}
     assert content["weights"] == [{"id": "m", "sha256": "ab", "licence": "MIT"}]
     assert to_dict(replace(record, error="bad"))["error"] == "bad"

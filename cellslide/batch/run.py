@@ -110,7 +110,10 @@ def outcome_of(source: SlideInput, record: RunRecord, skipped: bool, seconds: fl
     if record.status == "done_with_errors":
         first, counts = record.failed_tiles[0], record.counts
         where = f"the first at ({first.x}, {first.y}): {first.error}"
-        words = f"{counts.tiles_failed} of {counts.tiles} tiles failed, {where}"
+        gone = f"{counts.tiles_missing} tiles are missing in the file"
+        lost = f"{counts.tiles_failed} of {counts.tiles} tiles failed"
+        told = [words for n, words in ((counts.tiles_failed, lost), (counts.tiles_missing, gone)) if n]
+        words = f"{' and '.join(told)}, {where}"
         return SlideOutcome(source.slide_id, "failed", record.counts.nuclei, seconds, words, 1)
     return SlideOutcome(source.slide_id, "skipped" if skipped else "done", record.counts.nuclei, seconds)
 
@@ -153,7 +156,8 @@ def _classify(
     target: Target, classifier: Classifier, rule: Rule, organ_of: Callable[[str | None], Organ], watch: Watch
 ) -> tuple[RunRecord, bool]:
     require_cells(target)
-    with open_target(target, classifier.config.mpp) as slide, held(target.folder, watch) as watch:
+    mpp, allowed = classifier.config.mpp, classifier.config.allow_fluorescence
+    with open_target(target, mpp, allowed) as slide, held(target.folder, watch) as watch:
         check_slide(target, slide)
         return classify_slide(target.folder, slide, classifier, rule, organ_of(target.source.organ), watch)
 
@@ -199,7 +203,8 @@ def embed_slides(targets: Iterable[Target], embedder: Embedder, watch: Watch = I
 
 def _embed(target: Target, embedder: Embedder, watch: Watch) -> tuple[RunRecord, bool]:
     require_cells(target)
-    with open_target(target, embedder.config.mpp) as slide, held(target.folder, watch) as watch:
+    mpp, allowed = embedder.config.mpp, embedder.config.allow_fluorescence
+    with open_target(target, mpp, allowed) as slide, held(target.folder, watch) as watch:
         check_slide(target, slide)
         return embed_slide(target.folder, slide, embedder, watch)
 

@@ -121,7 +121,7 @@ def _described(row: Row, record: RunRecord, folder: Path) -> Row:
         cells=counts.nuclei if found else None,
         tissue_mm2=_tissue_mm2(folder),
         tiles=counts.tiles,
-        tiles_failed=counts.tiles_failed,
+        tiles_failed=counts.tiles_failed + counts.tiles_missing,
         typed=tally.get("typed"),
         abstained=tally.get("abstained"),
         classes={name: int(n) for name, n in (tally.get("classes") or {}).items()},

@@ -25,7 +25,8 @@ def import_cells(target: Target, config: ClassifyConfig) -> str:
         _check_same(target.folder, config.cells, config)
         return f"{target.folder}: the nuclei of {config.cells} are there already"
     source = _source(config)
-    with open_target(replace(target, known=None), config.mpp) as slide, held(target.folder, IDLE):
+    new, allowed = replace(target, known=None), config.allow_fluorescence
+    with open_target(new, config.mpp, allowed) as slide, held(target.folder, IDLE):
         report = import_nuclei(
             config.cells, slide, target.folder, source.unit, source.alignment, source.origin, source.mpp,
             source.direction,

@@ -56,8 +56,10 @@ def _from_table(path: Path) -> Target:
     return Target(SlideInput(info.path, slide_id=info.slide_id), path.parent, info)
 
 
-def open_target(target: Target, mpp: float | None) -> Slide:
+def open_target(target: Target, mpp: float | None, allow_fluorescence: bool = False) -> Slide:
     """Open the slide of a target; `mpp` is that of `--mpp`.
+
+    A slide of fluorescence is read where that is allowed, or where an output folder says that it was read before.
 
     Raises SlideError where an output folder names a slide that is not there any more.
     """
@@ -69,9 +71,10 @@ def open_target(target: Target, mpp: float | None) -> Slide:
         )
     told = None if known is None or known.mpp_source not in ("flag", "list") else known.mpp_x
     given = source.mpp if source.mpp is not None else told
+    allowed = allow_fluorescence or known is not None
     if mpp is None:
-        return open_slide(source.path, given, "list", source.slide_id, source.local)
-    return open_slide(source.path, mpp, "flag", source.slide_id, source.local)
+        return open_slide(source.path, given, "list", source.slide_id, source.local, allowed)
+    return open_slide(source.path, mpp, "flag", source.slide_id, source.local, allowed)
 
 
 def require_cells(target: Target) -> None:

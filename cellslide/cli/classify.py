@@ -18,6 +18,7 @@ from cellslide.cli.options import (
     batch_size_option,
     chain,
     devices_option,
+    fluorescence_option,
     format_option,
     geojson_options,
     model_options,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from cellslide.classify.targets import Target
     from cellslide.config import ClassifyConfig
     from cellslide.progress import Watch
+    from cellslide.slides.slide import Slide
     from cellslide.types import Calibration, ClassifierSpec
     from cellslide.weights.organs import Organ
 
@@ -111,6 +113,7 @@ torch_options = chain(
 @network_options
 @click.option("--roi", type=FILE, help="GeoJSON with polygons, zero point as --geojson-origin; types cells inside.")
 @click.option("--mpp", type=float, metavar="F", help="Pixel size of the slides in µm, where their files do not tell.")
+@fluorescence_option
 @torch_options
 @format_option()
 @geojson_options
@@ -180,8 +183,9 @@ def to_config(formats: tuple[Any, ...], compile_: bool, **flags: Any) -> Classif
     infer = {name: flags[name] for name in ("device", "batch_size", "precision", "seed")}
     output = {name: flags[name] for name in ("geojson_origin", "profile", "overwrite")}
     names = (
-        "model", "weights", "mpp", "organ", "paths", "context_size", "context_grid", "adaptive", "max_cells", "sample",
-        "roi", "cells", "cells_unit", "cells_mpp", "alignment", "alignment_direction", "taxonomy",
+        "model", "weights", "mpp", "allow_fluorescence", "organ", "paths", "context_size", "context_grid", "adaptive",
+        "max_cells", "sample", "roi", "cells", "cells_unit", "cells_mpp", "alignment", "alignment_direction",
+        "taxonomy",
     )  # fmt: skip
     return ClassifyConfig(
         **{name: flags[name] for name in names if name in flags},
@@ -291,17 +295,23 @@ def other_calibration(config: ClassifyConfig) -> Calibration | None:
     return calibration_of(classifier_entry(config.model, config.weights))
 
 
+def _opened(target: Target, classifier: Classifier) -> Slide:
+    from cellslide.classify.targets import open_target
+
+    return open_target(target, classifier.config.mpp, classifier.config.allow_fluorescence)
+
+
 def show_plan(targets: list[Target], classifier: Classifier) -> int:
     """Print the cells of each slide and how long they would take here; returns 0."""
     from cellslide.classify import prepare
     from cellslide.classify.slide import choose_cells, estimate, read_places
-    from cellslide.classify.targets import check_slide, open_target, require_cells
+    from cellslide.classify.targets import check_slide, require_cells
     from cellslide.store.cell_table import open_table
     from cellslide.store.run_record import TABLE
 
     for target in targets:
         require_cells(target)
-        with open_target(target, classifier.config.mpp) as slide, open_table(target.folder / TABLE) as table:
+        with _opened(target, classifier) as slide, open_table(target.folder / TABLE) as table:
             check_slide(target, slide)
             xy = read_places(table)
             work = prepare(slide, xy[choose_cells(xy, slide, classifier.config)], classifier)

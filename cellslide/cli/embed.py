@@ -12,6 +12,7 @@ from cellslide.cli.options import (
     batch_size_option,
     chain,
     device_option,
+    fluorescence_option,
     model_options,
     output_option,
     precision_option,
@@ -54,6 +55,7 @@ reading_options = chain(
     help="Put the vectors into the cell table, or beside it with the cells' ids.",
 )  # fmt: skip
 @click.option("--mpp", type=float, metavar="F", help="Pixel size of the slides in µm, where their files do not tell.")
+@fluorescence_option
 @reading_options
 @click.option("--overwrite", is_flag=True, help="Read anew what was read with other settings.")
 @run_options
@@ -88,7 +90,7 @@ def to_config(flags: dict[str, Any]) -> EmbedConfig:
     from cellslide.config import EmbedConfig, InferConfig
 
     infer = InferConfig(**{name: flags[name] for name in ("device", "batch_size", "precision", "seed")})
-    names = ("model", "weights", "mpp", "read_mpp", "field_px", "to", "overwrite")
+    names = ("model", "weights", "mpp", "allow_fluorescence", "read_mpp", "field_px", "to", "overwrite")
     return EmbedConfig(**{name: flags[name] for name in names if name in flags}, infer=infer)
 
 
@@ -104,7 +106,7 @@ def _with_cells(targets: list[Target], flags: dict[str, Any]) -> Target:
     """Make the cell table of the one slide from `--cells`; returns the slide."""
     from cellslide.config import ClassifyConfig, OutputConfig
 
-    names = ("mpp", "cells", "cells_unit", "cells_mpp", "alignment", "alignment_direction")
+    names = ("mpp", "allow_fluorescence", "cells", "cells_unit", "cells_mpp", "alignment", "alignment_direction")
     output = OutputConfig(overwrite=flags["overwrite"])
     return bring_cells(targets, ClassifyConfig(**{name: flags[name] for name in names}, output=output))
 

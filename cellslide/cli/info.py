@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cellslide.cli.options import slides_argument, verbosity_options
+from cellslide.cli.options import fluorescence_option, slides_argument, verbosity_options
 
 if TYPE_CHECKING:
     from cellslide.slides.inputs import SlideInput
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 @click.command()
 @slides_argument
 @click.option("--mpp", type=float, help="µm per pixel of level 0, over what the file says.")
+@fluorescence_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object; one a line for several slides.")
 @verbosity_options
-def command(slides: tuple[str, ...], mpp: float | None, as_json: bool) -> None:
+def command(slides: tuple[str, ...], mpp: float | None, allow_fluorescence: bool, as_json: bool) -> None:
     """Show size, levels, pixel size and where it came from, and the bounds of slides.
 
     A slide whose pixel size is unknown or not believable is shown all the same, with the reason; the other commands
-    refuse it until --mpp is given.
+    refuse it until --mpp is given. A slide that is refused for other reasons is refused here as well.
 
     \b
     Example:
@@ -39,7 +40,7 @@ def command(slides: tuple[str, ...], mpp: float | None, as_json: bool) -> None:
     failed = []
     for item in items:
         try:
-            header = inspect_slide(item.path)
+            header = inspect_slide(item.path, allow_fluorescence)
         except SlideError as error:
             if len(items) == 1:
                 raise

@@ -83,6 +83,11 @@ model_options = chain(
     click.option("--weights", type=FILE, help="Weights file of a published checkpoint (.pth, .safetensors)."),
 )
 
+fluorescence_option = click.option(
+    "--allow-fluorescence", is_flag=True,
+    help="Read slides of fluorescence too, as if they were H&E; they are refused otherwise.",
+)  # fmt: skip
+
 device_option = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|mps|cuda|cuda:N", help="Where the network runs."
 )

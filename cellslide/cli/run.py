@@ -35,6 +35,7 @@ from cellslide.cli.many import (
 from cellslide.cli.options import (
     FILE,
     chain,
+    fluorescence_option,
     format_option,
     geojson_options,
     infer_options,
@@ -73,6 +74,7 @@ classifier_options = chain(
 @decision_options
 @network_options
 @click.option("--mpp", type=float, metavar="F", help="Pixel size of the slides in µm, where their files do not tell.")
+@fluorescence_option
 @tissue_options
 @format_option()
 @geojson_options
@@ -111,7 +113,18 @@ def command(
     network |= {name: settings.pop(name) for name in ("max_cells", "sample")}
     config = to_segment_config(**settings)
     own = {"model": classifier, "weights": classifier_weights, "batch_size": None}
-    shared = ("formats", "compile_", "mpp", "roi", "device", "precision", "seed", "geojson_origin", "profile")
+    shared = (
+        "formats",
+        "compile_",
+        "mpp",
+        "allow_fluorescence",
+        "roi",
+        "device",
+        "precision",
+        "seed",
+        "geojson_origin",
+        "profile",
+    )
     flags = {**network, **own, **{name: settings[name] for name in (*shared, "overwrite")}}
     classify_config = to_classify_config(taxonomy=decision["taxonomy"], **flags)
     sources = chosen_slides(slides, shard)

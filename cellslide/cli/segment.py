@@ -22,6 +22,7 @@ from cellslide.cli.many import (
     to_targets,
 )
 from cellslide.cli.options import (
+    fluorescence_option,
     format_option,
     geojson_options,
     infer_options,
@@ -59,6 +60,7 @@ shard_option = click.option("--shard", metavar="I/N", callback=_shard, help="Onl
 @output_option
 @model_options
 @click.option("--mpp", type=float, metavar="F", help="Pixel size of the slides in µm, where their files do not tell.")
+@fluorescence_option
 @tissue_options
 @format_option()
 @geojson_options
@@ -135,6 +137,7 @@ def to_config(
         model=flags["model"],
         weights=flags["weights"],
         mpp=flags["mpp"],
+        allow_fluorescence=flags["allow_fluorescence"],
         tissue=TissueConfig(not no_tissue, tissue_mask, roi, roi_origin=flags["geojson_origin"]),
         tiles=TileConfig(flags["tile_size"], flags["overlap"]),
         infer=InferConfig(compile=compile_, **{name: flags[name] for name in infer}),

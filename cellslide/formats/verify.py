@@ -130,8 +130,9 @@ def _record_faults(folder: Path, found: list[RunRecord]) -> Iterator[str]:
     for weights in record.weights:
         if not _SHA256.fullmatch(weights.sha256):
             yield f"weights {weights.id} have no hash"
-    if record.counts.tiles_failed != len(record.failed_tiles):
-        yield f"{record.counts.tiles_failed} tiles failed, {len(record.failed_tiles)} are listed"
+    failed = record.counts.tiles_failed + record.counts.tiles_missing
+    if failed != len(record.failed_tiles):
+        yield f"{failed} tiles failed or are missing, {len(record.failed_tiles)} are listed"
 
 
 def _slide_faults(record: RunRecord) -> Iterator[str]:
@@ -144,8 +145,10 @@ def _notes(folder: Path, record: RunRecord | None) -> Iterator[str]:
     if record is not None:
         if not Path(record.slide["path"]).exists():
             yield f"the slide {record.slide['path']} is not here, so its hash was not checked"
-        if record.failed_tiles:
-            yield f"{len(record.failed_tiles)} of {record.counts.tiles} tiles failed"
+        if record.counts.tiles_failed:
+            yield f"{record.counts.tiles_failed} of {record.counts.tiles} tiles failed"
+        if record.counts.tiles_missing:
+            yield f"{record.counts.tiles_missing} tiles inside the tissue are missing in the slide's file"
     for path in sorted((*folder.glob("*.tmp-*"), *folder.glob(".*.tmp"))):
         yield f"{path.name} was left by a run that was killed"
 

@@ -75,6 +75,9 @@ def _tiles(record: RunRecord) -> Iterator[Flag]:
     counts = record.counts
     if not counts.tiles:
         return
+    if counts.tiles_missing:
+        text = f"{counts.tiles_missing:,} tiles inside the tissue are missing in the slide's file. No nuclei there."
+        yield Flag("bad", "Missing tiles", text)
     if counts.tiles_failed:
         first = record.failed_tiles[0].error if record.failed_tiles else "no reason is known"
         text = f"{counts.tiles_failed:,} of {counts.tiles:,} tiles could not be done: {first}. No nuclei there."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,6 +19,8 @@ from cellslide.types import MppSource
 SMALLEST_UM, LARGEST_UM = 0.05, 2.0
 MAX_ANISOTROPY = 0.05
 MAX_DISAGREEMENT = 0.05
+# Scanners' objectives give 10 µm divided by their power, within less than this factor.
+UM_AT_1X, MAX_POWER_RATIO = 10.0, 1.7
 
 # OpenSlide vendors whose "mpp" is nothing but the TIFF resolution, with a missing unit read as inch.
 _TIFF_VENDORS = frozenset({"generic-tiff"})
@@ -40,12 +42,31 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PixelSize:
-    """A pixel size in µm as a source states it; `said` quotes the source, x or y is None where that is no length."""
+    """A pixel size in µm as a source states it; `said` quotes the source, x or y is None where that is no length.
+
+    power  magnification of the objective that the same file states, if it does.
+    """
 
     x: float | None
     y: float | None
     source: MppSource
     said: str
+    power: float | None = None
+
+    @property
+    def contradiction(self) -> str | None:
+        """Say how far this is from what the objective gives, or None; 40x is about 0.25 µm, 20x about 0.5."""
+        if not self.power or self.x is None or self.y is None:
+            return None
+        ratio = (self.x + self.y) / 2 * self.power / UM_AT_1X
+        if 1 / MAX_POWER_RATIO <= ratio <= MAX_POWER_RATIO:
+            return None
+        return f"{self.said}, but its objective is {self.power:g}x, which is about {UM_AT_1X / self.power:.2g} µm"
+
+    @property
+    def is_placeholder(self) -> bool:
+        """True for sources that writers fill in without knowing: TIFF resolution, and 1 µm sharp."""
+        return self.source == "tiff" or self.x == self.y == 1.0
 
     @property
     def problem(self) -> str | None:
@@ -56,7 +77,7 @@ class PixelSize:
             return f"{self.said}, which is {self.x:.4g} x {self.y:.4g} µm and outside {SMALLEST_UM} to {LARGEST_UM}"
         if abs(self.x / self.y - 1) > MAX_ANISOTROPY:
             return f"{self.said}, which is {self.x:.4g} x {self.y:.4g} µm: x and y differ by more than 5 %"
-        return None
+        return self.contradiction if self.is_placeholder else None
 
 
 def choose(
@@ -64,27 +85,34 @@ def choose(
 ) -> tuple[float, float, MppSource]:
     """Return (mpp_x, mpp_y, source): `mpp` from the flag or the list if given, else what was found in the file.
 
-    Warns when `mpp` differs by more than 5 % from a believable size in the file. Raises PixelSizeError, which names the
+    Warns when `mpp` differs by more than 5 % from a believable size in the file, and when the size used contradicts the
+    objective; a size that writers fill in without knowing is refused there. Raises PixelSizeError, which names the
     file, the value found and the flag.
     """
     if mpp is not None:
         given = PixelSize(mpp, mpp, source, f"{'--mpp' if source == 'flag' else 'mpp in the list'} is {mpp:g}")
         if given.problem:
             raise PixelSizeError(f"{path}: {given.problem}; {_REMEDY}")
-        _warn_if_far(path, found, mpp)
+        words = replace(given, power=found.power if found else None).contradiction
+        if not _warn_if_far(path, found, mpp) and words:
+            _log.warning("%s: %s; check it", path, words)
         return mpp, mpp, source
     if found is None:
         raise PixelSizeError(f"{path}: no pixel size in the file; {_REMEDY}")
     if found.problem or found.x is None or found.y is None:
         raise PixelSizeError(f"{path}: no usable pixel size: {found.problem}; {_REMEDY}")
+    if found.contradiction:
+        _log.warning("%s: %s; it is used as it is, --mpp wins over it", path, found.contradiction)
     return found.x, found.y, found.source
 
 
-def _warn_if_far(path: Path, found: PixelSize | None, mpp: float) -> None:
+def _warn_if_far(path: Path, found: PixelSize | None, mpp: float) -> bool:
     if found is None or found.problem or found.x is None or found.y is None:
-        return
-    if max(abs(mpp / found.x - 1), abs(mpp / found.y - 1)) > MAX_DISAGREEMENT:
+        return False
+    far = max(abs(mpp / found.x - 1), abs(mpp / found.y - 1)) > MAX_DISAGREEMENT
+    if far:
         _log.warning("%s: %g µm per pixel is used, but the file says otherwise: %s", path, mpp, found.said)
+    return far
 
 
 def from_openslide(properties: Mapping[str, str]) -> PixelSize | None:
@@ -107,11 +135,12 @@ def from_ome(xml: str, width_px: int, height_px: int) -> PixelSize | None:
     for pixels in root.iter():
         size = pixels.get("SizeX"), pixels.get("SizeY")
         if pixels.tag.rpartition("}")[2] == "Pixels" and size == (str(width_px), str(height_px)):
-            return _from_pixels(pixels)
+            return from_pixels(pixels)
     return None
 
 
-def _from_pixels(pixels: ElementTree.Element) -> PixelSize | None:
+def from_pixels(pixels: ElementTree.Element) -> PixelSize | None:
+    """Return PhysicalSizeX and Y of an OME Pixels element, or None if it states none."""
     lengths: list[float | None] = []
     said = []
     for axis in "XY":
@@ -122,6 +151,15 @@ def _from_pixels(pixels: ElementTree.Element) -> PixelSize | None:
     if pixels.get("PhysicalSizeX") is None and pixels.get("PhysicalSizeY") is None:
         return None
     return PixelSize(lengths[0], lengths[1], "ome", f"OME PhysicalSize says {' x '.join(said)}")
+
+
+def from_aperio(description: str) -> tuple[PixelSize | None, float | None]:
+    """Return the pixel size and the objective's power that an Aperio description states, if it does."""
+    pairs = (part.partition("=") for part in description.split("|")[1:])
+    said = {name.strip(): value.strip() for name, _, value in pairs}
+    mpp, power = said.get("MPP"), _number(said.get("AppMag"))
+    found = None if mpp is None else PixelSize(_number(mpp), _number(mpp), "vendor", f"aperio says {mpp} µm", power)
+    return found, power
 
 
 def from_tiff(tags: Mapping[str, Any], imagej: Mapping[str, Any] | None = None) -> PixelSize | None:

@@ -26,7 +26,9 @@ def reopen(table: CellTable, moved_to: Path | None = None) -> Slide:
     known = table.run.slide.get("sha256_head")
     if known is not None and head_sha256(info.path) != known:
         raise UsageError(f"{info.path}: not the slide that {table.path} was made from; name that one with --slide")
-    return Slide(open_reader(info.path), info)
+    reader = open_reader(info.path)
+    # An earlier version may have used levels that are not read any more.
+    return Slide(reader, replace(info, levels=reader.header.levels))
 
 
 def reopen_or_why(

@@ -7,6 +7,7 @@ only.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Literal
 
 import numpy as np
 
-from cellslide.errors import SlideError
+from cellslide.errors import FluorescenceError, SlideError
 from cellslide.slides import pixel_size as pixelsize
 from cellslide.slides.readers import ArrayReader, SlideHeader, SlideReader, open_reader
+from cellslide.slides.readers.levels import nominal_downsample
 from cellslide.slides.resample import AxisTaps, axis_taps, resample
 from cellslide.types import MppSource, Plane, SlideInfo, UInt8
 
@@ -26,6 +28,8 @@ MAX_READ_PX = 16 << 20
 MOST_MM2 = 200_000.0
 # A level this little coarser than the plane still serves: its pixels are drawn 0.1 % larger.
 LEVEL_TOLERANCE = 1.001
+
+_log = logging.getLogger(__name__)
 
 
 class Slide:
@@ -116,18 +120,6 @@ def thumbnail_plane(info: SlideInfo, factor: float) -> Plane:
     return Plane(info.mpp_x * factor, factor, factor, width, height)
 
 
-def nominal_downsample(size0: tuple[int, int], size: tuple[int, int], stated: float) -> float:
-    """Return the downsample that a level was made with.
-
-    Scanners halve again and again and round the size, so that the ratio of sizes (what OpenSlide states, 2.0005 for 2)
-    is off by up to a pixel at the far edge. A whole factor that explains both sizes, a power of two first, is taken.
-    """
-    for factor in (2.0 ** round(np.log2(stated)), float(round(stated))):
-        if all(abs(whole / factor - part) < 1 for whole, part in zip(size0, size, strict=True)):
-            return factor
-    return stated
-
-
 def _info(header: SlideHeader, mpp: float | None, source: MppSource, slide_id: str | None) -> SlideInfo:
     mpp_x, mpp_y, chosen = pixelsize.choose(header.path, header.found, mpp, source)
     width_mm, height_mm = header.width_px * mpp_x / 1e3, header.height_px * mpp_y / 1e3
@@ -154,16 +146,19 @@ def open_slide(
     mpp_source: Literal["flag", "list"] = "flag",
     slide_id: str | None = None,
     local: Path | None = None,
+    allow_fluorescence: bool = False,
 ) -> Slide:
     """Open a slide: any file of OpenSlide's formats, a folder of DICOM files, OME-TIFF, TIFF, PNG, JPEG or WebP.
 
     `mpp` (µm/px of level 0) wins over what the file says; `local` is a copy to read from. Raises PixelSizeError if the
-    pixel size is not known, UsageError if there is no such file, SlideError if it cannot be read.
+    pixel size is not known, FluorescenceError for a slide of fluorescence unless it is allowed, UsageError if there is
+    no such file, SlideError if it cannot be read.
     """
     reader = open_reader(local or Path(path))
     # What is said of the slide, errors too, names the slide and not its copy.
     reader.header = replace(reader.header, path=Path(path))
     try:
+        _tell(reader.header, allow_fluorescence)
         return Slide(reader, _info(reader.header, mpp, mpp_source, slide_id))
     except BaseException:
         reader.close()
@@ -176,10 +171,27 @@ def slide_from_array(image: UInt8, mpp: float, slide_id: str = "image") -> Slide
     return Slide(reader, _info(reader.header, mpp, "flag", slide_id))
 
 
-def inspect_slide(path: Path | str) -> SlideHeader:
-    """Return what the file says of itself, also when its pixel size is unknown or not believable."""
+def _tell(header: SlideHeader, allow_fluorescence: bool) -> None:
+    """Log what was noticed when a slide was opened. Raises FluorescenceError."""
+    for note in header.notes:
+        _log.warning("%s: %s", header.path, note)
+    if header.fluorescence is None:
+        return
+    if not allow_fluorescence:
+        raise FluorescenceError(
+            f"{header.path}: fluorescence, not H&E: {header.fluorescence}; --allow-fluorescence reads it all the same"
+        )
+    _log.warning("%s: read as H&E, as asked for, though %s", header.path, header.fluorescence)
+
+
+def inspect_slide(path: Path | str, allow_fluorescence: bool = False) -> SlideHeader:
+    """Return what the file says of itself, also when its pixel size is unknown or not believable.
+
+    Raises FluorescenceError as `open_slide` does.
+    """
     reader = open_reader(Path(path))
     try:
+        _tell(reader.header, allow_fluorescence)
         return reader.header
     finally:
         reader.close()

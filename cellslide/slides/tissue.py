@@ -28,6 +28,7 @@ from shapely.geometry.base import BaseGeometry
 from cellslide.config import TissueConfig
 from cellslide.errors import UsageError
 from cellslide.geometry.outlines import is_tangled
+from cellslide.slides.missing import missing_tissue
 from cellslide.slides.slide import Slide
 from cellslide.slides.tissue_detection import detect_tissue
 from cellslide.store.atomic import write_text
@@ -71,6 +72,17 @@ class TissueMask:
         sums = self._sums
         found = sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0] > 0
         return bool(found) and (self.roi is None or bool(shapely.intersects(self.roi, shapely.box(*xyxy))))
+
+    def near(self, xyxy: Box) -> bool:
+        """Return True where a level-0 box, or what lies right beside it, is to be searched."""
+        x0, y0, x1, y1 = xyxy
+        return self.hit((x0 - self.scale_x, y0 - self.scale_y, x1 + self.scale_x, y1 + self.scale_y))
+
+    def share(self, xyxy: Box) -> float:
+        """Return how much of a level-0 box is marked in the mask, 0..1; the region does not count."""
+        x0, x1 = _span(xyxy[0], xyxy[2], self.scale_x, self.mask.shape[1])
+        y0, y1 = _span(xyxy[1], xyxy[3], self.scale_y, self.mask.shape[0])
+        return float(self.mask[y0:y1, x0:x1].mean()) if x1 > x0 and y1 > y0 else 0.0
 
     def contains(self, xy: Float64) -> Bool:
         """Return which level-0 points (N, 2) lie in what is to be searched."""
@@ -160,6 +172,8 @@ def find_tissue(slide: Slide, config: TissueConfig) -> TissueMask:
     tissue = TissueMask(mask, scale_x, scale_y, info.width_px, info.height_px, roi)
     if tissue.is_empty:
         _log.warning("%s: no tissue found%s", info.path, "" if roi is None else " inside --roi")
+    if config.mask is None and config.enabled and (gone := missing_tissue(slide, 0, tissue)):
+        _log.warning("%s: %d tiles inside the tissue are missing in the file; no nuclei there", info.path, len(gone))
     return tissue
 
 

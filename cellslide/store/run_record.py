@@ -30,6 +30,7 @@ _NOT_THE_RESULT = (
     "config.model",
     "config.weights",
     "config.mpp",
+    "config.allow_fluorescence",
     "config.spec.weights_",
     # How cells were typed, or read for their vectors, afterwards.
     "config.classify.",

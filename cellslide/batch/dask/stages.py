@@ -237,7 +237,7 @@ def _type(target: Target, job: Job, handed: Handed, watch: Watch) -> StageEnd:
     is_done = done_before("classify", classifier.config.output.overwrite)
     with (
         local_targets([target], job.classify.copies, watch, is_done) as targets,
-        open_target(next(targets), classifier.config.mpp) as slide,
+        open_target(next(targets), classifier.config.mpp, classifier.config.allow_fluorescence) as slide,
         held(target.folder, watch) as watch,
     ):
         check_slide(target, slide)

@@ -7,6 +7,7 @@ nothing and decides nothing about pixel size.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import openslide
@@ -14,7 +15,8 @@ import tifffile
 
 from cellslide.errors import SlideError, UsageError
 from cellslide.slides.readers.base import WHITE, SlideHeader, SlideReader, composite, is_tiff
-from cellslide.slides.readers.dicom import dicom_levels
+from cellslide.slides.readers.dicom import dicom_reader
+from cellslide.slides.readers.look import looked_at
 from cellslide.slides.readers.plain import ArrayReader, pillow_reader
 from cellslide.slides.readers.tiff import TiffReader
 from cellslide.slides.readers.tiled import TiledReader, tiff_levels, tiled_reader
@@ -45,7 +47,9 @@ PLAIN_VENDORS = ("aperio", "generic-tiff")
 
 
 def open_reader(path: Path) -> SlideReader:
-    """Open a slide file, or a folder of DICOM files, with what its format names, else the first library that knows it.
+    """Open a slide file, or a folder of DICOM files, and look at a sample of it.
+
+    What its format names opens it, else the first library that knows it.
 
     Raises UsageError if it is not there, SlideError if no library can read it.
     """
@@ -57,37 +61,67 @@ def open_reader(path: Path) -> SlideReader:
     file = _first_dicom(path) if path.is_dir() else path
     if is_tiff(file):
         _check_tiles(file)
-    reader = _open_known(path, file)
+    reader, unnamed = _open_known(path, file)
     try:
         _check_size(reader.header, file)
-    except SlideError:
+        looked = looked_at(reader, unnamed)
+    except BaseException:
         reader.close()
         raise
-    return _by_tiles(reader, file)
+    if isinstance(reader, TiledReader):
+        reader.cache.forget()
+    return looked
 
 
-def _by_tiles(reader: SlideReader, file: Path) -> SlideReader:
-    """Return a reader of the file's own tiles where they can be read one by one."""
-    if isinstance(reader, TiffReader) or (reader.header.vendor in PLAIN_VENDORS and is_tiff(file)):
-        return tiled_reader(reader, lambda: ([file], tiff_levels(file, reader)))
-    if reader.header.vendor == "dicom":
-        return tiled_reader(reader, lambda: dicom_levels(file, reader.header))
-    return reader
-
-
-def _open_known(path: Path, file: Path) -> SlideReader:
-    if _is_ome(file):
-        # OpenSlide takes tiled OME-TIFF for plain TIFF, without its levels and pixel size.
-        return TiffReader(path)
+def _open_known(path: Path, file: Path) -> tuple[SlideReader, bool]:
+    """Return a reader, of the file's own tiles where it can be, and whether its channels have no names."""
     vendor = openslide.OpenSlide.detect_format(file)
-    if vendor is not None:
-        try:
-            return OpenSlideReader(path, file)
-        except SlideError:
-            # Plain TIFF with a codec that OpenSlide lacks (WebP, Zstandard); vendors' own files are not second-guessed.
-            if vendor != "generic-tiff":
-                raise
-    return TiffReader(path) if is_tiff(file) else pillow_reader(path)
+    if is_tiff(file) and (vendor in (None, *PLAIN_VENDORS) or _is_ome(file)):
+        return _open_tiff(path, file, vendor)
+    if vendor is None:
+        return pillow_reader(path), False
+    reader = OpenSlideReader(path, file)
+    if vendor != "dicom":
+        return reader, False
+    try:
+        return dicom_reader(reader, file), False
+    except BaseException:
+        reader.close()
+        raise
+
+
+def _open_tiff(path: Path, file: Path, vendor: str | None) -> tuple[SlideReader, bool]:
+    """Open a TIFF as `choose` decides; OpenSlide stands by only where it sees the very same slide."""
+    own = TiffReader(path, vendor)
+    try:
+        theirs = None if own.image.is_ome or vendor is None else _openslide_of(own, path, file, vendor)
+        reader = tiled_reader(theirs or own, lambda: ([file], tiff_levels(own)))
+        if own.image.lies and not isinstance(reader, TiledReader):
+            raise SlideError(f"{path}: its tags and its JPEG streams state different colours; convert it to RGB")
+    except BaseException:
+        own.close()
+        raise
+    if theirs is not None:
+        own.close()
+    return reader, own.image.unnamed
+
+
+def _openslide_of(own: TiffReader, path: Path, file: Path, vendor: str) -> SlideReader | None:
+    """Return OpenSlide's view of a TIFF with what was decided of it, or None where it sees another slide."""
+    try:
+        theirs = OpenSlideReader(path, file)
+    except SlideError:
+        # Plain TIFF with a codec that OpenSlide lacks (WebP, Zstandard); vendors' own files are not second-guessed.
+        if vendor != "generic-tiff":
+            raise
+        return None
+    sizes = [(level.width_px, level.height_px) for level in theirs.header.levels]
+    if not own.image.is_plain or sizes != own.image.sizes:
+        theirs.close()
+        return None
+    facts, found = own.header, theirs.header.found or own.header.found
+    theirs.header = replace(theirs.header, found=found, notes=facts.notes, missing=facts.missing)
+    return theirs
 
 
 def _first_dicom(folder: Path) -> Path:

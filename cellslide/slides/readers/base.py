@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -11,17 +11,42 @@ import numpy as np
 
 from cellslide.errors import SlideError
 from cellslide.slides.pixel_size import PixelSize
-from cellslide.types import Level, UInt8
+from cellslide.types import Bool, Level, UInt8
 
 WHITE = (255, 255, 255)
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 @dataclass(frozen=True, slots=True)
+class TileGaps:
+    """Which tiles of a level are not in the file: bool (rows, columns); the edges of a tile in level-0 pixels."""
+
+    is_gap: Bool
+    width_px: float
+    height_px: float
+
+    def box(self, row: int, col: int) -> tuple[float, float, float, float]:
+        """Return a tile's level-0 box (x0, y0, x1, y1)."""
+        x, y = col * self.width_px, row * self.height_px
+        return x, y, x + self.width_px, y + self.height_px
+
+    def covers(self, box: tuple[float, float, float, float]) -> bool:
+        """Return True where nothing of a level-0 box is in the file."""
+        rows, cols = self.is_gap.shape
+        x0, y0 = int(box[0] / self.width_px), int(box[1] / self.height_px)
+        x1 = min(max(int(np.ceil((box[2] - 1) / self.width_px)), x0 + 1), cols)
+        y1 = min(max(int(np.ceil((box[3] - 1) / self.height_px)), y0 + 1), rows)
+        return bool(self.is_gap[y0:y1, x0:x1].all())
+
+
+@dataclass(frozen=True, slots=True)
 class SlideHeader:
     """What a file says of itself: level-0 size, pyramid, vendor bounds (x, y, width, height) and pixel size, if any.
 
-    read_by  in words what reads the pixels.
+    read_by       in words what reads the pixels.
+    notes         what whoever opens the slide should be told, a line each.
+    fluorescence  in words why the slide is no stain in transmitted light, None where it is one.
+    missing       for each level the tiles that the file leaves out; empty where that is not known.
     """
 
     path: Path
@@ -33,6 +58,9 @@ class SlideHeader:
     objective_power: float | None = None
     bounds: tuple[int, int, int, int] | None = None
     read_by: str = ""
+    notes: tuple[str, ...] = ()
+    fluorescence: str | None = None
+    missing: tuple[TileGaps, ...] = field(default=(), compare=False)
 
 
 class SlideReader(Protocol):

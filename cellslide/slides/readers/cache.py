@@ -43,6 +43,13 @@ class TileCache:
             return future.result()
         return self._make(key, make, keep, future)
 
+    def forget(self) -> None:
+        """Drop all tiles and begin to count anew."""
+        with self._lock:
+            self._kept.clear()
+            self._passing.clear()
+            self._bytes = self.made = 0
+
     def _take(self, key: Hashable) -> UInt8 | None:
         tile = self._kept.pop(key, None)
         return self._passing.pop(key, None) if tile is None else tile

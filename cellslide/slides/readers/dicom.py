@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from cellslide.slides.readers.base import SlideHeader
-from cellslide.slides.readers.tiled import Codec, Jpeg2000Codec, JpegCodec, OddFile, TiledLevel
+from cellslide.errors import SlideError
+from cellslide.slides.readers.base import SlideHeader, SlideReader
+from cellslide.slides.readers.colours import jpeg_is_rgb
+from cellslide.slides.readers.tiled import (
+    Codec,
+    Jpeg2000Codec,
+    JpegCodec,
+    OddFile,
+    TiledLevel,
+    TiledReader,
+    tiled_reader,
+)
 from cellslide.types import Int64
 
 if TYPE_CHECKING:
@@ -27,6 +37,7 @@ JPEG_2000 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
 PIXELS = b"\xe0\x7f\x10\x00OB\0\0\xff\xff\xff\xff"
 ITEM = b"\xfe\xff\x00\xe0"
 ITEM_BYTES = 8
+FIRST_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +50,29 @@ class Instance:
     n_bytes: Int64
 
 
-def dicom_levels(file: Path, header: SlideHeader) -> tuple[list[Path], tuple[TiledLevel, ...]]:
-    """Return the files of the levels, and where their tiles lie. Raises OddFile."""
+def dicom_reader(beside: SlideReader, file: Path) -> SlideReader:
+    """Return a reader of the frames themselves, or `beside` where these are odd.
+
+    Raises SlideError where the frames are not in the colours that the headers state and cannot be read one by one.
+    """
+    liars: list[Path] = []
+    reader = tiled_reader(beside, lambda: dicom_levels(file, beside.header, liars))
+    if not liars:
+        return reader
+    if not isinstance(reader, TiledReader):
+        raise SlideError(f"{liars[0]}: its frames are not in the colours that its PhotometricInterpretation states")
+    note = "its DICOM headers and its frames state different colours; the frames are believed"
+    reader.header = replace(reader.header, notes=(*reader.header.notes, note))
+    return reader
+
+
+def dicom_levels(
+    file: Path, header: SlideHeader, liars: list[Path] | None = None
+) -> tuple[list[Path], tuple[TiledLevel, ...]]:
+    """Return the files of the levels, and where their tiles lie. Raises OddFile.
+
+    liars  gets the files whose frames are in other colours than their headers state.
+    """
     try:
         import pydicom
     except ImportError as error:
@@ -56,7 +88,12 @@ def dicom_levels(file: Path, header: SlideHeader) -> tuple[list[Path], tuple[Til
         of_size = [pair for pair in found if (pair[1].TotalPixelMatrixColumns, pair[1].TotalPixelMatrixRows) == size]
         if len(of_size) != 1:
             raise OddFile("levels and files do not match one to one")
-        levels.append(_level(_instance(*of_size[0]), len(paths)))
+        instance = _instance(*of_size[0])
+        is_rgb = _is_rgb(instance)
+        lies = is_rgb is not None and is_rgb != (instance.header.PhotometricInterpretation == "RGB")
+        if lies and liars is not None:
+            liars.append(instance.path)
+        levels.append(replace(_level(instance, len(paths), is_rgb), lies=lies))
         paths.append(of_size[0][0])
     return paths, tuple(levels)
 
@@ -117,12 +154,22 @@ def _walk(stream: BinaryIO) -> tuple[Int64, Int64]:
     return found[:, 0], found[:, 1]
 
 
-def _level(instance: Instance, file: int) -> TiledLevel:
+def _is_rgb(instance: Instance) -> bool | None:
+    """Return whether the frames are RGB where they are JPEG that says so decisively, else None."""
+    held = np.flatnonzero(instance.n_bytes > 0)
+    if str(instance.header.file_meta.TransferSyntaxUID) != JPEG or not len(held):
+        return None
+    with instance.path.open("rb") as stream:
+        stream.seek(int(instance.offset[held[0]]))
+        return jpeg_is_rgb(stream.read(min(int(instance.n_bytes[held[0]]), FIRST_BYTES)))
+
+
+def _level(instance: Instance, file: int, is_rgb: bool | None) -> TiledLevel:
     data = instance.header
     _check(data)
     level = TiledLevel(
         int(data.TotalPixelMatrixColumns), int(data.TotalPixelMatrixRows), int(data.Columns), int(data.Rows),
-        np.full_like(instance.offset, file), instance.offset, instance.n_bytes, *_codec(data),
+        np.full_like(instance.offset, file), instance.offset, instance.n_bytes, *_codec(data, is_rgb),
     )  # fmt: skip
     if len(instance.offset) != level.n_across * level.n_down or (instance.n_bytes <= 0).any():
         raise OddFile("tiles are missing")
@@ -142,10 +189,10 @@ def _check(data: Dataset) -> None:
             raise OddFile(f"its {name} is {data.get(name)}")
 
 
-def _codec(data: Dataset) -> tuple[Codec, str]:
+def _codec(data: Dataset, is_rgb: bool | None) -> tuple[Codec, str]:
     syntax, colours = str(data.file_meta.TransferSyntaxUID), str(data.PhotometricInterpretation)
     if syntax == JPEG and colours in ("RGB", "YBR_FULL_422", "YBR_FULL"):
-        return JpegCodec.of(None, colours == "RGB"), "JPEG"
+        return JpegCodec.of(None, colours == "RGB" if is_rgb is None else is_rgb), "JPEG"
     if syntax in JPEG_2000 and colours in ("RGB", "YBR_ICT", "YBR_RCT"):
         return Jpeg2000Codec(), "JPEG 2000"
     raise OddFile("its frames are not JPEG or JPEG 2000")

@@ -44,8 +44,8 @@ def pillow_reader(path: Path) -> ArrayReader:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 vendor = (image.format or "image").lower()
-                if image.mode.startswith(("I", "F")):
-                    raise SlideError(f"{path}: {image.mode} pixels are not 8-bit RGB; convert it")
+                if image.mode.startswith(("I", "F")) or _is_deep(path, vendor):
+                    raise SlideError(f"{path}: {image.mode} pixels of more than 8 bits are not 8-bit RGB; convert it")
                 pixels = composite(np.asarray(image.convert("RGBA")), WHITE)
     except UnidentifiedImageError as error:
         raise SlideError(f"{path}: not a slide or image that OpenSlide, tifffile or Pillow can read") from error
@@ -54,3 +54,11 @@ def pillow_reader(path: Path) -> ArrayReader:
     except (OSError, SyntaxError, ValueError) as error:
         raise SlideError(f"{path}: damaged or not an image: {error}") from error
     return ArrayReader(pixels, path, vendor)
+
+
+def _is_deep(path: Path, kind: str) -> bool:
+    """Return True for a PNG of 16 bits, of which Pillow takes the upper 8, whatever range the values have."""
+    if kind != "png":
+        return False
+    with path.open("rb") as stream:
+        return stream.read(25)[24:] == b"\x10"

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import imagecodecs
 import numpy as np
 import simplejpeg
-import tifffile
 
 from cellslide.errors import TileError
 from cellslide.slides.readers.base import SlideReader, paste
@@ -28,7 +27,6 @@ from cellslide.slides.readers.vendor import BLOCK_PX
 from cellslide.types import Int64, UInt8
 
 CACHE_BYTES = (32 << 20, 256 << 20)
-PAGES_LOOKED_AT = 64
 JPEG, APERIO_J2K_RGB, J2K = 7, 33005, 34712
 RGB, YCBCR = 2, 6
 NAMES = {JPEG: "JPEG", APERIO_J2K_RGB: "JPEG 2000", J2K: "JPEG 2000"}
@@ -83,7 +81,10 @@ class Jpeg2000Codec:
 
 @dataclass(frozen=True, slots=True)
 class TiledLevel:
-    """One level as its file holds it: sizes in pixels, and for each tile, row by row, file, first byte and length."""
+    """One level as its file holds it: sizes in pixels, and for each tile, row by row, file, first byte and length.
+
+    lies  the file states other colours than its tiles are in, so that other libraries show false ones.
+    """
 
     width_px: int
     height_px: int
@@ -94,6 +95,7 @@ class TiledLevel:
     n_bytes: Int64
     codec: Codec
     name: str
+    lies: bool = False
 
     @property
     def n_across(self) -> int:
@@ -137,8 +139,11 @@ FindLevels = Callable[[], tuple[Sequence[Path], tuple[TiledLevel, ...]]]
 class TiledReader:
     """A slide whose tiles are read and decoded here; another reader, `beside`, knows the rest and bad tiles best.
 
-    cache  decoded tiles.
+    cache          decoded tiles.
+    trusts_beside  the other reader shows the same colours.
     """
+
+    trusts_beside = True
 
     def __init__(self, beside: SlideReader, files: Sequence[Path], levels: tuple[TiledLevel, ...]) -> None:
         self.header = replace(beside.header, read_by=f"cellslide, tile by tile ({levels[0].name})")
@@ -177,7 +182,7 @@ class TiledReader:
         except Exception as error:  # Codecs raise what they like; it is this tile's either way.
             where = f"{self.header.path}: level {level}, tile {col} across, {row} down"
             damaged = TileError(f"{where} cannot be decoded: {error}")
-            if not self._is_whole(level):
+            if not (self.trusts_beside and self._is_whole(level)):
                 raise damaged from error
         # What is harmless after all, a byte too many, the other library may overlook.
         try:
@@ -213,7 +218,9 @@ def tiled_reader(beside: SlideReader, find: FindLevels) -> SlideReader:
         return _stay(beside, str(why))
     except Exception:  # Libraries raise what it likes on a damaged file, whose pixels may be whole.
         return _stay(beside, "the list of its tiles is damaged")
-    if not all(_agrees(reader, level) for level in range(len(reader.levels))):
+    if any(level.lies for level in reader.levels):
+        reader.trusts_beside = False
+    elif not all(_agrees(reader, level) for level in range(len(reader.levels))):
         reader.files.close()
         return _stay(beside, "its tiles are coded in an unusual way")
     return reader
@@ -241,33 +248,26 @@ def _agrees(reader: TiledReader, level: int) -> bool:
         return False
 
 
-def tiff_levels(file: Path, beside: SlideReader) -> tuple[TiledLevel, ...]:
+def tiff_levels(own: TiffReader) -> tuple[TiledLevel, ...]:
     """Return where the tiles of a TIFF lie, level by level. Raises OddFile."""
-    if isinstance(beside, TiffReader):
-        return tuple(_tiff_level(pages) for pages in beside.level_pages)
-    sizes = [(level.width_px, level.height_px) for level in beside.header.levels]
-    with tifffile.TiffFile(file) as tiff:
-        first = [page for _, page in zip(range(PAGES_LOOKED_AT), tiff.pages, strict=False)]
-        tiled = [page for page in first if isinstance(page, tifffile.TiffPage) and page.is_tiled]
-        of_size = [[page for page in tiled if (page.imagewidth, page.imagelength) == size] for size in sizes]
-        return tuple(_tiff_level(pages) for pages in of_size)
+    if own.image.order != (0, 1, 2):
+        raise OddFile("its channels are in another order")
+    return tuple(_tiff_level(own, pages) for pages in own.level_pages)
 
 
-def _tiff_level(pages: Sequence[Any]) -> TiledLevel:
-    if len(pages) != 1:
-        raise OddFile("levels and images of the file do not match one to one")
-    page = pages[0].keyframe
-    if not page.is_tiled or page.compression not in NAMES:
+def _tiff_level(own: TiffReader, pages: Sequence[Any]) -> TiledLevel:
+    page = pages[0]
+    if len(pages) != 1 or not page.is_tiled or page.compression not in NAMES:
         raise OddFile("it has no tiles of JPEG or JPEG 2000 in RGB")
     colours = (RGB, YCBCR) if page.compression == JPEG else (RGB,)
     shape = (page.samplesperpixel, page.planarconfig, page.imagedepth, page.tiledepth, page.fillorder)
     if page.dtype != np.uint8 or shape != (3, 1, 1, 1, 1) or page.photometric not in colours or page.extrasamples:
         raise OddFile("its tiles are not 8-bit RGB")
-    offset, n_bytes = np.asarray(pages[0].dataoffsets, np.int64), np.asarray(pages[0].databytecounts, np.int64)
-    codec = JpegCodec.of(pages[0].jpegtables, page.photometric == RGB) if page.compression == JPEG else Jpeg2000Codec()
+    offset, n_bytes = np.asarray(page.dataoffsets, np.int64), np.asarray(page.databytecounts, np.int64)
+    codec = JpegCodec.of(page.jpegtables, own.is_rgb(page)) if page.compression == JPEG else Jpeg2000Codec()
     level = TiledLevel(
         int(page.imagewidth), int(page.imagelength), int(page.tilewidth), int(page.tilelength),
-        np.zeros_like(offset), offset, n_bytes, codec, NAMES[page.compression],
+        np.zeros_like(offset), offset, n_bytes, codec, NAMES[page.compression], own.image.lies,
     )  # fmt: skip
     if len(offset) != level.n_across * level.n_down or len(n_bytes) != len(offset) or (n_bytes <= 0).any():
         raise OddFile("tiles are missing")

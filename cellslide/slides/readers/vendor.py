@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import openslide
-import tifffile
 
 from cellslide.errors import SlideError, TileError
-from cellslide.slides.pixel_size import PixelSize, from_openslide
-from cellslide.slides.readers.base import WHITE, SlideHeader, composite, is_tiff, paste
-from cellslide.slides.readers.tiff import resolution
+from cellslide.slides.pixel_size import from_openslide
+from cellslide.slides.readers.base import WHITE, SlideHeader, composite, paste
 from cellslide.types import Level, UInt8
 
 BLOCK_PX = 256
@@ -30,7 +29,7 @@ class OpenSlideReader:
             self._handle = openslide.OpenSlide(file)
             properties = dict(self._handle.properties)
             self.background = _background(properties)
-            self.header = _openslide_header(path, file, self._handle, properties)
+            self.header = _openslide_header(path, self._handle, properties)
         except (openslide.OpenSlideError, OSError, ValueError) as error:
             raise SlideError(f"{path}: OpenSlide cannot open it: {error}") from error
         # Room for about one row of tiles: neighbours in the row below need the rows where tiles overlap again.
@@ -88,31 +87,21 @@ def _background(properties: Mapping[str, str]) -> tuple[int, int, int]:
     return (int(text[:2], 16), int(text[2:4], 16), int(text[4:6], 16)) if len(text) == 6 else WHITE
 
 
-def _openslide_header(
-    path: Path, file: Path, handle: openslide.OpenSlide, properties: Mapping[str, str]
-) -> SlideHeader:
+def _openslide_header(path: Path, handle: openslide.OpenSlide, properties: Mapping[str, str]) -> SlideHeader:
     sizes = zip(handle.level_dimensions, handle.level_downsamples, strict=True)
     levels = tuple(Level(w, h, float(d)) for (w, h), d in sizes)
     bounds = [properties.get(f"openslide.bounds-{name}") for name in ("x", "y", "width", "height")]
-    power = properties.get("openslide.objective-power")
+    text = properties.get("openslide.objective-power")
+    power = float(text) if text else None
+    found = from_openslide(properties)
     return SlideHeader(
         path,
         properties.get("openslide.vendor", "unknown"),
         levels[0].width_px,
         levels[0].height_px,
         levels,
-        from_openslide(properties) or _tiff_size(file),
-        float(power) if power else None,
+        replace(found, power=power) if found else None,
+        power,
         (int(bounds[0]), int(bounds[1]), int(bounds[2]), int(bounds[3])) if None not in bounds else None,  # type: ignore[arg-type]
         "OpenSlide",
     )
-
-
-def _tiff_size(file: Path) -> PixelSize | None:
-    if not is_tiff(file):
-        return None
-    try:
-        with tifffile.TiffFile(file) as tiff:
-            return resolution(tiff)
-    except Exception:  # tifffile raises what it likes on a damaged file.
-        return None
