@@ -30,7 +30,7 @@ def chain(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
 
 
 def slides_argument(function: F) -> F:
-    """Add SLIDES (parameter `slides`, tuple of str): files, folders, globs, or one .csv or .txt list."""
+    """Add SLIDES (parameter `slides`, tuple of str): files, folders, globs, or one .csv, .tsv or .txt list."""
     return click.argument("slides", nargs=-1, required=True, metavar="SLIDES...")(function)
 
 
