@@ -5,6 +5,8 @@ slide -> plane -> tissue -> tiles -> (read, network, decode) -> cells -> parts o
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -36,6 +38,7 @@ from cellslide.store.run_record import (
     differences,
     fingerprint,
     now_utc,
+    other_slide,
     peak_rss_bytes,
     read_record,
     write_record,
@@ -73,6 +76,9 @@ PART_TILES = 64
 PART_SECONDS = 20.0
 
 
+log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Where a slide is searched: the plane, the grid over it, the tissue (None: everywhere), the tiles in order."""
@@ -102,6 +108,7 @@ def run_slide(
     folder, config, began = out_dir / source.slide_id, segmenter.config, time.perf_counter()
     with open_source(source, config) as slide, held(folder, watch) as watch:
         record = begin_record(describe_slide(slide.info), segmenter)
+        refuse_other_slide(folder, record, config.output.overwrite)
         if earlier := finished(folder, record, config.output, watch):
             return earlier, True
         parts = Parts.open(folder, fingerprint(record), config.output.overwrite)
@@ -179,7 +186,8 @@ def segment_array(model: LoadedModel | Segmenter, image: UInt8, mpp: float, conf
 def open_source(source: SlideInput, config: SegmentConfig) -> Slide:
     """Open a slide with the pixel size that `--mpp` or the list gives, if any."""
     given = source.mpp if config.mpp is None else config.mpp
-    return open_slide(source.path, given, "list" if config.mpp is None else "flag", source.slide_id, source.local)
+    path = Path(os.path.abspath(source.path))  # records keep it, and are read from other folders
+    return open_slide(path, given, "list" if config.mpp is None else "flag", source.slide_id, source.local)
 
 
 def begin_record(slide: dict[str, Any], segmenter: Segmenter) -> RunRecord:
@@ -197,6 +205,20 @@ def begin_record(slide: dict[str, Any], segmenter: Segmenter) -> RunRecord:
         seed=config.infer.seed,
         started=now_utc(),
     )
+
+
+def refuse_other_slide(folder: Path, record: RunRecord, overwrite: bool) -> None:
+    """Raise UsageError where a folder holds the work of another slide of the same name; warn where that is given up."""
+    if not (folder / TABLE).is_dir() and not (folder / PARTS_FOLDER).is_dir():
+        return
+    try:
+        words = other_slide(read_record(folder), record.slide)
+    except SlideError:
+        return  # What is no record is answered where it is needed.
+    if words and overwrite:
+        log.warning("%s: %s; its results are replaced", folder, words)
+    elif words:
+        raise UsageError(f"{folder}: {words}; give another --output, or name both slides in one command")
 
 
 def finished(folder: Path, record: RunRecord, output: OutputConfig, watch: Watch = IDLE) -> RunRecord | None:

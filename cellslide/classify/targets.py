@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from cellslide.slides.inputs import SlideInput, expand_slides
 from cellslide.slides.slide import Slide, open_slide
 from cellslide.store.atomic import put_back, tables_below
 from cellslide.store.cell_table import open_table
-from cellslide.store.run_record import TABLE
+from cellslide.store.run_record import TABLE, describe_slide, other_slide, read_record
 from cellslide.types import SlideInfo
 
 
@@ -69,9 +70,10 @@ def open_target(target: Target, mpp: float | None) -> Slide:
         )
     told = None if known is None or known.mpp_source not in ("flag", "list") else known.mpp_x
     given = source.mpp if source.mpp is not None else told
+    path = Path(os.path.abspath(source.path))
     if mpp is None:
-        return open_slide(source.path, given, "list", source.slide_id, source.local)
-    return open_slide(source.path, mpp, "flag", source.slide_id, source.local)
+        return open_slide(path, given, "list", source.slide_id, source.local)
+    return open_slide(path, mpp, "flag", source.slide_id, source.local)
 
 
 def require_cells(target: Target) -> None:
@@ -84,7 +86,7 @@ def require_cells(target: Target) -> None:
 
 
 def check_slide(target: Target, slide: Slide) -> None:
-    """Raise SlideError where the cells were found on a slide of another size."""
+    """Raise SlideError where the cells were found on another slide: of another size, or with other bytes."""
     with open_table(target.folder / TABLE) as table:
         info = table.slide
     sizes = [(i.width_px, i.height_px) for i in (info, slide.info)]
@@ -92,3 +94,5 @@ def check_slide(target: Target, slide: Slide) -> None:
         raise SlideError(
             f"{slide.info.path}: {sizes[1]} pixels, the cells in {target.folder} lie on {sizes[0]}; use another -o"
         )
+    if words := other_slide(read_record(target.folder), describe_slide(slide.info)):
+        raise SlideError(f"{target.folder}: {words}; use another -o")

@@ -74,7 +74,8 @@ def head_sha256(path: Path) -> str:
 def describe_slide(info: SlideInfo) -> dict[str, Any]:
     """Return the `slide` entry of the record; `mpp` is in µm per level-0 pixel, the mean of x and y."""
     return {
-        "path": str(info.path),
+        # As typed it would mean another file from another folder.
+        "path": os.path.abspath(info.path),
         "sha256_head": head_sha256(info.path) if info.path.exists() else None,
         "mpp": (info.mpp_x + info.mpp_y) / 2,
         "mpp_source": info.mpp_source,
@@ -210,6 +211,19 @@ def changed_since(folder: Path, fingerprint: Mapping[str, str], anew: str) -> st
     except ValueError as error:
         raise SlideError(f"{path}: damaged ({error}); --overwrite {anew}") from error
     return differences(found, fingerprint)
+
+
+def other_slide(earlier: RunRecord | None, slide: Mapping[str, Any]) -> str:
+    """Return in words that a record is of another slide than the one that `describe_slide` tells of, or ""."""
+    if earlier is None:
+        return ""
+    hashes = [entry.get("sha256_head") for entry in (earlier.slide, slide)]
+    if None in hashes or hashes[0] == hashes[1]:
+        return ""
+    paths = [os.path.abspath(str(entry.get("path"))) for entry in (earlier.slide, slide)]
+    if paths[0] == paths[1]:
+        return f"{paths[1]} has changed since: another slide lay there then"
+    return f"another slide of this name was done here: {paths[0]} then, {paths[1]} now"
 
 
 def peak_rss_bytes() -> int:
