@@ -6,11 +6,11 @@ slide -> plane -> tissue -> tiles -> (read, network, decode) -> cells -> parts o
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from cellslide.slides.tiles import TileGrid, fitting_grid, select_tiles
 from cellslide.slides.tissue import TissueMask, find_tissue, write_tissue
 from cellslide.store.atomic import remove_folder, restore
 from cellslide.store.cell_table import CellTableWriter, open_table
+from cellslide.store.file_list import changed_sizes
+from cellslide.store.foreign_files import is_plain
 from cellslide.store.lock import hold
 from cellslide.store.run_record import (
     TABLE,
@@ -69,6 +71,7 @@ FILES = {
     "h5ad": "cells.h5ad",
     "tissuumaps": "cells.tmap",
 }
+TISSUE_FILE = "tissue.geojson"
 # The flags that shape what stands in a format.
 SHAPING = {"geojson_origin": ("geojson",), "profile": ("geojson", "parquet", "csv", "tissuumaps")}
 # A part is written after so many tiles or seconds: a killed run loses little, and a slide is not a thousand files.
@@ -110,6 +113,9 @@ def run_slide(
         record = begin_record(describe_slide(slide.info), segmenter)
         refuse_other_slide(folder, record, config.output.overwrite)
         if earlier := finished(folder, record, config.output, watch):
+            if TISSUE_FILE in changed_sizes(folder):
+                write_searched(folder, lay_out(slide, segmenter), slide, config)
+                write_record(folder, earlier)
             return earlier, True
         parts = Parts.open(folder, fingerprint(record), config.output.overwrite)
         with kept(record, folder, segmenter, began):
@@ -186,8 +192,9 @@ def segment_array(model: LoadedModel | Segmenter, image: UInt8, mpp: float, conf
 def open_source(source: SlideInput, config: SegmentConfig) -> Slide:
     """Open a slide with the pixel size that `--mpp` or the list gives, if any."""
     given = source.mpp if config.mpp is None else config.mpp
-    path = Path(os.path.abspath(source.path))  # records keep it, and are read from other folders
-    return open_slide(path, given, "list" if config.mpp is None else "flag", source.slide_id, source.local)
+    if source.path.exists() and not is_plain(source.path):
+        raise SlideError(f"{source.path}: neither a plain file nor a folder")
+    return open_slide(source.path, given, "list" if config.mpp is None else "flag", source.slide_id, source.local)
 
 
 def begin_record(slide: dict[str, Any], segmenter: Segmenter) -> RunRecord:
@@ -231,14 +238,37 @@ def finished(folder: Path, record: RunRecord, output: OutputConfig, watch: Watch
         return None
     if words := differences(fingerprint(earlier), fingerprint(record)):
         raise UsageError(f"{folder}: done with other settings ({words}); --overwrite starts anew")
-    write_missing(folder, output, earlier, watch)
+    changed = changed_sizes(folder)
+    if TABLE in changed and not _replaced_since(folder, earlier):
+        log.warning("%s: %s is not as it was written; the slide is done again", folder, TABLE)
+        return None
+    write_missing(folder, output, earlier, watch, changed)
     remove_folder(folder / PARTS_FOLDER)  # A run that was killed at its very end left it.
     return earlier
 
 
-def write_missing(folder: Path, output: OutputConfig, record: RunRecord, watch: Watch) -> None:
-    """Write the formats that are asked for and not there, and anew those that other flags have made."""
+def _replaced_since(folder: Path, record: RunRecord) -> bool:
+    """Tell whether a table is newer than its record: who typed or read its cells was killed before it wrote that."""
+    try:
+        with open_table(folder / TABLE) as table:
+            kept = table.run
+    except CellslideError:
+        return False
+    return any(kept.config.get(name) != record.config.get(name) for name in ("classify", "embed"))
+
+
+def write_missing(
+    folder: Path, output: OutputConfig, record: RunRecord, watch: Watch, damaged: Sequence[str] = ()
+) -> None:
+    """Write the formats that are asked for and not there, and anew those that other flags have made.
+
+    damaged  names of files that are not as they were written; they are made again, too.
+    """
     missing = {name for name in output.formats if not any(folder.glob(FILES[name]))}
+    again = {name for name in OUTPUT_FORMATS for file in damaged if fnmatch(file, FILES[name])}
+    if again:
+        log.warning("%s: %s not as written; made again", folder, ", ".join(sorted(damaged)))
+        missing |= again
     told = record.config.get("output", {})
     asked = {flag: getattr(output, flag) for flag in SHAPING}
     changed = {flag for flag, value in asked.items() if told.get(flag, value) != value}
@@ -248,6 +278,7 @@ def write_missing(folder: Path, output: OutputConfig, record: RunRecord, watch: 
         write_formats(folder, replace(output, formats=wanted), record, watch)
     if changed:
         record.config = {**record.config, "output": {**told, **asked}}
+    if changed or wanted:
         write_record(folder, record)
 
 
@@ -292,7 +323,7 @@ def lay_out(slide: Slide, segmenter: Segmenter | Setup) -> Layout:
 def write_searched(folder: Path, layout: Layout, slide: Slide, config: SegmentConfig) -> None:
     """Write `tissue.geojson`: the regions that are searched."""
     mask = layout.mask or find_tissue(slide, replace(config.tissue, enabled=False))
-    write_tissue(mask, folder / "tissue.geojson", slide.info, config.output.geojson_origin)
+    write_tissue(mask, folder / TISSUE_FILE, slide.info, config.output.geojson_origin)
 
 
 def read_tile(slide: Slide, plane: Plane, tile: Tile) -> UInt8:

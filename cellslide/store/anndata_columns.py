@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.storage import LocalStore
 
 from cellslide.errors import CellslideError
+from cellslide.store.table_gate import check_size
 from cellslide.store.zarr_chunks import Nodes, codec_of, read_rows, write_rows
 
 CHUNK_ROWS = 50_000
@@ -236,6 +238,8 @@ def read_word(group: zarr.Group, path: str) -> str:
     if path not in group:
         raise TableError(f"{group.store_path}: {path} is missing; this table was not written by cellslide")
     node: Any = group[path]
+    if isinstance(node.store, LocalStore):
+        check_size(node.store.root / node.path / "c", node)
     return str(node[()])
 
 

@@ -19,6 +19,7 @@ from zarr.codecs import BloscCodec, BytesCodec, VLenUTF8Codec, ZstdCodec
 from zarr.storage import LocalStore
 
 from cellslide.errors import CellslideError
+from cellslide.store.table_gate import check_size
 
 ZSTD_LEVEL, LZ4_LEVEL = 1, 5
 
@@ -96,6 +97,8 @@ def read_rows(array: Any, start: int, stop: int | None, nodes: Nodes | None = No
     for k in range(start // rows, -(-stop // rows) if start < stop else 0):
         chunk = _chunk(array, k, nodes)
         if chunk is None or (parts and parts[0].dtype != chunk.dtype):
+            for other in range(k, -(-stop // rows)):  # what zarr will read unasked
+                check_size(_chunk_path(array, other), array)
             return None
         parts.append(chunk[max(start - k * rows, 0) : stop - k * rows])
     # A chunk whose last texts are empty looks like one that ends before them.
@@ -121,6 +124,7 @@ def _chunk(array: Any, k: int, nodes: Nodes | None) -> NDArray[Any] | None:
     if kept and kept[0] == k:
         return kept[1]
     path = _chunk_path(array, k)
+    check_size(path, array)
     try:
         packed = path.read_bytes()
     except FileNotFoundError:
