@@ -192,7 +192,8 @@ def _check_range(name: str, value: Any, low: float, high: float) -> None:
             continue
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
         if not is_number or not low <= number <= high:
-            raise ValueError(f"{name} {short(number)}: must be {low:g} to {high:g}")
+            words = f"above 0, at most {high:g}" if 0 < low < 0.01 else f"{low:g} to {high:g}"
+            raise ValueError(f"{name} {short(number)}: must be {words}")
 
 
 def _check_numbers(entry: WeightsEntry) -> None:
