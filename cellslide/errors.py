@@ -6,7 +6,10 @@ Every error carries the exit code that the command line ends with; one place, `c
 from __future__ import annotations
 
 import errno
+import os
 import re
+import reprlib
+import shutil
 
 # Control characters, line breaks, marks that turn the direction of what follows, and bytes that are no text.
 HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -15,6 +18,16 @@ HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]
 def one_line(text: str) -> str:
     """Return a text as one line that a terminal shows as it is: control characters of foreign names are spelled out."""
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), " ".join(text.split()))
+
+
+_CUT = reprlib.Repr()
+_CUT.maxlevel, _CUT.maxdict, _CUT.maxlist, _CUT.maxtuple, _CUT.maxset = 2, 3, 3, 3, 3
+_CUT.maxstring, _CUT.maxlong, _CUT.maxother = 60, 30, 60
+
+
+def short(value: object, most: int = 200) -> str:
+    """Return a foreign value for a message, cut to what a line holds; an error by its own words."""
+    return one_line(str(value) if isinstance(value, BaseException) else _CUT.repr(value))[:most]
 
 
 class CellslideError(Exception):
@@ -71,6 +84,7 @@ class Interrupted(CellslideError):
         self.exit_code = exit_code
 
 
+_TOO_MANY = {errno.EMFILE, errno.ENFILE}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 _AWAY = {
@@ -87,14 +101,27 @@ def trouble(error: OSError | MemoryError) -> str | None:
     """
     if isinstance(error, MemoryError):
         return "not enough memory: use fewer --workers or a smaller --batch-size; the same command goes on from here"
+    if isinstance(error, shutil.Error):
+        error = _first_of(error)
     where, why = f"{error.filename}: " if error.filename else "", error.strerror
     if error.errno in _FULL:
         return f"{where}the disk is full ({why}): make room; what is done is kept, the same command goes on from here"
+    if error.errno in _TOO_MANY:
+        return f"{where}too many open files ({why}): raise the limit (ulimit -n), or use fewer --workers"
     if error.errno in _FORBIDDEN:
         return f"{where}cannot be written or read ({why}): give a folder that can be written by --output"
     if error.errno in _AWAY or error.errno == errno.ENOENT:
         return f"{where}gone, or the drive is ({why}): what is done is kept, the same command goes on from here"
     return None
+
+
+def _first_of(error: shutil.Error) -> OSError:
+    """Return the first of the errors that copying a folder has gathered, of which it keeps the words only."""
+    found = re.search(r"\[Errno (\d+)\]", str(error))
+    if found is None:
+        return error
+    number = int(found[1])
+    return OSError(number, os.strerror(number))
 
 
 def in_words(error: BaseException) -> str:

@@ -5,10 +5,12 @@ slide -> plane -> tissue -> tiles -> (read, network, decode) -> cells -> parts o
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +32,8 @@ from cellslide.slides.tiles import TileGrid, fitting_grid, select_tiles
 from cellslide.slides.tissue import TissueMask, find_tissue, write_tissue
 from cellslide.store.atomic import remove_folder
 from cellslide.store.cell_table import CellTableWriter, open_table
+from cellslide.store.file_list import changed_sizes
+from cellslide.store.foreign_files import is_plain
 from cellslide.store.lock import hold
 from cellslide.store.recovery import restore
 from cellslide.store.run_record import (
@@ -38,6 +42,7 @@ from cellslide.store.run_record import (
     differences,
     fingerprint,
     now_utc,
+    other_slide,
     peak_rss_bytes,
     read_record,
     write_record,
@@ -58,11 +63,15 @@ from cellslide.types import (
 )
 from cellslide.weights import LoadedModel
 
+TISSUE_FILE = "tissue.geojson"
 # A part is written after so many tiles or seconds: a killed run loses little, and a slide is not a thousand files.
 PART_TILES = 64
 PART_SECONDS = 20.0
 # Why a tile of the file is listed as failed, though nothing went wrong with reading it.
 MISSING = "missing in the file, inside the tissue"
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +107,11 @@ def run_slide(
     folder, config, began = out_dir / source.slide_id, segmenter.config, time.perf_counter()
     with open_source(source, config) as slide, held(folder, watch) as watch:
         record = begin_record(describe_slide(slide.info), segmenter)
+        refuse_other_slide(folder, record, config.output.overwrite)
         if earlier := finished(folder, record, config.output, watch):
+            if TISSUE_FILE in changed_sizes(folder):
+                write_searched(folder, lay_out(slide, segmenter), slide, config)
+                write_record(folder, earlier)
             return earlier, True
         parts = Parts.open(folder, fingerprint(record), config.output.overwrite)
         with recorded_run(record, folder, segmenter, began):
@@ -176,6 +189,8 @@ def open_source(source: SlideInput, config: SegmentConfig) -> Slide:
     """Open a slide with the pixel size that `--mpp` or the list gives, if any."""
     given = source.mpp if config.mpp is None else config.mpp
     how: Literal["list", "flag"] = "list" if config.mpp is None else "flag"
+    if source.path.exists() and not is_plain(source.path):
+        raise SlideError(f"{source.path}: neither a plain file nor a folder")
     return open_slide(source.path, given, how, source.slide_id, source.local, config.allow_fluorescence)
 
 
@@ -196,6 +211,20 @@ def begin_record(slide: dict[str, Any], segmenter: Segmenter) -> RunRecord:
     )
 
 
+def refuse_other_slide(folder: Path, record: RunRecord, overwrite: bool) -> None:
+    """Raise UsageError where a folder holds the work of another slide of the same name; warn where that is given up."""
+    if not (folder / TABLE).is_dir() and not (folder / PARTS_FOLDER).is_dir():
+        return
+    try:
+        words = other_slide(read_record(folder), record.slide)
+    except SlideError:
+        return  # What is no record is answered where it is needed.
+    if words and overwrite:
+        log.warning("%s: %s; its results are replaced", folder, words)
+    elif words:
+        raise UsageError(f"{folder}: {words}; give another --output, or name both slides in one command")
+
+
 def finished(folder: Path, record: RunRecord, output: OutputConfig, watch: Watch = IDLE) -> RunRecord | None:
     """Return the record of a slide that is complete, after making formats that are asked for and missing; else None.
 
@@ -206,14 +235,37 @@ def finished(folder: Path, record: RunRecord, output: OutputConfig, watch: Watch
         return None
     if words := differences(fingerprint(earlier), fingerprint(record)):
         raise UsageError(f"{folder}: done with other settings ({words}); --overwrite starts anew")
-    write_missing(folder, output, earlier, watch)
+    changed = changed_sizes(folder)
+    if TABLE in changed and not _replaced_since(folder, earlier):
+        log.warning("%s: %s is not as it was written; the slide is done again", folder, TABLE)
+        return None
+    write_missing(folder, output, earlier, watch, changed)
     remove_folder(folder / PARTS_FOLDER)  # A run that was killed at its very end left it.
     return earlier
 
 
-def write_missing(folder: Path, output: OutputConfig, record: RunRecord, watch: Watch) -> None:
-    """Write the formats that are asked for and not there, and anew those that other flags have made."""
+def _replaced_since(folder: Path, record: RunRecord) -> bool:
+    """Tell whether a table is newer than its record: who typed or read its cells was killed before it wrote that."""
+    try:
+        with open_table(folder / TABLE) as table:
+            kept = table.run
+    except CellslideError:
+        return False
+    return any(kept.config.get(name) != record.config.get(name) for name in ("classify", "embed"))
+
+
+def write_missing(
+    folder: Path, output: OutputConfig, record: RunRecord, watch: Watch, damaged: Sequence[str] = ()
+) -> None:
+    """Write the formats that are asked for and not there, and anew those that other flags have made.
+
+    damaged  names of files that are not as they were written; they are made again, too.
+    """
     missing = {format.name for format in find_formats(output.formats) if not format.is_in(folder)}
+    again = {format.name for format in FORMATS.values() for file in damaged if fnmatch(file, format.files)}
+    if again:
+        log.warning("%s: %s not as written; made again", folder, ", ".join(sorted(damaged)))
+        missing |= again
     earlier = record.config.get("output", {})
     asked = {flag: getattr(output, flag) for format in FORMATS.values() for flag in format.shaped_by}
     changed = {flag for flag, value in asked.items() if earlier.get(flag, value) != value}
@@ -223,6 +275,7 @@ def write_missing(folder: Path, output: OutputConfig, record: RunRecord, watch: 
         write_formats(folder, replace(output, formats=wanted), record, watch)
     if changed:
         record.config = {**record.config, "output": {**earlier, **asked}}
+    if changed or wanted:
         write_record(folder, record)
 
 
@@ -278,7 +331,7 @@ def _missing(
 def write_searched(folder: Path, layout: Layout, slide: Slide, config: SegmentConfig) -> None:
     """Write `tissue.geojson`: the regions that are searched."""
     mask = layout.mask or find_tissue(slide, replace(config.tissue, enabled=False))
-    write_tissue(mask, folder / "tissue.geojson", slide.info, config.output.geojson_origin)
+    write_tissue(mask, folder / TISSUE_FILE, slide.info, config.output.geojson_origin)
 
 
 def read_tile(slide: Slide, plane: Plane, tile: Tile) -> UInt8:

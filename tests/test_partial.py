@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cellslide.embed.store import PartialVectors
-from cellslide.errors import SlideError, UsageError
+from cellslide.errors import UsageError
 from cellslide.store.row_checkpoint import FINGERPRINT_FILE
 
 SETTINGS = {"mpp": "0.5"}
@@ -35,15 +35,15 @@ def test_no_cells_need_no_rows(tmp_path: Path) -> None:
     assert store.block(0, 0).shape == (0, 3) and PartialVectors.count_done(tmp_path) == 0
 
 
-def test_what_is_there_is_found_refused_and_deleted(tmp_path: Path) -> None:
+def test_what_is_there_is_found_refused_and_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert not PartialVectors.is_there(tmp_path) and PartialVectors.count_done(tmp_path) == 0
     _store(tmp_path)
     assert PartialVectors.is_there(tmp_path)
     with pytest.raises(UsageError, match=r"read before in part .*mpp: 0\.5 then, 0\.25 now"):
         PartialVectors.open(tmp_path, {"mpp": "0.25"}, 4, 3)
     (tmp_path / PartialVectors.folder_name / FINGERPRINT_FILE).write_text("{")
-    with pytest.raises(SlideError, match="damaged.*--overwrite reads the nuclei anew"):
-        _store(tmp_path)
+    assert _store(tmp_path).missing(np.arange(4)).tolist() == [0, 1, 2, 3]
+    assert "what was kept is damaged" in caplog.text and "done again" in caplog.text
     _store(tmp_path, overwrite=True).remove()
     assert not (tmp_path / PartialVectors.folder_name).exists()
     PartialVectors.discard(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -128,7 +129,7 @@ def write_failure(source: SlideInput, segmenter: Segmenter, folder: Path, words:
         return
     unknown = dict.fromkeys(("mpp", "mpp_source", "width", "height", "vendor"))
     head = head_sha256(source.path) if source.path.exists() else None
-    record = begin_record({"path": str(source.path), "sha256_head": head, **unknown}, segmenter)
+    record = begin_record({"path": os.path.abspath(source.path), "sha256_head": head, **unknown}, segmenter)
     record.status, record.finished, record.error = "failed", record.started, words
     # Where the folder cannot be written, the line on the screen has to do.
     with suppress(OSError):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import logging
 import os
 import time
@@ -21,11 +20,12 @@ from typing import Any
 
 from cellslide.batch.run import SlideOutcome
 from cellslide.classify.targets import Target
-from cellslide.errors import CellslideError
+from cellslide.errors import CellslideError, short
 from cellslide.formats.csv_text import harmless
 from cellslide.report.cohort_page import page
 from cellslide.report.cohort_row import Row, outliers
 from cellslide.store.atomic import write_json, write_text
+from cellslide.store.foreign_files import read_json
 from cellslide.store.run_record import RUN_FILE, now_utc, plain, read_record
 from cellslide.types import RunRecord
 
@@ -86,7 +86,7 @@ def row_of(target: Target, outcome: SlideOutcome) -> Row:
     source, record = target.source, _record(target.folder)
     row = Row(slide=outcome.slide, path=str(source.path), folder=target.folder.name, status="failed")
     if record is not None:
-        row = _described(row, record, target.folder)
+        row = _described_or_not(row, record, target.folder)
     status = "done" if outcome.status != "failed" else "failed" if outcome.cells is None else "done_with_errors"
     cells = row.cells if outcome.cells is None else outcome.cells
     organ = row.organ or source.organ or ""
@@ -101,7 +101,16 @@ def row_of_folder(folder: Path) -> Row | None:
     if record is None:
         return None
     row = Row(slide=folder.name, path=str(record.slide["path"]), folder=folder.name, status=record.status)
-    return replace(_described(row, record, folder), error=record.error or "")
+    return replace(_described_or_not(row, record, folder), error=record.error or "")
+
+
+def _described_or_not(row: Row, record: RunRecord, folder: Path) -> Row:
+    """Return the row with what a record says; one that says it in another way than ours leaves the row as it is."""
+    try:
+        return _described(row, record, folder)
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
+        log.warning("%s: its record is damaged (%s)", folder, short(error))
+        return row
 
 
 def _record(folder: Path) -> RunRecord | None:
@@ -146,9 +155,9 @@ def _organ(typing: Mapping[str, Any]) -> str:
 def _tissue_mm2(folder: Path) -> float | None:
     """Return the area that was searched, as `tissue.geojson` states it (mm²); None where it does not."""
     try:
-        features = json.loads((folder / "tissue.geojson").read_text(encoding="utf-8"))["features"]
+        features = read_json(folder / "tissue.geojson")["features"]
         areas = [float(f["properties"]["measurements"]["area mm2"]) for f in features]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, CellslideError, ValueError, KeyError, TypeError):
         return None
     return round(sum(areas), 6)
 
@@ -195,10 +204,10 @@ def _is_there(out_dir: Path, row: Row) -> bool:
 
 def _read_row(path: Path) -> Row | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         known = {name: value for name, value in content.items() if name in ROW_FIELDS}
         return Row(**{**known, "files": tuple(known.get("files", ()))})
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, CellslideError, ValueError, TypeError, AttributeError):
         log.warning("%s is damaged; the row is made from the slide's record", path)
         return None
 

@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from cellslide.errors import UsageError
+from cellslide.errors import UsageError, short
+from cellslide.store.foreign_files import read_yaml
 from cellslide.types import Bool, Calibration, Float32, Int64, PathProbs, UInt8
 
 GateRule = Literal["mix", "safe", "local", "global"]
@@ -240,12 +241,10 @@ def _csv_thresholds(path: Path) -> list[tuple[str, str]]:
 
 
 def _yaml_thresholds(path: Path) -> list[tuple[str, object]]:
-    import yaml
-
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--thresholds {path}: cannot be read as YAML ({error})") from error
+        raw = read_yaml(path, UsageError)
+    except (OSError, UsageError) as error:
+        raise UsageError(f"--thresholds {path}: cannot be read as YAML ({short(error)})") from error
     if not isinstance(raw, dict):
         raise UsageError(f"--thresholds {path}: must map class names to thresholds")
     return [(str(name), value) for name, value in raw.items()]

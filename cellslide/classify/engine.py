@@ -109,12 +109,17 @@ class Classifier(OnDevice):
         n = len(local)
         first = _Local(*self._in_batches(n, self.batch_size, lambda rows: self._local(region, local[rows], organ)))
         prob = first.logits.softmax(dim=1)
+        broken = ~first.logits.isfinite().all(dim=1)
         global_, gate = torch.full_like(prob, torch.nan), torch.full_like(prob[:, 0], torch.nan)
         todo = self._undecided(prob) if self.has_global else np.zeros(0, np.int64)
         if len(todo):
             found = self._global(region, local[todo], context[todo], _take(first, todo))
             where = torch.from_numpy(todo).to(self._device)
             global_[where], gate[where] = found
+            broken[where] |= ~(found[0].isfinite().all(dim=1) & found[1].isfinite())
+        # A nucleus of which one number is none is not typed; NaN in `local` says so.
+        prob, global_ = (column.masked_fill(broken[:, None], torch.nan) for column in (prob, global_))
+        gate = gate.masked_fill(broken, torch.nan)
         return _fetch(self._device, prob, global_, gate)
 
     def _undecided(self, prob: Tensor) -> Int64:

@@ -11,7 +11,7 @@ from cellslide.errors import UsageError
 from cellslide.formats.importers import Source, import_nuclei, load_alignment
 from cellslide.pipeline import held
 from cellslide.progress import IDLE
-from cellslide.store.run_record import differences, flatten, head_sha256, plain, read_record
+from cellslide.store.run_record import differences, flatten, head_sha256, other_slide, plain, read_record
 
 
 def import_cells(target: Target, config: ClassifyConfig) -> str:
@@ -22,7 +22,7 @@ def import_cells(target: Target, config: ClassifyConfig) -> str:
     if config.cells is None:
         raise ValueError("no --cells given")
     if target.has_cells and not config.output.overwrite:
-        _check_same(target.folder, config.cells, config)
+        _check_same(target, config.cells, config)
         return f"{target.folder}: the nuclei of {config.cells} are there already"
     source = _source(config)
     new, allowed = replace(target, known=None), config.allow_fluorescence
@@ -40,9 +40,13 @@ def _source(config: ClassifyConfig) -> Source:
     return Source(config.cells_unit, origin, config.cells_mpp, matrix, direction)
 
 
-def _check_same(folder: Path, path: Path, config: ClassifyConfig) -> None:
-    """Raise UsageError unless the folder's cells came from this file, read in this way."""
+def _check_same(target: Target, path: Path, config: ClassifyConfig) -> None:
+    """Raise UsageError unless the folder's cells came from this file, read in this way, for this slide."""
+    folder = target.folder
     record = read_record(folder)
+    slide = target.source.path
+    if slide.exists() and (words := other_slide(record, {"path": slide, "sha256_head": head_sha256(slide)})):
+        raise UsageError(f"{folder}: {words}; give another --output")
     found = dict(record.config.get("cells") or {}) if record is not None else {}
     if not found:
         raise UsageError(f"{folder}: holds cells that did not come from --cells; --overwrite replaces them")

@@ -22,12 +22,14 @@ from cellslide.classify.store import PartialProbs
 from cellslide.config import ClassifyConfig, OutputConfig, TissueConfig
 from cellslide.errors import SlideError, UsageError
 from cellslide.formats.registry import present_formats
+from cellslide.inference.finite import NOT_FINITE
 from cellslide.pipeline import write_formats, write_missing
 from cellslide.progress import IDLE, Watch
 from cellslide.slides.slide import Slide
 from cellslide.slides.tissue import find_tissue
 from cellslide.store.anndata_columns import Categorical, Columns, write_values
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable, TableExtender, open_table
+from cellslide.store.file_list import changed_sizes
 from cellslide.store.run_record import (
     TABLE,
     differences,
@@ -103,8 +105,10 @@ def type_slide(
     began, config, spec = time.perf_counter(), classifier.config, classifier.spec
     rows = choose_cells(xy, slide, config)
     store = PartialProbs.open(folder, network, len(xy), len(spec.classes), config.output.overwrite)
-    run_network(slide, xy, rows, store, classifier, organ, watch)
+    broken = run_network(slide, xy, rows, store, classifier, organ, watch)
     settings = {**describe(classifier, organ), "network": network}
+    if broken:
+        settings["not_finite"] = broken
     return Typing(spec, settings, time.perf_counter() - began, classifier.peak_device_bytes())
 
 
@@ -164,7 +168,7 @@ def _decide_again(
 ) -> tuple[RunRecord, bool]:
     PartialProbs.discard(folder)  # A run that was killed at its very end left it.
     if settled and record.config["classify"]["rule"] == described(rule):
-        write_missing(folder, output, record, watch)
+        write_missing(folder, output, record, watch, changed_sizes(folder))
         return record, True
     return regate_slide(folder, rule, output, watch), False
 
@@ -206,8 +210,12 @@ def read_places(table: CellTable) -> Float64:
 
 def run_network(
     slide: Slide, places: Float64, rows: Int64, store: PartialProbs, classifier: Classifier, organ: Organ, watch: Watch
-) -> None:
-    """Type the cells `rows` of `places` (N, 2) that `store` lacks; raises Interrupted when asked to stop."""
+) -> int:
+    """Type the cells `rows` of `places` (N, 2) that `store` lacks; returns for how many the network gave no number.
+
+    These are not kept and stay untyped. Raises Interrupted when asked to stop, SlideError where it is all of them.
+    """
+    broken: list[Int64] = []
     todo = store.missing(rows)
     xy = places[todo]
     work = prepare(slide, xy, classifier)
@@ -218,9 +226,24 @@ def run_network(
     watch.progress.stage("pieces")
     with closing(classify_cells(slide, xy, organ.index, classifier, work)) as results:
         for part, probs in results:
+            finite = np.isfinite(probs.local).all(axis=1)
+            if not finite.all():
+                broken.append(todo[part[~finite]])
+                part = part[finite]
+                probs = PathProbs(probs.local[finite], probs.global_[finite], probs.gate[finite])
             store.add(todo[part], probs)
             watch.progress.advance(len(part))
             watch.check()
+    return _told(slide, np.sort(np.concatenate(broken)), len(rows)) if broken else 0
+
+
+def _told(slide: Slide, broken: Int64, n: int) -> int:
+    """Say which nuclei the network gave no numbers for; returns how many."""
+    if len(broken) == n:
+        raise SlideError(f"{slide.info.path}: not one of {n:,} nuclei could be typed: {NOT_FINITE}")
+    few = ", ".join(map(str, broken[:5])) + (", ..." if len(broken) > 5 else "")
+    log.warning("%s: %d nuclei stay untyped (cell_id %s): %s", slide.info.path, len(broken), few, NOT_FINITE)
+    return len(broken)
 
 
 def estimate(work: Work, classifier: Classifier) -> str:

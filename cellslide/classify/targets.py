@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cellslide.errors import SlideError, UsageError
+from cellslide.errors import SlideError, UsageError, in_words
 from cellslide.slides.inputs import SlideInput, expand_slides
+from cellslide.slides.reopen import slide_path
 from cellslide.slides.slide import Slide, open_slide
 from cellslide.store.cell_table import open_table
+from cellslide.store.foreign_files import is_plain
 from cellslide.store.recovery import put_back, tables_below
-from cellslide.store.run_record import TABLE
+from cellslide.store.run_record import TABLE, describe_slide, other_slide, read_record
 from cellslide.types import SlideInfo
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A slide and the folder of its cells; `known` is what the cell table says of the slide, where that named it."""
+    """A slide and the folder of its cells; `known` is what the cell table says of the slide, where that named it.
+
+    why  its table cannot be read, where that is known already.
+    """
 
     source: SlideInput
     folder: Path
     known: SlideInfo | None = None
+    why: str = ""
 
     @property
     def has_cells(self) -> bool:
@@ -51,8 +60,13 @@ def expand_targets(args: Sequence[str], out_dir: Path) -> list[Target]:
 
 
 def _from_table(path: Path) -> Target:
-    with open_table(path) as table:
-        info = table.slide
+    """Return the slide of a table; one that cannot be read fails in its turn, and ends no other."""
+    try:
+        with open_table(path) as table:
+            info = replace(table.slide, path=slide_path(table))
+    except Exception as error:
+        log.debug("%s", path, exc_info=error)
+        return Target(SlideInput(path.parent, slide_id=path.parent.name), path.parent, why=in_words(error))
     return Target(SlideInput(info.path, slide_id=info.slide_id), path.parent, info)
 
 
@@ -64,7 +78,7 @@ def open_target(target: Target, mpp: float | None, allow_fluorescence: bool = Fa
     Raises SlideError where an output folder names a slide that is not there any more.
     """
     known, source = target.known, target.source
-    if known is not None and not known.path.exists():
+    if known is not None and not is_plain(known.path):
         raise SlideError(
             f"{target.folder}: its slide {known.path} is not there any more; name the slide, and its results by "
             f"-o {target.folder.parent}"
@@ -78,7 +92,9 @@ def open_target(target: Target, mpp: float | None, allow_fluorescence: bool = Fa
 
 
 def require_cells(target: Target) -> None:
-    """Raise UsageError where a slide has no cells to type."""
+    """Raise UsageError where a slide has no cells to type, SlideError where its table cannot be read."""
+    if target.why:
+        raise SlideError(target.why)
     if not target.has_cells:
         raise UsageError(
             f"{target.folder}: no {TABLE} here; run `cellslide segment` with the same -o first, use `cellslide run`, "
@@ -87,7 +103,7 @@ def require_cells(target: Target) -> None:
 
 
 def check_slide(target: Target, slide: Slide) -> None:
-    """Raise SlideError where the cells were found on a slide of another size."""
+    """Raise SlideError where the cells were found on another slide: of another size, or with other bytes."""
     with open_table(target.folder / TABLE) as table:
         info = table.slide
     sizes = [(i.width_px, i.height_px) for i in (info, slide.info)]
@@ -95,3 +111,5 @@ def check_slide(target: Target, slide: Slide) -> None:
         raise SlideError(
             f"{slide.info.path}: {sizes[1]} pixels, the cells in {target.folder} lie on {sizes[0]}; use another -o"
         )
+    if words := other_slide(read_record(target.folder), describe_slide(slide.info)):
+        raise SlideError(f"{target.folder}: {words}; use another -o")

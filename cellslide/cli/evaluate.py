@@ -123,7 +123,7 @@ def command(
         scored = evaluate_classifier(data, split, classes, mpp, model, weights, how)
     else:
         _refuse_typing({**typing, "reliability": reliability, "nuclei": nuclei})
-        config = SegmentConfig(model, weights, mpp, TissueConfig(enabled=False), tiles, infer)
+        config = SegmentConfig(model, weights, mpp, tissue=TissueConfig(enabled=False), tiles=tiles, infer=infer)
         scored = _evaluate(data, split, classes, config, predictions, rule, no_progress)
     if json_file is not None:
         write_text(json_file, scored.report.to_json())

@@ -125,7 +125,7 @@ def _detect(
     from cellslide.weights import load_model
 
     infer = replace(how.infer, workers=how.infer.workers or 0)
-    config = SegmentConfig(how.detector, None, mpp, TissueConfig(enabled=False), how.tiles, infer)
+    config = SegmentConfig(how.detector, None, mpp, tissue=TissueConfig(enabled=False), tiles=how.tiles, infer=infer)
     predict = typed.predictor(classifier, how.organ)
     found = {}
     with ExitStack() as resources:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from cellslide.cli.guarded import each, refuse
 from cellslide.cli.options import FOLDER, config_option, format_option, geojson_options, verbosity_options
-from cellslide.errors import CellslideError, UsageError, trouble
+from cellslide.errors import UsageError
 
 if TYPE_CHECKING:
     from cellslide.config import OutputConfig
@@ -33,9 +35,8 @@ def command(folders: tuple[Path, ...], formats: tuple[str, ...], geojson_origin:
     from cellslide.config import OutputConfig
 
     config = OutputConfig(formats=formats, geojson_origin=geojson_origin, profile=profile)  # type: ignore[arg-type]
-    failed = [path for path in find_tables(folders) if not _export_one(path, config)]
-    if failed:
-        raise CellslideError(f"{len(failed)} of the tables could not be exported: {', '.join(map(str, failed))}")
+    failed = each(find_tables(folders), partial(_export_one, config=config), "export")
+    refuse(failed, "of the tables could not be exported")
 
 
 def find_tables(folders: tuple[Path, ...]) -> list[Path]:
@@ -55,23 +56,18 @@ def find_tables(folders: tuple[Path, ...]) -> list[Path]:
     return list(found)
 
 
-def _export_one(path: Path, config: OutputConfig) -> bool:
+def _export_one(path: Path, config: OutputConfig) -> None:
     from cellslide.formats.registry import export_table
     from cellslide.store.cell_table import open_table
     from cellslide.store.lock import hold
     from cellslide.store.recovery import restore
+    from cellslide.store.run_record import read_record, write_record
 
-    try:
-        with hold(path.parent):
-            restore(path.parent)
-            with open_table(path) as table:
-                written = export_table(table, path.parent, config.formats, config.geojson_origin, config.profile)
-    except UsageError:
-        raise
-    except (CellslideError, OSError) as error:
-        words = str(error) if isinstance(error, CellslideError) else f"{path.parent}: {trouble(error) or error}"
-        click.echo(f"cellslide export: {words}", err=True)
-        return False
+    with hold(path.parent):
+        restore(path.parent)
+        with open_table(path) as table:
+            written = export_table(table, path.parent, config.formats, config.geojson_origin, config.profile)
+        if (record := read_record(path.parent)) is not None:
+            write_record(path.parent, record)  # it lists the files
     for target in written.values():
         click.echo(str(target))
-    return True

@@ -75,6 +75,9 @@ class LazyGroup(click.Group):
         sys.exit(self._run(args, prog_name, **extra))
 
     def _run(self, args: Sequence[str] | None, prog_name: str | None, **extra: Any) -> int:
+        if not __debug__:
+            # Libraries below do part of their work inside assertions.
+            return _say("does not run under python -O or PYTHONOPTIMIZE, which leave checks out: unset them", 3)
         try:
             result = super().main(args, prog_name, standalone_mode=False, **extra)
         except click.ClickException as error:

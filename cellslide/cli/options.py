@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from cellslide.errors import one_line
+from cellslide.errors import UsageError, one_line
 from cellslide.formats.registry import FORMATS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,7 +30,7 @@ def chain(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
 
 
 def slides_argument(function: F) -> F:
-    """Add SLIDES (parameter `slides`, tuple of str): files, folders, globs, or one .csv or .txt list."""
+    """Add SLIDES (parameter `slides`, tuple of str): files, folders, globs, or one .csv, .tsv or .txt list."""
     return click.argument("slides", nargs=-1, required=True, metavar="SLIDES...")(function)
 
 
@@ -180,12 +180,9 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     """Take defaults from a YAML file; keys are the long flags, with or without hyphens. Flags given win."""
     if value is None:
         return None
-    import yaml
+    from cellslide.store.foreign_files import read_yaml
 
-    try:
-        settings = yaml.safe_load(value.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise click.BadParameter(f"{value}: not valid YAML ({error})") from error
+    settings = read_yaml(value, UsageError) or {}
     if not isinstance(settings, dict):
         raise click.BadParameter(f"{value}: must be a mapping of flags to values")
     ctx.default_map = {**(ctx.default_map or {}), **_by_parameter(ctx.command, settings, value)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
 
+from cellslide.cli.guarded import each, refuse
 from cellslide.cli.options import FOLDER, verbosity_options
-from cellslide.errors import CellslideError, UsageError, trouble
+from cellslide.errors import UsageError
 
 
 @click.command()
@@ -30,24 +32,15 @@ def command(folders: tuple[Path, ...], slide: Path | None) -> None:
     tables = find_tables(folders)
     if slide is not None and len(tables) != 1:
         raise UsageError(f"--slide {slide}: name the one folder that it belongs to, not {len(tables)}")
-    failed = [path.parent for path in tables if not _report_one(path.parent, slide)]
-    if failed:
-        raise CellslideError(f"{len(failed)} reports could not be written: {', '.join(map(str, failed))}")
+    failed = each((path.parent for path in tables), partial(_report_one, slide=slide), "report")
+    refuse(failed, "reports could not be written")
 
 
-def _report_one(folder: Path, slide: Path | None) -> bool:
+def _report_one(folder: Path, slide: Path | None) -> None:
     from cellslide.report import write_report
     from cellslide.store.lock import hold
     from cellslide.store.recovery import restore
 
-    try:
-        with hold(folder):
-            restore(folder)
-            click.echo(str(write_report(folder, slide)))
-    except UsageError:
-        raise
-    except (CellslideError, OSError) as error:
-        words = str(error) if isinstance(error, CellslideError) else f"{folder}: {trouble(error) or error}"
-        click.echo(f"cellslide report: {words}", err=True)
-        return False
-    return True
+    with hold(folder):
+        restore(folder)
+        click.echo(str(write_report(folder, slide)))

@@ -5,6 +5,7 @@ table -> places -> windows, network -> vectors kept on disk -> table, or embeddi
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,7 +17,8 @@ import numpy as np
 from cellslide.classify.slide import read_places
 from cellslide.embed.engine import Embedder, Windows, embed_cells
 from cellslide.embed.store import PartialVectors
-from cellslide.errors import UsageError
+from cellslide.errors import SlideError, UsageError
+from cellslide.inference.finite import NOT_FINITE
 from cellslide.progress import IDLE, Watch
 from cellslide.slides.slide import Slide
 from cellslide.store.anndata_columns import Columns
@@ -29,6 +31,8 @@ NAME = "embedding"
 # What stands beside the table where the vectors are not put into it.
 FILES = {"parquet": "embedding.parquet", "npz": "embedding.npz"}
 FLUSH_WINDOWS = 64
+
+log = logging.getLogger(__name__)
 
 
 def embed_slide(folder: Path, slide: Slide, embedder: Embedder, watch: Watch = IDLE) -> tuple[RunRecord, bool]:
@@ -83,9 +87,13 @@ def _run_network(slide: Slide, table: CellTable, store: PartialVectors, embedder
     windows: Windows = embedder.lay_windows(slide, places[todo])
     watch.progress.begin(slide.info.slide_id, len(windows), 0)
     watch.progress.stage("windows")
+    broken = 0
     try:
         with closing(embed_cells(slide, windows, embedder)) as results:
             for done, (rows, vectors) in enumerate(results, 1):
+                finite = np.isfinite(vectors).all(axis=1)
+                broken += int((~finite).sum())
+                vectors = np.where(np.asarray(finite)[:, None], vectors, np.float32(np.nan))
                 store.put(todo[rows], vectors)
                 watch.progress.advance(len(rows))
                 if done % FLUSH_WINDOWS == 0:
@@ -94,6 +102,11 @@ def _run_network(slide: Slide, table: CellTable, store: PartialVectors, embedder
     finally:
         # A run that is asked to stop keeps what it has.
         store.flush()
+    if broken and broken == len(todo):
+        store.remove()
+        raise SlideError(f"{slide.info.path}: not one of {broken:,} nuclei has a vector: {NOT_FINITE}")
+    if broken:
+        log.warning("%s: %d nuclei have no vector: %s", slide.info.path, broken, NOT_FINITE)
 
 
 def _note(record: RunRecord, embedder: Embedder, settings: dict[str, str]) -> None:

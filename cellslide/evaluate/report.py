@@ -316,10 +316,9 @@ def intervals(
         by_class = [
             _drawn_f1([None if s.by_class is None else s.by_class[k] for s in scores], rows) for k in range(n_classes)
         ]
-        present = [np.isfinite(column).any() for column in by_class]
-        columns["mean_f1"] = np.mean(
-            [c for c, there in zip(by_class, present, strict=True) if there] or [[np.nan]], axis=0
-        )
+        present = [column for column in by_class if np.isfinite(column).any()]
+        if present:
+            columns["mean_f1"] = np.mean(present, axis=0)
     found = {name: values[np.isfinite(values)] for name, values in columns.items()}
     return {name: tuple(np.percentile(v, (2.5, 97.5)).tolist()) for name, v in found.items() if len(v)} or None
 

@@ -21,12 +21,14 @@ import pyarrow.parquet as pq
 import zarr
 from numpy.typing import NDArray
 
-from cellslide.errors import UsageError, one_line
+from cellslide.errors import UsageError, one_line, short
 from cellslide.formats.arrow_files import CSV_NAME, PARQUET_NAME, arrow_blocks
 from cellslide.formats.geojson import GZ_NAME, PROBABILITIES, ZIP_NAME, Profile
 from cellslide.formats.verify_geojson import compare_geojson
 from cellslide.store.anndata_columns import Categorical
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable, open_table
+from cellslide.store.file_list import changed_bytes
+from cellslide.store.foreign_files import is_plain
 from cellslide.store.run_record import RUN_FILE, TABLE, differences, flatten, head_sha256, read_record, to_dict
 from cellslide.store.uuids import SeenPlaces, make_uuids, pack_places
 from cellslide.types import RunRecord
@@ -90,8 +92,14 @@ def verify_folder(folder: Path) -> Verdict:
         verdict.faults.append(f"{RUN_FILE}: missing")
     record = records[0] if records else None
     verdict.notes += _notes(folder, record)
-    if record is not None and Path(record.slide["path"]).exists():
+    if record is not None and is_plain(Path(record.slide["path"])):
         verdict.read("the slide", lambda: _slide_faults(record))
+    try:
+        # What is compared with the table, row by row, may have been exported anew since.
+        words = changed_bytes(folder, (GZ_NAME, ZIP_NAME, PARQUET_NAME, CSV_NAME))
+        verdict.faults += [f"{RUN_FILE} lists another {line}" for line in words]
+    except OSError as error:
+        verdict.faults.append(f"{RUN_FILE}: what it lists cannot be read ({short(error)})")
     try:
         table = open_table(folder / TABLE)
     except Exception as error:  # zarr and json raise what they like on a damaged store.
@@ -143,7 +151,7 @@ def _slide_faults(record: RunRecord) -> Iterator[str]:
 
 def _notes(folder: Path, record: RunRecord | None) -> Iterator[str]:
     if record is not None:
-        if not Path(record.slide["path"]).exists():
+        if not is_plain(Path(record.slide["path"])):
             yield f"the slide {record.slide['path']} is not here, so its hash was not checked"
         if record.counts.tiles_failed:
             yield f"{record.counts.tiles_failed} of {record.counts.tiles} tiles failed"

@@ -31,6 +31,7 @@ import numpy as np
 
 from cellslide.errors import TileError
 from cellslide.inference.cpu_memory import keep_freed_blocks
+from cellslide.inference.finite import checked
 from cellslide.inference.shared_memory import Blocks, MapsNotSeen, SharedMaps, attach
 from cellslide.nuclei.hover_decode import decode_hover, prepare
 from cellslide.types import HoverDecode, HoverMaps, Instances, NoOutput, Seconds, Tile, UInt8
@@ -194,6 +195,7 @@ class Detector:
     def _submit(self, read: _Read, output: TileOutput | None) -> _Pending:
         if output is None:
             return _Pending(read.tile, error=read.error)
+        output = checked(output)
         if isinstance(output, NoOutput):
             return _Pending(read.tile, error=f"infer: {output.error}")
         if isinstance(output, Instances):

@@ -28,6 +28,7 @@ from cellslide.inference.device import (
     resolve_device,
     resolve_precision,
 )
+from cellslide.inference.finite import NOT_FINITE, is_finite
 from cellslide.inference.micro_batches import halve_batch
 from cellslide.models.folding import folded
 from cellslide.nuclei.nms import point_nms
@@ -148,6 +149,8 @@ def unpack(arrays: Arrays, spec: ModelSpec, row: int, size_px: int) -> TileOutpu
         return HoverMaps(arrays["foreground"][row], arrays["foreground_prob"][row], arrays["hv"][row], types)
     tile = {name: column[row] for name, column in arrays.items()}
     score = tile["score"]
+    if not is_finite(score):
+        return NoOutput(NOT_FINITE)  # a score that is no number is below every threshold
     # A query scored 0 is unused, whatever the threshold.
     keep = np.flatnonzero((score > 0) & (score >= np.float32(spec.detect.score_threshold)))
     found = {name: column[keep].astype(np.float32) for name, column in tile.items()}

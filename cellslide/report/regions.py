@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,9 @@ from pathlib import Path
 import shapely
 from shapely.geometry import shape
 
+from cellslide.errors import CellslideError
 from cellslide.slides.tissue import origin_offset
+from cellslide.store.foreign_files import read_json
 from cellslide.types import RunRecord, SlideInfo
 
 # Of a region that takes less than this share of the slide, the pictures show the region alone.
@@ -58,10 +59,19 @@ def read_searched(folder: Path, info: SlideInfo, record: RunRecord) -> SearchedR
     origin = (record.config.get("output") or {}).get("geojson_origin", "bounds")
     dx, dy = origin_offset(info, origin)
     try:
-        features = json.loads((folder / "tissue.geojson").read_text(encoding="utf-8"))["features"]
+        features = read_json(folder / "tissue.geojson")["features"]
         polygons = tuple(shapely.transform(shape(f["geometry"]), lambda xy: xy + (dx, dy)) for f in features)
         area = sum(float(f["properties"]["measurements"]["area mm2"]) for f in features)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, shapely.errors.ShapelyError):
+    except (
+        OSError,
+        CellslideError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        shapely.errors.ShapelyError,
+    ):
         return SearchedRegion((), None, info)
     kept = tuple(p for p in polygons if isinstance(p, shapely.Polygon) and not p.is_empty)
     return SearchedRegion(kept, area, info)

@@ -1,11 +1,10 @@
-"""From what the user names to a list of slides: files, folders, globs, and .csv or .txt lists.
+"""From what the user names to a list of slides: files, folders, globs, and .csv, .tsv or .txt lists.
 
 The order is the order given, folders and globs sorted by name, so a run over many slides is the same run each time.
 """
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
 import logging
@@ -18,11 +17,9 @@ from itertools import groupby
 from pathlib import Path
 
 from cellslide.errors import HIDDEN, UsageError
-from cellslide.slides.pixel_size import LARGEST_UM, SMALLEST_UM
+from cellslide.slides.lists import Listed, read_lines, read_table
 from cellslide.slides.slide_formats import dicom_series, format_of, series_uid
 
-PATH_HEADERS = ("path", "slide", "wsi")
-MPP_HEADERS = ("mpp", "wsi_mpp")
 # Room for a hash, and for the endings of files that are being written.
 MOST_NAME_BYTES = 200
 # What stands beside the folders of the slides.
@@ -58,7 +55,7 @@ def _expand(path: Path, text: str) -> list[SlideInput]:
     if path.is_dir():
         return [SlideInput(p) for p in _in_folder(path)]
     if path.exists():
-        lists = {".csv": _read_csv, ".txt": _read_txt}
+        lists = {".csv": _read_csv, ".tsv": _read_csv, ".txt": _read_txt}
         reader = lists.get(path.suffix.lower())
         return reader(path) if reader else [SlideInput(path)]
     if glob.has_magic(text):
@@ -91,46 +88,16 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def _read_txt(path: Path) -> list[SlideInput]:
-    lines = (line.strip() for line in _text(path).splitlines())
-    entries = [line for line in lines if line and not line.startswith("#")]
-    return _not_empty(path, [item for line in entries for item in _listed(path, line)])
+    return _of_list(path, read_lines(path))
 
 
 def _read_csv(path: Path) -> list[SlideInput]:
-    lines = _text(path).splitlines()
-    header = lines[0] if lines else ""
-    rows = csv.DictReader(lines, delimiter=max(",;\t", key=header.count))
-    names = {(name or "").strip().lower(): name for name in rows.fieldnames or []}
-    path_key = next((names[h] for h in PATH_HEADERS if h in names), None)
-    if path_key is None:
-        raise UsageError(f"{path}: no column path (or slide, wsi) in its header: {header!r}")
-    mpp_key = next((names[h] for h in MPP_HEADERS if h in names), None)
-    found = []
-    for row in rows:
-        entry = (row[path_key] or "").strip()
-        mpp = _mpp(path, rows.line_num, (row[mpp_key] or "").strip() if mpp_key else "")
-        organ = (row[names["organ"]] or "").strip() or None if "organ" in names else None
-        found += [replace(item, mpp=mpp, organ=organ) for item in (_listed(path, entry) if entry else [])]
+    return _of_list(path, read_table(path))
+
+
+def _of_list(path: Path, rows: list[Listed]) -> list[SlideInput]:
+    found = [replace(item, mpp=row.mpp, organ=row.organ) for row in rows for item in _listed(path, row.entry)]
     return _not_empty(path, found)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path}: not a readable list: {error}") from error
-
-
-def _mpp(path: Path, line: int, text: str) -> float | None:
-    if not text:
-        return None
-    try:
-        mpp = float(text)
-    except ValueError:
-        mpp = 0.0
-    if not SMALLEST_UM <= mpp <= LARGEST_UM:
-        raise UsageError(f"{path}: line {line}: mpp {text!r} must be {SMALLEST_UM} to {LARGEST_UM} µm per pixel")
-    return mpp
 
 
 def _listed(list_file: Path, entry: str) -> list[SlideInput]:

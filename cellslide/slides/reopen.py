@@ -9,7 +9,19 @@ from cellslide.errors import CellslideError, UsageError
 from cellslide.slides.readers import open_reader
 from cellslide.slides.slide import Slide
 from cellslide.store.cell_table import CellTable
+from cellslide.store.foreign_files import is_plain
 from cellslide.store.run_record import head_sha256
+
+
+def slide_path(table: CellTable) -> Path:
+    """Return where the slide of a table lies: as it was named then, or, seen from another folder, by its full path."""
+    typed, full = table.slide.path, Path(str(table.run.slide.get("path") or table.slide.path))
+    if not full.is_absolute() or typed == full:
+        return typed
+    known = table.run.slide.get("sha256_head")
+    if is_plain(typed) and (known is None or not is_plain(full) or head_sha256(typed) == known):
+        return typed
+    return full
 
 
 def reopen(table: CellTable, moved_to: Path | None = None) -> Slide:
@@ -18,8 +30,8 @@ def reopen(table: CellTable, moved_to: Path | None = None) -> Slide:
     moved_to  where it is now, if it is not where it was.
     Raises UsageError where it is gone or another, SlideError where it cannot be read.
     """
-    info = table.slide if moved_to is None else replace(table.slide, path=moved_to)
-    if not info.path.exists():
+    info = replace(table.slide, path=slide_path(table) if moved_to is None else moved_to)
+    if not is_plain(info.path):
         if moved_to is not None:
             raise UsageError(f"--slide {moved_to}: no such file")
         raise UsageError(f"{info.path}: the slide of {table.path} is not there any more; say where it is with --slide")

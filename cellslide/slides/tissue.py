@@ -6,45 +6,42 @@ level-0. Files for QuPath have its origin: the vendor's bounds are subtracted, u
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import uuid
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
 import shapely
 import shapely.affinity
-from PIL import Image
-from shapely.geometry import shape
 from shapely.geometry.base import BaseGeometry
 
 from cellslide.config import TissueConfig
-from cellslide.errors import UsageError
-from cellslide.geometry.outlines import is_tangled
+from cellslide.slides.mask_image import load_mask
 from cellslide.slides.missing import missing_tissue
+from cellslide.slides.regions import Origin, load_roi, origin_offset, simple_polygons
 from cellslide.slides.slide import Slide
 from cellslide.slides.tissue_detection import detect_tissue
 from cellslide.store.atomic import write_text
 from cellslide.types import Bool, Float64, Int64, SlideInfo
 
 Box = tuple[float, float, float, float]
-Origin = Literal["bounds", "level0"]
 TISSUE_COLOR = (150, 110, 60)
 GRID_PX = 0.01
 # Outlines follow the cells' edges; steps of one cell are smoothed away.
 SMOOTH_CELLS, SMALL_CELLS = 0.8, 25.0
-MASK_ASPECT = 0.05
-MOST_ROI_BYTES = 256 << 20
+# Less than this share of the slide is nothing, and as much less than all is everything.
+NOTHING = 0.0005
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "cellslide/tissue")
 _log = logging.getLogger(__name__)
+
+__all__ = ["Box", "Origin", "TissueMask", "find_tissue", "load_roi", "on_grid", "origin_offset", "outline_cells",
+           "write_tissue"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,6 +96,12 @@ class TissueMask:
         """True where nothing is to be searched."""
         return not self.mask.any() or (self.roi is not None and not self.polygons())
 
+    def searched_share(self) -> float:
+        """Return which share of the slide is to be searched."""
+        if self.roi is None:
+            return float(self.mask.mean())
+        return float(sum(p.area for p in self.polygons()) / (self.width_px * self.height_px))
+
     def polygons(self) -> list[shapely.Polygon]:
         """Return valid polygons on a 0.01 px grid, inside the slide, the largest first."""
         outline = shapely.box(0, 0, self.width_px, self.height_px)
@@ -143,16 +146,8 @@ def _ring(contour: Any) -> Float64:
 def on_grid(geometry: BaseGeometry) -> list[shapely.Polygon]:
     """Return the polygons of a geometry, valid with all vertices on the 0.01 px grid, the largest first."""
     snapped = shapely.set_precision(shapely.make_valid(geometry), GRID_PX)
-    parts = [p for p in shapely.get_parts(snapped, return_index=False) for p in _polygons(p)]
+    parts = [p for p in shapely.get_parts(snapped, return_index=False) for p in simple_polygons(p)]
     return sorted((p for p in parts if not p.is_empty), key=lambda p: (-p.area, p.bounds))
-
-
-def _polygons(geometry: BaseGeometry) -> Iterator[shapely.Polygon]:
-    for part in shapely.get_parts(geometry):
-        if isinstance(part, shapely.Polygon):
-            yield part
-        elif shapely.get_num_geometries(part) > 1:
-            yield from _polygons(part)
 
 
 def find_tissue(slide: Slide, config: TissueConfig) -> TissueMask:
@@ -163,7 +158,7 @@ def find_tissue(slide: Slide, config: TissueConfig) -> TissueMask:
     info = slide.info
     roi = load_roi(config.roi, info, config.roi_origin) if config.roi else None
     if config.mask is not None:
-        found = _load_mask(config.mask, info)
+        found = load_mask(config.mask, info)
     elif config.enabled:
         found = detect_tissue(slide, config.thumbnail_mpp, config.min_area_um2)
     else:
@@ -174,80 +169,21 @@ def find_tissue(slide: Slide, config: TissueConfig) -> TissueMask:
         _log.warning("%s: no tissue found%s", info.path, "" if roi is None else " inside --roi")
     if config.mask is None and config.enabled and (gone := missing_tissue(slide, 0, tissue)):
         _log.warning("%s: %d tiles inside the tissue are missing in the file; no nuclei there", info.path, len(gone))
+    if config.mask is not None or roi is not None:
+        _tell_share(tissue, config)
     return tissue
 
 
-def _load_mask(path: Path, info: SlideInfo) -> tuple[Bool, tuple[float, float]]:
-    """Read a mask image of the whole slide, any size: non-zero is tissue."""
-    try:
-        with Image.open(path) as image:
-            cells = np.asarray(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UsageError(f"--tissue-mask {path}: cannot be read as an image: {error}") from error
-    mask = cells != 0 if cells.ndim == 2 else (cells[..., :3] != 0).any(axis=2)
-    height, width = mask.shape
-    expected = info.height_px * width / info.width_px
-    if abs(height - expected) > max(1.0, MASK_ASPECT * expected):
-        raise UsageError(
-            f"--tissue-mask {path}: {width} x {height} has not the shape of {info.path.name}, "
-            f"{info.width_px} x {info.height_px}; it must show the whole slide"
-        )
-    return mask, (info.width_px / width, info.height_px / height)
-
-
-def load_roi(path: Path, info: SlideInfo, origin: Origin = "bounds") -> BaseGeometry:
-    """Return the polygons of a GeoJSON file (.gz too) as one level-0 geometry; `origin` is what they are relative to.
-
-    Takes a FeatureCollection, a Feature, a geometry or a bare list of these, as QuPath and others write them. Raises
-    UsageError where there is no polygon.
-    """
-    try:
-        parts = [_mended(shape(g)) for g in _geometries(json.loads(_unpacked(path)))]
-    except (
-        OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, EOFError, RecursionError, zlib.error,
-        shapely.errors.ShapelyError,
-    ) as error:  # fmt: skip
-        raise UsageError(f"--roi {path}: not GeoJSON: {error}") from error
-    polygons = [p for part in parts for p in _polygons(part)]
-    if not polygons:
-        raise UsageError(f"--roi {path}: no polygon in it")
-    dx, dy = origin_offset(info, origin)
-    roi = shapely.affinity.translate(shapely.union_all(polygons), dx, dy)
-    shapely.prepare(roi)
-    return roi
-
-
-def _unpacked(path: Path) -> bytes:
-    with path.open("rb") as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if packed else path.open("rb") as stream:
-        text = stream.read(MOST_ROI_BYTES + 1)
-    if len(text) > MOST_ROI_BYTES:
-        raise ValueError(f"more than {MOST_ROI_BYTES >> 20} MB; regions are a few outlines")
-    return text
-
-
-def _mended(geometry: BaseGeometry) -> BaseGeometry:
-    if is_tangled(geometry).any():
-        raise ValueError("an outline crosses itself too often to be mended; draw it anew")
-    return shapely.make_valid(geometry)
-
-
-def _geometries(content: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(content, list):
-        for item in content:
-            yield from _geometries(item)
-    elif content.get("type") == "FeatureCollection":
-        yield from _geometries(content["features"])
-    elif content.get("type") == "Feature":
-        yield from _geometries(content["geometry"]) if content.get("geometry") else ()
+def _tell_share(tissue: TissueMask, config: TissueConfig) -> None:
+    """Say how much of the slide a mask or a region lets be searched: nothing and everything are rarely meant."""
+    share = tissue.searched_share()
+    file = config.roi if config.mask is None else config.mask
+    flag = "--roi" if config.mask is None else "--tissue-mask"
+    words = f"{share:.1%}".replace("%", " %")
+    if share < NOTHING or (config.mask is not None and share > 1 - NOTHING):
+        _log.warning("%s %s: %s of the slide is searched; is that meant?", flag, file, words)
     else:
-        yield content
-
-
-def origin_offset(info: SlideInfo, origin: Origin) -> tuple[int, int]:
-    """Return the level-0 position of a file's zero point: the corner of the bounds, where QuPath crops, or (0, 0)."""
-    return info.bounds[:2] if origin == "bounds" and info.bounds is not None else (0, 0)
+        _log.info("%s %s: %s of the slide is searched", flag, file, words)
 
 
 def write_tissue(tissue: TissueMask, path: Path, info: SlideInfo, origin: Origin = "bounds") -> None:

@@ -13,8 +13,10 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
+from zarr.storage import LocalStore
 
 from cellslide.errors import CellslideError
+from cellslide.store.table_gate import check_size
 
 CHUNK_ROWS = 50_000
 CHUNK_BYTES = 16 << 20
@@ -236,6 +238,8 @@ def read_word(group: zarr.Group, path: str) -> str:
     if path not in group:
         raise TableError(f"{group.store_path}: {path} is missing; this table was not written by cellslide")
     node: Any = group[path]
+    if isinstance(node.store, LocalStore):
+        check_size(node.store.root / node.path / "c", node)
     return str(node[()])
 
 
@@ -274,11 +278,21 @@ def _rows(node: Any, start: int, stop: int | None, nodes: OpenNodes | None) -> N
 
 
 def _read(node: Any, start: int, stop: int) -> NDArray[Any]:
+    check_chunks(node, start, stop)
     try:
         values = np.asarray(node[start:stop])
     except (RuntimeError, ValueError) as error:
         raise TableError(f"{node.store_path} is damaged: {error}; write the table again with --overwrite") from error
     return values.astype(TEXT) if values.dtype.kind in "UT" else values
+
+
+def check_chunks(node: Any, start: int, stop: int) -> None:
+    """Raise CellslideError where a chunk of rows [start, stop) would unpack to more than belongs there."""
+    if not (isinstance(node.store, LocalStore) and node.ndim) or start >= stop:
+        return
+    rows = int(node.chunks[0])
+    for k in range(start // rows, -(-stop // rows)):
+        check_size(node.store.root / node.path / "c" / "/".join([str(k), *("0" for _ in node.shape[1:])]), node)
 
 
 def read_obs(
@@ -300,6 +314,7 @@ def read_obs(
 def _words(array: Any, nodes: OpenNodes | None) -> tuple[str, ...]:
     found = nodes.words.get(array.path) if nodes else None
     if found is None:
+        check_chunks(array, 0, array.shape[0])
         found = tuple(str(word) for word in array[:])
         if nodes is not None:
             nodes.words[array.path] = found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -29,10 +30,26 @@ def beside(path: Path) -> Iterator[Path]:
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield scratch
+        _to_disk(scratch)  # else a power cut may leave the new name on an empty file
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def _to_disk(path: Path) -> None:
+    """Have a file written to the disk before it is renamed; some file systems cannot, and need not."""
+    try:
+        number = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(number)
 
 
 def write_text(path: Path, text: str) -> None:

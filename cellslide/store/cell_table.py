@@ -17,6 +17,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from cellslide.errors import CellslideError, short
 from cellslide.geometry.columns import slice_across
 from cellslide.geometry.outlines import SHAPE_FEATURES, ring_features
 from cellslide.store import run_record as record
@@ -37,7 +38,9 @@ from cellslide.store.anndata_columns import (
     write_word,
 )
 from cellslide.store.atomic import Staging
+from cellslide.store.foreign_files import parse_json
 from cellslide.store.shapes import ShapeReader, ShapeWriter, cell_rings, link_shapes, mark_store, ring_boxes
+from cellslide.store.table_gate import MOST_ROWS, check_rows, check_store
 from cellslide.store.uuids import SeenPlaces, make_uuids, pack_places
 from cellslide.types import (
     Cells,
@@ -253,6 +256,7 @@ class CellTable:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_store(path)
         root = zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False)
         group: Any = root["tables/cells"]
         self.group: zarr.Group = group
@@ -261,11 +265,11 @@ class CellTable:
         self.kind: ModelKind = _read_kind(read_word(group, "uns/kind"))
         self.class_names = tuple(str(v) for v in np.asarray(read_matrix(group, "uns/class_names")))
         self.colors = tuple(_rgb(str(v)) for v in np.asarray(read_matrix(group, "uns/class_colors")))
-        self.run: RunRecord = record.from_dict(json.loads(read_word(group, "uns/run")))
+        self.run: RunRecord = record.from_dict(parse_json(read_word(group, "uns/run"), path, TableError))
         self.columns = obs_names(group)
         self.matrices = tuple(sorted(group["obsm"]))
         self.features = tuple(str(v) for v in np.asarray(read_matrix(group, "var/_index")))
-        self.n = int(group["obs/cell_id"].shape[0])
+        self.n = check_rows(group["obs/cell_id"], path)
         shapes = path / "shapes" / "nuclei" / "shapes.parquet"
         self.shapes = ShapeReader(shapes) if shapes.exists() else None
         if (int(self.shapes.first[-1]) if self.shapes else 0) != self.n:
@@ -357,7 +361,12 @@ def open_table(path: Path) -> CellTable:
     """Open `cells.zarr`; raises TableError where it is missing or not a complete table of this schema."""
     if not (path / "tables" / "cells" / "zarr.json").is_file():
         raise TableError(f"{path}: no cell table here; run `cellslide segment` first")
-    return CellTable(path)
+    try:
+        return CellTable(path)
+    except (CellslideError, OSError, MemoryError):
+        raise
+    except Exception as error:  # zarr, arrow and json raise what they like on a damaged store
+        raise TableError(f"{path}: not a cell table of cellslide ({type(error).__name__}: {short(error)})") from error
 
 
 def _read_kind(text: str) -> ModelKind:
@@ -368,11 +377,15 @@ def _read_kind(text: str) -> ModelKind:
 
 
 def _read_slide(text: str) -> SlideInfo:
-    values = json.loads(text)
-    values["path"] = Path(values["path"])
+    values = parse_json(text, "the slide of the table", TableError)
+    values["path"] = Path(str(values["path"]))
     values["levels"] = tuple(Level(**level) for level in values["levels"])
-    values["bounds"] = tuple(values["bounds"]) if values["bounds"] else None
-    return SlideInfo(**values)
+    values["bounds"] = tuple(int(v) for v in values["bounds"]) if values["bounds"] else None
+    info = SlideInfo(**values)
+    sizes = (info.width_px, info.height_px, info.mpp_x, info.mpp_y)
+    if not all(isinstance(v, (int, float)) and 0 < v < MOST_ROWS for v in sizes):
+        raise TableError(f"a slide of {short(sizes[:2])} px at {short(sizes[2:])} µm is none")
+    return info
 
 
 def _rgb(text: str) -> tuple[int, int, int]:
@@ -390,7 +403,11 @@ class TableExtender:
     def __init__(self, table: CellTable, path: Path | None = None) -> None:
         self.table = table
         self.staging = Staging(path or table.path)
-        shutil.copytree(table.path, self.staging.folder)
+        try:
+            shutil.copytree(table.path, self.staging.folder)
+        except BaseException:
+            self.staging.abort()  # a half copy would stay on the disk that it has filled
+            raise
         root = zarr.open_group(self.staging.folder, mode="r+", zarr_format=3, use_consolidated=False)
         group: Any = root["tables/cells"]
         self.group: zarr.Group = group

@@ -14,6 +14,7 @@ import os
 import random
 import secrets
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ BEAT_S, STALE_S = 10.0, 90.0
 # Two that come together both step back and try again, so often before they are told that the folder is taken.
 TRIES = 5
 POLL_S = 1.0
+# More than any run writes into its file.
+MOST_BYTES = 4096
 
 log = logging.getLogger(__name__)
 
@@ -117,11 +120,18 @@ def hold(folder: Path, check: Callable[[], None] = lambda: None) -> Iterator[Loc
     """
     was_there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = Lock(_take(folder, check))
+    lock: Lock | None = None
     try:
+        mine = _take(folder, check)
+        try:
+            lock = Lock(mine)
+        except BaseException:
+            mine.unlink(missing_ok=True)
+            raise
         yield lock
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
         if not was_there:
             with suppress(OSError):  # One that holds something stays.
                 folder.rmdir()
@@ -129,13 +139,18 @@ def hold(folder: Path, check: Callable[[], None] = lambda: None) -> Iterator[Loc
 
 def _take(folder: Path, check: Callable[[], None]) -> Path:
     beats: dict[Path, float] = {}
+    quiet: dict[Path, tuple[float, float]] = {}
     turn = 0
     while True:
         check()
         mine = _claim(folder)
-        alive = _remove_dead(folder, mine)
-        if not alive:
-            return mine
+        try:
+            alive = _remove_dead(folder, mine, quiet)
+            if not alive:
+                return mine
+        except BaseException:
+            mine.unlink(missing_ok=True)
+            raise
         mine.unlink(missing_ok=True)
         _refuse(folder, alive, beats, turn)
         near = any(claim.holder.runs() for claim in alive)
@@ -153,11 +168,19 @@ def _refuse(folder: Path, alive: list[_Claim], beats: dict[Path, float], turn: i
         log.warning("%s: held by %s; waiting for a sign of life", folder, alive[0].holder)
 
 
-def _remove_dead(folder: Path, mine: Path) -> list[_Claim]:
-    """Return the claims of others that are alive; those of dead runs are removed."""
+def _remove_dead(folder: Path, mine: Path, quiet: dict[Path, tuple[float, float]]) -> list[_Claim]:
+    """Return the claims of others that are alive; those of dead runs are removed.
+
+    quiet  the beat that a claim had when it was first seen, and since when by our own clock: a date that lies ahead,
+           as a clock that was set back leaves it, never grows old.
+    """
     now, alive = mine.stat().st_mtime, []
     for claim in _others(folder, mine):
-        if not claim.is_dead(now):
+        beat, since = quiet.get(claim.path, (claim.beat, time.monotonic()))
+        if beat != claim.beat:
+            beat, since = claim.beat, time.monotonic()
+        quiet[claim.path] = beat, since
+        if not claim.is_dead(now) and (claim.holder.runs() or time.monotonic() - since <= STALE_S):
             alive.append(claim)
             continue
         log.warning("%s: taken over from a run that ended without a word (%s)", folder, claim.holder)
@@ -170,10 +193,15 @@ def _others(folder: Path, mine: Path) -> Iterator[_Claim]:
         if path == mine:
             continue
         try:
+            # A folder or a pipe of such a name is no run's.
+            if not stat.S_ISREG(path.lstat().st_mode):
+                continue
             if path.suffix == ".tmp":
                 _remove_scratch(path, mine)
                 continue
-            yield _Claim(path, _holder(path.read_text(encoding="utf-8")), path.stat().st_mtime)
+            with path.open("rb") as stream:
+                text = stream.read(MOST_BYTES).decode("utf-8", "replace")
+            yield _Claim(path, _holder(text), path.stat().st_mtime)
         except FileNotFoundError:
             continue
 
@@ -189,8 +217,11 @@ def _remove_scratch(path: Path, mine: Path) -> None:
 def _holder(text: str) -> Holder:
     try:
         content: dict[str, Any] = json.loads(text)
-        return Holder(str(content["host"]), int(content["pid"]), float(content["began"]), str(content["space"]))
-    except (ValueError, KeyError, TypeError):
+        pid, began = int(content["pid"]), float(content["began"])
+        if not 0 <= pid < 1 << 31:
+            raise ValueError("no process has this number")
+        return Holder(str(content["host"])[:80], pid, began, str(content["space"]))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return Holder("unknown", 0, 0.0, "unknown")
 
 
@@ -202,8 +233,9 @@ def _claim(folder: Path) -> Path:
     try:
         scratch.write_text(json.dumps(asdict(me)), encoding="utf-8")
         os.replace(scratch, path)
-    except OSError:
+    except BaseException:
         scratch.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         raise
     return path
 

@@ -6,6 +6,7 @@ A folder of the slide's holds `fingerprint.json` and two arrays by row of the ta
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -13,12 +14,14 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from cellslide.errors import UsageError
+from cellslide.errors import SlideError, UsageError, short
 from cellslide.store.atomic import new_array, remove_folder, write_json
 from cellslide.store.run_record import FINGERPRINT_FILE, changed_since
 from cellslide.types import Bool, Float32, Int64
 
 DONE_FILE = "done.npy"
+
+log = logging.getLogger(__name__)
 
 
 class PartialRows:
@@ -53,9 +56,25 @@ class PartialRows:
             new_array(folder / cls.values_file, np.float32, (max(n, 1), width))
             new_array(folder / DONE_FILE, np.uint8, (max(n, 1),))
             write_json(folder / FINGERPRINT_FILE, fingerprint)
-        elif words := changed_since(folder, fingerprint, cls.anew):
-            raise UsageError(f"{slide_folder}: {cls.before} in part with other settings ({words}); --overwrite")
-        return cls(folder, open_memmap(folder / cls.values_file, "r+"), open_memmap(folder / DONE_FILE, "r+"))
+        else:
+            try:
+                words = changed_since(folder, fingerprint, cls.anew)
+                store = cls._mapped(folder, max(n, 1), width)
+            except (SlideError, OSError, ValueError, EOFError) as error:
+                log.warning("%s: what was kept is damaged (%s) and done again", folder, short(error))
+                return cls._open(slide_folder, fingerprint, n, width, overwrite=True)
+            if words:
+                raise UsageError(f"{slide_folder}: {cls.before} in part with other settings ({words}); --overwrite")
+            return store
+        return cls._mapped(folder, max(n, 1), width)
+
+    @classmethod
+    def _mapped(cls, folder: Path, n: int, width: int) -> Self:
+        """Map the two arrays; raises ValueError where they are not of `n` rows."""
+        values, done = (open_memmap(folder / name, "r+") for name in (cls.values_file, DONE_FILE))
+        if values.shape != (n, width) or done.shape != (n,) or values.dtype != np.float32 or done.dtype != np.uint8:
+            raise ValueError(f"arrays of {values.shape} and {done.shape}, expected {n} rows of {width}")
+        return cls(folder, values, done)
 
     @classmethod
     def is_there(cls, slide_folder: Path) -> bool:

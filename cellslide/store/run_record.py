@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -13,8 +13,10 @@ from typing import Any
 
 import psutil
 
-from cellslide.errors import SlideError
+from cellslide.errors import SlideError, short
+from cellslide.store import file_list
 from cellslide.store.atomic import write_json
+from cellslide.store.foreign_files import is_plain, read_json
 from cellslide.types import Counts, FailedTile, RunRecord, Seconds, SlideInfo, WeightsRef
 
 # The two that every finished slide's folder holds.
@@ -22,6 +24,7 @@ RUN_FILE, TABLE = "run.json", "cells.zarr"
 # Beside what an interrupted run keeps: the settings that it was made with.
 FINGERPRINT_FILE = "fingerprint.json"
 HEAD_BYTES = 1 << 20
+MOST_FILES = 100_000
 
 # Settings that choose how or where a run is done, not what it finds.
 _NOT_THE_RESULT = (
@@ -59,7 +62,9 @@ def head_sha256(path: Path) -> str:
 
     Cheap enough for a slide of many GB, and enough to notice that the slide was exchanged.
     """
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    if not is_plain(path):
+        raise SlideError(f"{path}: not a plain file or folder")
+    files = _files_below(path) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:
         name = file.relative_to(path).as_posix() if path.is_dir() else ""
@@ -70,10 +75,22 @@ def head_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _files_below(folder: Path) -> list[Path]:
+    """Return the plain files of a folder that is a slide; raises SlideError for one that holds more than any slide."""
+    found = []
+    for k, path in enumerate(folder.rglob("*")):
+        if k >= MOST_FILES:
+            raise SlideError(f"{folder}: more than {MOST_FILES:,} files; this is no slide")
+        if path.is_file():
+            found.append(path)
+    return sorted(found)
+
+
 def describe_slide(info: SlideInfo) -> dict[str, Any]:
     """Return the `slide` entry of the record; `mpp` is in µm per level-0 pixel, the mean of x and y."""
     return {
-        "path": str(info.path),
+        # As typed it would mean another file from another folder.
+        "path": os.path.abspath(info.path),
         "sha256_head": head_sha256(info.path) if info.path.exists() else None,
         "mpp": (info.mpp_x + info.mpp_y) / 2,
         "mpp_source": info.mpp_source,
@@ -92,20 +109,67 @@ def to_dict(record: RunRecord) -> dict[str, Any]:
 
 
 def from_dict(content: Mapping[str, Any]) -> RunRecord:
-    """Return the record that `to_dict` gave."""
-    known = {f.name for f in fields(RunRecord)}
-    values = {k: v for k, v in content.items() if k in known}
-    values["weights"] = [WeightsRef(**w) for w in content["weights"]]
-    values["counts"] = Counts(**content["counts"])
-    values["failed_tiles"] = [FailedTile(**t) for t in content["failed_tiles"]]
-    values["seconds"] = Seconds(**content["seconds"])
-    return RunRecord(**values)
+    """Return the record that `to_dict` gave; raises SlideError for anything that is none."""
+    try:
+        known = {f.name for f in fields(RunRecord)}
+        values = {k: v for k, v in content.items() if k in known}
+        values["weights"] = [WeightsRef(**w) for w in content["weights"]]
+        values["counts"] = Counts(**content["counts"])
+        values["failed_tiles"] = [FailedTile(**t) for t in content["failed_tiles"]]
+        values["seconds"] = Seconds(**content["seconds"])
+        record = RunRecord(**values)
+        _check_values(record)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SlideError(
+            f"not a run record ({type(error).__name__}: {short(error)}); --overwrite starts anew"
+        ) from error
+    return record
+
+
+def _check_values(record: RunRecord) -> None:
+    """Raise ValueError or TypeError where a value is not of its kind, or a number not one that a run can give."""
+    for name in ("slide", "config"):
+        if not isinstance(getattr(record, name), dict):
+            raise TypeError(f"{name} is no mapping")
+    texts = [getattr(record, name) for name in ("cellslide_version", "device", "engine", "precision", "started")]
+    texts += [text for w in record.weights for text in (w.id, w.sha256, w.licence)]
+    texts += [tile.error for tile in record.failed_tiles]
+    texts += [text for text in (record.finished, record.error) if text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a text is none")
+    if record.status not in ("running", "interrupted", "done", "done_with_errors", "failed"):
+        raise ValueError(f"the status {short(record.status)} is none")
+    counts = [getattr(record.counts, f.name) for f in fields(Counts)]
+    counts += [record.peak_rss_bytes, record.peak_device_bytes]
+    counts += [place for tile in record.failed_tiles for place in (abs(tile.x), abs(tile.y))]
+    if not all(isinstance(n, int) and 0 <= n < 1 << 60 for n in counts):
+        raise ValueError("a count is none")
+    if not all(0 <= float(getattr(record.seconds, f.name)) < 1e12 for f in fields(Seconds)):
+        raise ValueError("a time is none")
+    _check_slide(record.slide)
+    for name in ("classify", "embed", "output", "spec", "tissue"):
+        if not isinstance(record.config.get(name) or {}, dict):
+            raise TypeError(f"config.{name} is no mapping")
+
+
+def _check_slide(slide: dict[str, Any]) -> None:
+    for name in ("path", "sha256_head", "vendor", "mpp_source"):
+        if not isinstance(slide.get(name), (str, type(None))):
+            raise TypeError(f"slide.{name} is no text")
+    if not slide.get("path") or "\0" in slide["path"]:
+        raise ValueError("slide.path is none")
+    for name in ("mpp", "width", "height"):
+        value = slide.get(name)
+        if value is not None and (not isinstance(value, (int, float)) or not 0 < value < 1 << 31):
+            raise ValueError(f"slide.{name} {short(value)} is none")
 
 
 def write_record(folder: Path, record: RunRecord) -> Path:
-    """Write `run.json` into the slide's folder and return its path."""
-    path = folder / RUN_FILE
-    write_json(path, to_dict(record))
+    """Write `run.json` into the slide's folder, for a complete slide with the list of its files; return its path."""
+    path, content = folder / RUN_FILE, to_dict(record)
+    if record.status in ("done", "done_with_errors"):
+        content[file_list.KEY] = file_list.listed(folder)
+    write_json(path, content)
     return path
 
 
@@ -118,11 +182,12 @@ def read_record(folder: Path) -> RunRecord | None:
     if not path.is_file():
         return None
     try:
-        return from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SlideError(
-            f"{path}: not a run record ({type(error).__name__}: {error}); --overwrite starts anew"
-        ) from error
+        return from_dict(read_json(path))
+    except SlideError as error:
+        words = str(error).removeprefix(f"{path}: ")
+        hint = "" if "--overwrite" in words else "; --overwrite starts anew"
+        words = words if words.startswith("not a run record") else f"not a run record ({words})"
+        raise SlideError(f"{path}: {words}{hint}") from error
 
 
 def fingerprint(record: RunRecord) -> dict[str, str]:
@@ -177,10 +242,25 @@ def changed_since(folder: Path, fingerprint: Mapping[str, str], anew: str) -> st
     """
     path = folder / FINGERPRINT_FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SlideError(f"{path}: damaged ({error}); --overwrite {anew}") from error
+        found = read_json(path)
+    except SlideError as error:
+        raise SlideError(f"{path}: damaged ({short(error)}); --overwrite {anew}") from error
+    if not isinstance(found, dict):
+        raise SlideError(f"{path}: damaged (no mapping); --overwrite {anew}")
     return differences(found, fingerprint)
+
+
+def other_slide(earlier: RunRecord | None, slide: Mapping[str, Any]) -> str:
+    """Return in words that a record is of another slide than the one that `describe_slide` tells of, or ""."""
+    if earlier is None:
+        return ""
+    hashes = [entry.get("sha256_head") for entry in (earlier.slide, slide)]
+    if None in hashes or hashes[0] == hashes[1]:
+        return ""
+    paths = [os.path.abspath(str(entry.get("path"))) for entry in (earlier.slide, slide)]
+    if paths[0] == paths[1]:
+        return f"{paths[1]} has changed since: another slide lay there then"
+    return f"another slide of this name was done here: {paths[0]} then, {paths[1]} now"
 
 
 def peak_rss_bytes() -> int:

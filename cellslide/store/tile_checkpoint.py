@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cellslide.errors import UsageError
+from cellslide.errors import SlideError, UsageError
 from cellslide.store.atomic import beside, remove_folder, write_json
 from cellslide.store.run_record import FINGERPRINT_FILE, changed_since
 from cellslide.types import Cells, concat
@@ -63,7 +64,7 @@ class Parts:
         if overwrite or not (folder / FINGERPRINT_FILE).exists():
             remove_folder(folder)
             write_json(folder / FINGERPRINT_FILE, fingerprint)
-        elif words := changed_since(folder, fingerprint, "starts the slide anew"):
+        elif words := _changed_or_gone(folder, fingerprint):
             raise UsageError(f"{slide_folder}: finished tiles come from another run ({words}); --overwrite starts anew")
         parts = cls(folder)
         parts._scan()
@@ -73,10 +74,10 @@ class Parts:
         for scratch in self.folder.glob(".*.tmp"):
             scratch.unlink()
         for path in sorted(self.folder.glob("part-*.npz")):
-            self._next = max(self._next, int(path.stem.split("-")[1]) + 1)
             try:
-                self._enter(path, _read_index(path))
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                self._next = max(self._next, int(path.stem.split("-")[1]) + 1)
+                self._enter(path, _checked_index(path))
+            except (OSError, ValueError, KeyError, EOFError, TypeError, zlib.error, zipfile.BadZipFile) as error:
                 log.warning("%s is damaged (%s); its tiles are done again", path, error)
                 path.unlink()
 
@@ -128,6 +129,17 @@ class Parts:
         remove_folder(self.folder)
 
 
+def _changed_or_gone(folder: Path, fingerprint: Mapping[str, str]) -> str:
+    """Return in words where the settings of kept tiles differ; where they cannot be read, all begins anew."""
+    try:
+        return changed_since(folder, fingerprint, "starts the slide anew")
+    except SlideError as error:
+        log.warning("%s; the tiles that were kept are done again", str(error).partition("; --overwrite")[0])
+        remove_folder(folder)
+        write_json(folder / FINGERPRINT_FILE, fingerprint)
+        return ""
+
+
 def _n_cells(result: TilePart) -> int:
     return 0 if result.cells is None else len(result.cells)
 
@@ -151,6 +163,18 @@ def _read_index(path: Path) -> list[tuple[int, int, int, str]]:
     with np.load(path, allow_pickle=False) as arrays:
         lists = [arrays[name].tolist() for name in ("tile", "n_raw", "n_cells", "error")]
     return list(zip(*lists, strict=True))
+
+
+def _checked_index(path: Path) -> list[tuple[int, int, int, str]]:
+    """Return the index of a part of which every byte is as it was written, by the checksums that it carries."""
+    with zipfile.ZipFile(path) as packed:
+        if (damaged := packed.testzip()) is not None:
+            raise ValueError(f"the checksum of {damaged} differs")
+    index = _read_index(path)
+    cells = sum(n_cells for _, _, n_cells, _ in index)
+    if cells and len(_read_cells(path)) != cells:
+        raise ValueError("it holds another number of cells than it says")
+    return index
 
 
 def _read_cells(path: Path) -> Cells:

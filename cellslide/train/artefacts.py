@@ -41,7 +41,9 @@ def ink(rng: np.random.Generator, image: UInt8, labels: Int32) -> Made:
     stroke = np.zeros((height, width), np.uint8)
     for _ in range(int(rng.integers(1, 4))):
         points = rng.uniform(-0.2, 1.2, (4, 2)) * (width, height)
-        cv2.polylines(stroke, [np.int32(points)], False, 1, int(rng.integers(4, max(width // 5, 6))), cv2.LINE_AA)
+        cv2.polylines(
+            stroke, [points.astype(np.int32)], False, 1, int(rng.integers(4, max(width // 5, 6))), cv2.LINE_AA
+        )
     weight = cv2.GaussianBlur(stroke.astype(np.float32), (0, 0), rng.uniform(0.5, 2.5))
     colour = INKS[int(rng.integers(len(INKS)))] * rng.uniform(0.6, 1.6)
     if rng.random() < 0.5:
@@ -56,7 +58,7 @@ def fold(rng: np.random.Generator, image: UInt8, labels: Int32) -> Made:
     height, width = labels.shape
     band = np.zeros((height, width), np.uint8)
     points = rng.uniform(-0.2, 1.2, (3, 2)) * (width, height)
-    cv2.polylines(band, [np.int32(points)], False, 1, int(rng.integers(8, max(width // 6, 10))), cv2.LINE_AA)
+    cv2.polylines(band, [points.astype(np.int32)], False, 1, int(rng.integers(8, max(width // 6, 10))), cv2.LINE_AA)
     weight = cv2.GaussianBlur(band.astype(np.float32), (0, 0), rng.uniform(1, 3))
     other = image[:, ::-1] if rng.random() < 0.5 else image[::-1]
     double = image.astype(np.float32) * cv2.GaussianBlur(other, (0, 0), 2.0) / 255
@@ -67,7 +69,7 @@ def bubble(rng: np.random.Generator, image: UInt8, labels: Int32) -> Made:
     """Draw the dark rim of an air bubble or of a cover slip; what lies under the rim is not known."""
     height, width = labels.shape
     ring = np.zeros((height, width), np.uint8)
-    centre = np.int32(rng.uniform(-0.5, 1.5, 2) * (width, height))
+    centre = rng.uniform(-0.5, 1.5, 2) * (width, height)
     radius = int(rng.uniform(0.2, 1.0) * width)
     cv2.circle(ring, (int(centre[0]), int(centre[1])), radius, 1, int(rng.integers(2, 9)), cv2.LINE_AA)
     weight = cv2.GaussianBlur(ring.astype(np.float32), (0, 0), rng.uniform(0.6, 2))

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
-from cellslide.errors import UsageError
+from cellslide.errors import UsageError, short
+from cellslide.store.foreign_files import read_yaml
 from cellslide.weights.manifest import is_id
 
 Supervision = Literal["auto", "instances", "foreground", "points"]
@@ -310,9 +309,9 @@ def read_document(path: Path | None, overrides: Mapping[str, Any] | None = None)
     document: Any = {}
     if path is not None:
         try:
-            document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise UsageError(f"--recipe {path}: cannot be read ({error})") from error
+            document = read_yaml(path, UsageError) or {}
+        except (OSError, UsageError) as error:
+            raise UsageError(f"--recipe {path}: cannot be read ({short(error)})") from error
     if not isinstance(document, dict):
         raise UsageError(f"--recipe {path}: must be a mapping of keys to values")
     given = {key: value for key, value in (overrides or {}).items() if value is not None}

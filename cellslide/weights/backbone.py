@@ -49,7 +49,7 @@ def find_backbone(source: str) -> Path:
     if entry.task != "backbone":
         raise UsageError(f"{source}: made to {entry.task}, no backbone; see `cellslide weights list --task backbone`")
     path = require_file(entry)
-    verify_file(entry, path)
+    verify_file(entry, path, fresh=True)
     return path
 
 

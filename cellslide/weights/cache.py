@@ -107,13 +107,16 @@ def how_to_get(entry: WeightsEntry) -> str:
 
 
 def file_sha256(path: Path, fresh: bool = False) -> str:
-    """Return the sha256 of a file; it is remembered in the cache folder by path, size and time unless `fresh`."""
+    """Return the sha256 of a file; unless `fresh` it is remembered in the cache folder, for lists that load nothing.
+
+    Size and time alone would not do: copies that keep the time have them too, but neither the same inode nor its time.
+    """
     stat = path.stat()
-    key, mark = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
+    key, mark = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     known = _read_json(cache_dir() / HASHES)
     row = known.get(key)
-    if not fresh and isinstance(row, list) and row[:2] == mark:
-        return str(row[2])
+    if not fresh and isinstance(row, list) and row[:-1] == mark:
+        return str(row[-1])
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     _write_json(cache_dir() / HASHES, {**_read_json(cache_dir() / HASHES), key: [*mark, digest]})

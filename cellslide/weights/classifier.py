@@ -80,14 +80,14 @@ def _find(model: str | None, weights: Path | None) -> _Found:
         entry = manifest.default("classify") if model is None else manifest.entry(model)
         check_task(entry, "classify")
         path = require_file(entry) if weights is None else resolve_path(weights)
-        return _Found(entry, path, verify_file(entry, path))
+        return _Found(entry, path, verify_file(entry, path, fresh=True))
     path = resolve_path(weights)
     beside = entry_beside(path)
     if beside is not None:
         check_task(beside, "classify")
         path = require_file(beside)
-        return _Found(beside, path, verify_file(beside, path))
-    sha256 = file_sha256(path)
+        return _Found(beside, path, verify_file(beside, path, fresh=True))
+    sha256 = file_sha256(path, fresh=True)
     return _Found(describe(path, sha256, manifest), path, sha256)
 
 

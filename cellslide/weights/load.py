@@ -76,7 +76,7 @@ def load_entry(entry: WeightsEntry, path: Path | None = None) -> LoadedModel:
     from cellslide.models.checkpoint import read_checkpoint
 
     path = require_file(entry) if path is None else resolve_path(path)
-    sha256 = verify_file(entry, path)
+    sha256 = verify_file(entry, path, fresh=True)
     return _finish(entry, read_checkpoint(path, entry.arch), path, sha256)
 
 
@@ -89,7 +89,7 @@ def load_file(path: Path, manifest: Manifest, task: str = "segment") -> LoadedMo
         return load_entry(beside)
     from cellslide.models.checkpoint import read_checkpoint
 
-    sha256 = file_sha256(path)
+    sha256 = file_sha256(path, fresh=True)
     checkpoint = read_checkpoint(path)
     entry = describe(path, checkpoint, sha256, manifest)
     check_task(entry, task)

@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
-import yaml
-
-from cellslide.errors import UsageError, WeightsError
+from cellslide.errors import UsageError, WeightsError, short
+from cellslide.store import foreign_files
 from cellslide.types import ClassSpec, DetectDecode, HoverDecode
 
 SCHEMA_VERSION = 1
@@ -108,17 +107,18 @@ class WeightsEntry:
 
     def __post_init__(self) -> None:
         if not is_id(self.id):
-            raise ValueError(f"id {self.id!r}: letters, digits, dots, hyphens and underscores only")
+            raise ValueError(f"id {short(self.id)}: letters, digits, dots, hyphens and underscores only")
         if self.task not in get_args(Task):
-            raise ValueError(f"task {self.task!r}: must be one of {', '.join(get_args(Task))}")
+            raise ValueError(f"task {short(self.task)}: must be one of {', '.join(get_args(Task))}")
         if self.file is None and self.source is None:
             raise ValueError("needs `file` or `source`")
         if self.sha256 is not None and not _SHA256.fullmatch(self.sha256):
             raise ValueError("sha256 must be 64 lower-case hex digits, or null")
-        if self.mpp is not None and not 0.05 <= self.mpp <= 2:
-            raise ValueError(f"mpp {self.mpp}: must be 0.05 to 2 µm per pixel")
         if min(self.std) <= 0:
             raise ValueError("std must be above 0")
+        for name, low, high in _RANGES:
+            _check_range(name, getattr(self, name), low, high)
+        _check_numbers(self)
         _check_inside(self.file, "file")
         if self.published_as is not None and PurePosixPath(self.published_as).name != self.published_as:
             raise ValueError(f"published_as {self.published_as!r}: must be a file name")
@@ -163,12 +163,75 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
+# Numbers of an entry, and between what they lie.
+_RANGES = (
+    ("mpp", 0.05, 2.0), ("tile_px", 32, 8192), ("overlap_px", 0, 4096), ("size_bytes", 1, 1 << 42), ("mean", -10, 10),
+    ("std", 1e-4, 1e3),
+)  # fmt: skip
+_DECODE_RANGES = (
+    ("kernel_px", 1, 101), ("min_marker_px", 0, 100_000), ("min_object_px", 0, 100_000), ("energy_threshold", 0.0, 1.0),
+    ("foreground_threshold", 0.0, 1.0), ("hv_gradient_range", -1e6, 1e6),
+)  # fmt: skip
+_DETECT_RANGES = (("score_threshold", 0.0, 1.0), ("nms_um", 0.0, 100.0))
+_CALIBRATION_RANGES = (
+    ("temperature_local", 1e-3, 1e3), ("temperature_global", 1e-3, 1e3), ("temperature_mix", 1e-3, 1e3),
+    ("abstain", 0.0, 1.0), ("thresholds", 0.0, 1.0),
+)  # fmt: skip
+_SAFE_GATE_RANGES = (
+    ("tau", 0.0, 1.0), ("gamma", -1.0, 1.0), ("reliability_local", 0.0, 1e3), ("reliability_global", 0.0, 1e3),
+)  # fmt: skip
+_LARGEST = 1e9
+
+
+def _check_range(name: str, value: Any, low: float, high: float) -> None:
+    """Raise ValueError for a number, or one of several, that is none or lies outside of low..high."""
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else (value,)
+    for number in values:
+        # NaN is within no range, and True no number.
+        if number is None:
+            continue
+        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if not is_number or not low <= number <= high:
+            words = f"above 0, at most {high:g}" if 0 < low < 0.01 else f"{low:g} to {high:g}"
+            raise ValueError(f"{name} {short(number)}: must be {words}")
+
+
+def _check_numbers(entry: WeightsEntry) -> None:
+    """Raise ValueError where a number in one of the parts of an entry is out of its range."""
+    if entry.tile_px is not None and entry.overlap_px is not None and entry.overlap_px > entry.tile_px // 2:
+        raise ValueError(f"overlap_px {entry.overlap_px}: must be at most half of tile_px {entry.tile_px}")
+    if entry.decode is not None and entry.decode.mode not in ("published", "fixed"):
+        raise ValueError(f"decode.mode {short(entry.decode.mode)}: must be published or fixed")
+    for part, ranges in (
+        (entry.decode, _DECODE_RANGES),
+        (entry.detect, _DETECT_RANGES), (entry.calibration, _CALIBRATION_RANGES), (entry.safe_gate, _SAFE_GATE_RANGES),
+    ):  # fmt: skip
+        for name, low, high in ranges if part is not None else ():
+            value = part.get(name) if isinstance(part, Mapping) else getattr(part, name)
+            _check_range(name, value, low, high)
+    _check_finite("config", entry.config)
+    _check_finite("metrics", entry.metrics)
+
+
+def _check_finite(name: str, value: Any) -> None:
+    """Raise ValueError for a number below `value`, however deep, that is not finite or absurdly large."""
+    waiting = [(name, value)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [(f"{name}.{short(key)}", item) for key, item in value.items()]
+        elif isinstance(value, (tuple, list)):
+            waiting += [(name, item) for item in value]
+        elif isinstance(value, (int, float)) and not -_LARGEST <= value <= _LARGEST:
+            raise ValueError(f"{name} {short(value)}: must be a number of at most {_LARGEST:g}")
+
+
 def _check_inside(path: str | None, key: str) -> None:
     if path is None:
         return
     pure = PurePosixPath(path.replace("\\", "/"))
     if pure.is_absolute() or ".." in pure.parts or ":" in path or not pure.parts:
-        raise ValueError(f"{key} {path!r}: must be a path below the manifest's folder")
+        raise ValueError(f"{key} {short(path)}: must be a path below the manifest's folder")
 
 
 def is_id(text: str) -> bool:
@@ -180,7 +243,8 @@ def parse_entry(raw: Any, root: Path, where: str) -> WeightsEntry:
     """Return the record of one YAML entry; raises WeightsError that names the entry and what is wrong."""
     if not isinstance(raw, Mapping):
         raise WeightsError(f"{where}: an entry must be a mapping")
-    where = f"{where}: {raw.get('id', 'entry without id')}"
+    name = raw.get("id", "entry without id")
+    where = f"{where}: {name[:80] if isinstance(name, str) else short(name)}"
     _refuse_unknown(raw, {f.name for f in fields(WeightsEntry)} - {"root"}, where)
     values = {k: v for k, v in raw.items() if v is not None}
     try:
@@ -188,14 +252,14 @@ def parse_entry(raw: Any, root: Path, where: str) -> WeightsEntry:
             if key in values:
                 values[key] = convert(values[key])
         return WeightsEntry(root=root, **values)
-    except (TypeError, ValueError, KeyError) as error:
-        raise WeightsError(f"{where}: {error}") from error
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise WeightsError(f"{where}: {str(error)[:300]}") from error
 
 
 def _refuse_unknown(raw: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    unknown = sorted(set(map(str, raw)) - set(known))
+    unknown = sorted(short(key) if not isinstance(key, str) else key[:60] for key in raw if key not in set(known))
     if unknown:
-        raise WeightsError(f"{where}: unknown keys {', '.join(unknown)}")
+        raise WeightsError(f"{where}: unknown keys {', '.join(unknown)[:300]}")
 
 
 def _source(raw: Any) -> Source:
@@ -240,7 +304,7 @@ def _detect(raw: Any) -> DetectDecode:
 
 def _mapping(raw: Any) -> dict[str, Any]:
     if not isinstance(raw, Mapping):
-        raise ValueError(f"{raw!r} is not a mapping")
+        raise ValueError(f"{short(raw)} is not a mapping")
     return dict(raw)
 
 
@@ -330,10 +394,7 @@ def _read_packaged(path: Path | None) -> tuple[Any, str]:
 
 def read_yaml(path: Path) -> Any:
     """Return what a YAML file holds; raises WeightsError when it is not valid YAML."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path}: not valid YAML ({error})") from error
+    return foreign_files.read_yaml(path, WeightsError)
 
 
 def read_added(folder: Path) -> dict[str, WeightsEntry]:

@@ -51,7 +51,7 @@ def load_muse(model: str | None = None, weights: Path | None = None) -> LoadedMu
     WeightsError when weights are missing, changed or do not fit.
     """
     entry, path = _find(model, weights)
-    sha256 = verify_file(entry, path)
+    sha256 = verify_file(entry, path, fresh=True)
     config, state = _read(entry, path)
     return LoadedMuse(_build(config, state, path), entry, sha256)
 

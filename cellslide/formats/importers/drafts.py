@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellslide.errors import UsageError
 from cellslide.formats.importers.records import NUCLEUS, Block
 from cellslide.types import Float64, Int64
 
 BLOCK_ROWS = 5_000
+# More than any taxonomy has; the codes of a table hold them.
+MOST_CLASSES = 2_000
 _UUID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 NOWHERE = (float("nan"), float("nan"))
 Ring = Any  # a list of [x, y] as JSON has it, or float64 (n, 2)
@@ -52,6 +55,7 @@ class Drafts:
             return
         xy, start = flat_rings([row.ring for row in rows])
         codes = [self.names.setdefault(row.class_name, len(self.names)) if row.class_name else -1 for row in rows]
+        check_classes(self.names)
         ids = objects([row.source_id for row in rows])
         yield Block(
             ids,
@@ -65,6 +69,13 @@ class Drafts:
             np.full(len(rows), np.nan, np.float32),
             objects([uuid_of(text) for text in ids]),
         )
+
+
+def check_classes(names: dict[str, int]) -> None:
+    """Raise UsageError where what was taken for the class differs from nucleus to nucleus."""
+    if len(names) > MOST_CLASSES:
+        few = ", ".join(list(names)[:3])[:80]
+        raise UsageError(f"--cells: more than {MOST_CLASSES:,} classes ({few}, ...): what it calls a class is none")
 
 
 def objects(values: list[str]) -> NDArray[Any]:

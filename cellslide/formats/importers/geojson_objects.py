@@ -18,6 +18,12 @@ from cellslide.formats.importers.records import MARK, NUCLEUS, REGION, TILE, Nuc
 
 KINDS = {"detection": NUCLEUS, "cell": NUCLEUS, "nucleus": NUCLEUS, "tile": TILE, "annotation": MARK}
 REGIONS = {"root", "tma_core", "tmacore", "image"}
+# Where tools put a class, the best first; the last ones only as a text, since a label may be a number of its own.
+CLASS_KEYS = (
+    "class", "class_name", "className", "cell_type", "cellType", "celltype", "type", "predicted_class", "prediction",
+    "pred_class", "predicted_label", "category", "label",
+)  # fmt: skip
+TEXT_ONLY = ("prediction", "category", "label")
 SCORES = ("Detection probability", "score", "probability", "Probability")
 
 
@@ -26,7 +32,7 @@ def feature_drafts(feature: dict[str, Any], place: int, report: NucleiReport) ->
     properties = feature.get("properties")
     properties = properties if isinstance(properties, dict) else {}
     geometry = feature.get("nucleusGeometry") or properties.get("nucleusGeometry") or feature.get("geometry")
-    kind, name = object_kind(feature, properties), class_name(properties)
+    kind, name = object_kind(feature, properties), class_name(properties) or class_name({**feature, "type": None})
     source_id = _source_id(feature, properties, place)
     score = _score(properties)
     parts = list(geometry_parts(geometry)) or [(None, point(None))]
@@ -59,14 +65,21 @@ def object_kind(feature: dict[str, Any], properties: dict[str, Any]) -> int:
 
 def class_name(properties: dict[str, Any]) -> str:
     """Return the class of an object: QuPath's classification in any of its forms, or a plain property; "" is none."""
-    entry = properties.get("classification")
-    if isinstance(entry, dict):
-        names = entry.get("names")
-        entry = entry.get("name") or (": ".join(map(str, names)) if isinstance(names, list) else None)
-    for value in (entry, properties.get("class"), properties.get("type")):
-        if isinstance(value, (str, int)) and value != "" and str(value).lower() not in KINDS:
+    keys = ("classification", "Classification", *CLASS_KEYS)
+    for key in keys:
+        value = properties.get(key)
+        if isinstance(value, dict):
+            names = value.get("names")
+            joined = ": ".join(map(str, names)) if isinstance(names, list) else None
+            value = value.get("name") or joined or value.get("class") or value.get("label")
+        kinds = (str,) if key in TEXT_ONLY else (str, int)
+        if isinstance(value, kinds) and not isinstance(value, bool) and value != "" and not _is_kind(str(value)):
             return str(value)
     return ""
+
+
+def _is_kind(word: str) -> bool:
+    return word.lower() in KINDS or word.lower() in REGIONS or word in ("Feature", "FeatureCollection")
 
 
 def _score(properties: dict[str, Any]) -> float:
@@ -108,6 +121,15 @@ def _simple_parts(geometry: Any) -> Iterator[tuple[Any, tuple[float, float]]]:
         yield _outer(coordinates), point(None)
     elif kind == "MultiPolygon":
         yield from ((_outer(rings), point(None)) for rings in coordinates)
+    elif kind == "LineString" and _is_closed(coordinates):
+        yield coordinates, point(None)
+    elif kind == "MultiLineString":
+        yield from ((line, point(None)) for line in coordinates if isinstance(line, list) and _is_closed(line))
+
+
+def _is_closed(line: list[Any]) -> bool:
+    """Tell whether a line ends where it begins: the outline of an area, as some tools write it."""
+    return len(line) > 3 and line[0] == line[-1]
 
 
 def _outer(rings: Any) -> Any:

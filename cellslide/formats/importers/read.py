@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cellslide.errors import UsageError
 from cellslide.formats.importers import json_files, tables
 from cellslide.formats.importers.place import POINT_RADIUS_UM, Placed, chosen, first_of_place, gather_rings, place
+from cellslide.formats.importers.plausible import DOUBTFUL_SHARE, FLAGS, warn_of_units
 from cellslide.formats.importers.records import ForeignNuclei, NucleiReport, Origin, Reader, Source, Unit
 from cellslide.store.anndata_columns import Categorical
 from cellslide.store.run_record import TABLE
@@ -48,6 +49,8 @@ def read_nuclei(
         parts = [place(block, info, report) for block in reader.blocks()]
     _check_some_inside(path, source, report)
     nuclei = _ordered(parts, reader, info, report)
+    _check_some_kept(path, report)
+    warn_of_units(path, info, nuclei.cells.centroid_xy, source)
     _log.debug("%s: %s", path.name, report.in_words())
     return nuclei
 
@@ -90,6 +93,17 @@ def _check_some_inside(path: Path, source: Source, report: NucleiReport) -> None
         raise UsageError(
             f"{path}: not one of {report.read:,} nuclei lies on the slide; check --cells-unit, --geojson-origin{turned}"
         )
+
+
+def _check_some_kept(path: Path, report: NucleiReport) -> None:
+    """Raise UsageError where objects were met and none is of use; warn where many are not, or there is none at all."""
+    if report.read and not report.kept:
+        raise UsageError(f"{path}: {report.in_words()}; --cells takes {FORMATS}")
+    if not report.read:
+        _log.warning("%s: holds no nuclei", path)
+    doubtful = report.outside + report.not_finite
+    if doubtful > DOUBTFUL_SHARE * (report.read - report.other_image):
+        _log.warning("%s: %s; check %s", path, report.in_words(), FLAGS)
 
 
 def _ordered(parts: list[Placed], reader: Reader, info: SlideInfo, report: NucleiReport) -> ForeignNuclei:

@@ -113,7 +113,7 @@ class Reader(Protocol):
 
 @dataclass(slots=True)
 class NucleiReport:
-    """What became of the objects of a file: `read` = `kept` + all of `outside` to `other`.
+    """What became of the objects of a file: `read` = `kept` + all of `outside` to `other`, and `other_image`.
 
     outside        centroid not on the slide.
     not_finite     no coordinates, or such that are no numbers.
@@ -122,6 +122,7 @@ class NucleiReport:
     other          regions, tiles and marks beside nuclei.
     repaired       kept, with an outline that crossed itself and was mended.
     multipart      kept as the largest of several parts.
+    other_image    rows of a table that are of another image.
     repeated_ids   kept, with an id that an earlier one has; the first keeps it as its UUID.
     """
 
@@ -134,6 +135,7 @@ class NucleiReport:
     other: int = 0
     repaired: int = 0
     multipart: int = 0
+    other_image: int = 0
     repeated_ids: int = 0
 
     def in_words(self) -> str:
@@ -144,6 +146,7 @@ class NucleiReport:
             (self.duplicates, "at the place of another"),
             (self.invalid, "with no usable shape"),
             (self.other, "regions or other objects"),
+            (self.other_image, "of other images"),
             (self.repaired, "outlines mended"),
             (self.multipart, "of several parts"),
             (self.repeated_ids, "with an id given twice"),

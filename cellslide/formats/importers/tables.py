@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 
 from cellslide.errors import UsageError
 from cellslide.formats.csv_text import as_written
-from cellslide.formats.importers.drafts import objects, uuid_of
+from cellslide.formats.importers.drafts import check_classes, objects, uuid_of
+from cellslide.formats.importers.images import IMAGES, ImageSurvey
+from cellslide.formats.importers.number_style import NumberSurvey, Style, is_text, to_numbers
 from cellslide.formats.importers.records import NUCLEUS, Block, NucleiReport, Source, Unit
 from cellslide.store.anndata_columns import TableError
 from cellslide.store.cell_table import Categorical, CellChunk, open_table
@@ -37,6 +39,14 @@ XY = {
     "centroid_x_px": "centroid_y_px", "centroid_x_um": "centroid_y_um", "vertex_x": "vertex_y", "cx": "cy",
     "nucleus_centroid_x_um": "nucleus_centroid_y_um", "x_location": "y_location", "pos_x": "pos_y",
 }  # fmt: skip
+# Corners of boxes: the nucleus lies in their middle.
+BOXES = (
+    ("x_min", "y_min", "x_max", "y_max"), ("xmin", "ymin", "xmax", "ymax"), ("min_x", "min_y", "max_x", "max_y"),
+    ("minx", "miny", "maxx", "maxy"), ("x0", "y0", "x1", "y1"), ("x1", "y1", "x2", "y2"),
+    ("left", "top", "right", "bottom"), ("bbox_x_min", "bbox_y_min", "bbox_x_max", "bbox_y_max"),
+)  # fmt: skip
+# Beside x and y of no other name these tell of boxes, whose x and y may be a corner or the middle.
+SIZES = {("width", "height"), ("w", "h"), ("box_width", "box_height"), ("bbox_width", "bbox_height")}
 IDS = ("cell_id", "object_id", "source_id", "id", "uuid", "label_id", "label")
 UUIDS = ("uuid", "object_id", "id", "cell_id")
 CLASSES = ("class", "classification", "cell_type", "celltype", "class_name", "type", "name")
@@ -71,11 +81,17 @@ class Layout:
     scores: str
     area: str
     geometry: str
+    image: str
+    x_far: str = ""
+    y_far: str = ""
 
     @property
     def wanted(self) -> list[str]:
         """The columns to read."""
-        every = (self.x, self.y, self.ids, self.uuids, self.classes, self.scores, self.area, self.geometry)
+        every = (
+            self.x, self.y, self.x_far, self.y_far, self.ids, self.uuids, self.classes, self.scores, self.area,
+            self.geometry, self.image,
+        )  # fmt: skip
         return list(dict.fromkeys(name for name in every if name))
 
 
@@ -87,18 +103,24 @@ def layout_of(columns: Sequence[str], path: Path, source: Source) -> Layout:
         return next((plain[name] for name in names if name in plain), "")
 
     x = next((name for name, y in XY.items() if name in plain and y in plain), "")
-    if not x:
+    box = next((names for names in BOXES if plain.keys() >= set(names)), None) if not x else None
+    if x in ("x", "x_px", "x_um", "pos_x") and any(plain.keys() >= set(pair) for pair in SIZES):
+        raise UsageError(
+            f"{path}: has widths and heights, so that x and y may be a corner or the middle of a box; call them "
+            "centroid_x and centroid_y, or give x_min, y_min, x_max and y_max"
+        )
+    if not x and box is None:
         found = ", ".join(columns[:12]) + (" ..." if len(columns) > 12 else "")
         raise UsageError(f"{path}: columns {found}; {EXPECTED}")
     of_assay = source.alignment is not None or path.name in XENIUM_FILES or bool(XENIUM & plain.keys())
     xenium = x == "vertex_x" or (x == "x_centroid" and of_assay)
     said: Unit = "um" if x.endswith("_um") or xenium else "px" if x.endswith("_px") else source.unit
-    raw = plain[x]
+    near_x, near_y, far_x, far_y = (plain[name] for name in box) if box else (plain[x], plain[XY[x]], "", "")
     return Layout(
-        raw,
-        plain[XY[x]],
+        near_x,
+        near_y,
         said,
-        " " in raw,  # QuPath's own names: "Centroid X µm"
+        " " in near_x,  # QuPath's own names: "Centroid X µm"
         x == "vertex_x",
         first(IDS),
         first(UUIDS),
@@ -106,6 +128,9 @@ def layout_of(columns: Sequence[str], path: Path, source: Source) -> Layout:
         first(SCORES),
         plain.get("nucleus_area", "") if xenium else plain.get("area_um2", ""),
         plain.get("geometry", ""),
+        first(IMAGES),
+        far_x,
+        far_y,
     )
 
 
@@ -119,12 +144,15 @@ class TableReader:
         self.names: dict[str, int] = {}
         self.labels: dict[str, str] = {}
         self.place = 0
+        self.style: Style = "plain"
+        self.surveys = False
 
     def blocks(self) -> Iterator[Block]:
         """Yield the nuclei in the order of the file; raises UsageError for a file that is no such table."""
         try:
             layout = layout_of(self._columns(), self.path, self.source)
-            batches = self._batches(layout.wanted)
+            image = self._survey(layout)
+            batches = self._of_image(self._batches(layout.wanted), layout, image)
             to_level0 = self._source().to_level0(self.info, layout.unit, qupath=layout.qupath)
             make = self._boundaries if layout.polygons else self._cells
             yield from make(batches, layout, to_level0)
@@ -139,6 +167,36 @@ class TableReader:
             csv.Error,
         ) as error:
             raise UsageError(f"{self.path}: cannot be read as a table ({_line(error)}); {EXPECTED}") from error
+
+    def _survey(self, layout: Layout) -> str | None:
+        """Look through the file for how it writes numbers, and return the image whose rows are wanted, None for all."""
+        numbers = [name for name in (layout.x, layout.y, layout.x_far, layout.y_far) if name]
+        if self._is_parquet():
+            schema = pq.read_schema(self.path)
+            numbers = [name for name in numbers if is_text(schema.field(name))]
+        survey, images = NumberSurvey(), ImageSurvey(layout.image)
+        columns = [*numbers, *([layout.image] if layout.image else [])]
+        self.surveys = True  # rows that are skipped are counted when they are read for good
+        for batch in self._batches(columns) if columns else ():
+            for name in numbers:
+                survey.see(batch.column(name))
+            if layout.image:
+                images.see(pc.unique(pa.array(_texts(batch, layout.image), pa.string())).to_pylist(), self.path)
+        self.surveys = False
+        self.style = survey.style(str(self.path), "" if self._is_parquet() else _header(self.path)[1])
+        return images.wanted(self.info, self.path) if layout.image else None
+
+    def _of_image(
+        self, batches: Iterator[pa.RecordBatch], layout: Layout, image: str | None
+    ) -> Iterator[pa.RecordBatch]:
+        """Leave out the rows of other images, and count them."""
+        for batch in batches:
+            if image is not None:
+                mine = _texts(batch, layout.image) == image
+                self.report.read += int((~mine).sum())
+                self.report.other_image += int((~mine).sum())
+                batch = batch.filter(pa.array(mine))
+            yield batch
 
     def _source(self) -> Source:
         """Return the source with the assay's pixel size, where Xenium's manifest stands beside the file."""
@@ -171,15 +229,19 @@ class TableReader:
             yield from stream
 
     def _skip(self, row: Any) -> str:
-        self.report.read += 1
-        self.report.invalid += 1
+        if not self.surveys:
+            self.report.read += 1
+            self.report.invalid += 1
         return "skip"
 
     def _cells(self, batches: Iterator[pa.RecordBatch], layout: Layout, to_level0: Float64) -> Iterator[Block]:
         for batch in batches:
             if not batch.num_rows:
                 continue
-            xy = np.stack([_numbers(batch, layout.x), _numbers(batch, layout.y)], axis=1)
+            xy = np.stack([self._numbers(batch, layout.x), self._numbers(batch, layout.y)], axis=1)
+            if layout.x_far:
+                far = [self._numbers(batch, layout.x_far), self._numbers(batch, layout.y_far)]
+                xy = (xy + np.stack(far, axis=1)) / 2
             rings = _geometry(batch, layout.geometry)
             yield self._block(batch, layout, to_level0, xy, *rings)
 
@@ -198,7 +260,7 @@ class TableReader:
 
     def _polygons(self, table: pa.Table, layout: Layout, to_level0: Float64) -> Block:
         batch = table.combine_chunks().to_batches()[0]
-        xy = np.stack([_numbers(batch, layout.x), _numbers(batch, layout.y)], axis=1)
+        xy = np.stack([self._numbers(batch, layout.x), self._numbers(batch, layout.y)], axis=1)
         first = _runs(table, layout.ids)
         start = np.append(first, table.num_rows).astype(np.int64)
         rows = pa.record_batch(batch.take(pa.array(first)).columns, schema=batch.schema)
@@ -210,8 +272,8 @@ class TableReader:
         n = batch.num_rows
         ids = self._words(batch, layout.ids) if layout.ids else objects([str(self.place + k) for k in range(n)])
         self.place += n
-        area = _numbers(batch, layout.area) if layout.area else np.full(n, np.nan)
-        score = _numbers(batch, layout.scores) if layout.scores else np.full(n, np.nan)
+        area = self._numbers(batch, layout.area) if layout.area else np.full(n, np.nan)
+        score = self._numbers(batch, layout.scores) if layout.scores else np.full(n, np.nan)
         return Block(
             ids,
             to_level0,
@@ -225,6 +287,13 @@ class TableReader:
             objects([uuid_of(text) for text in (_texts(batch, layout.uuids) if layout.uuids else ids)]),
         )
 
+    def _numbers(self, batch: pa.RecordBatch, column: str) -> Float64:
+        """Return a column as numbers, NaN for what is none."""
+        values = batch.column(column)
+        if is_text(values):
+            return to_numbers(values, self.style)
+        return np.asarray(values.cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
+
     def _words(self, batch: pa.RecordBatch, column: str) -> NDArray[Any]:
         """Return a column as texts; a CSV quotes what a spreadsheet would take for a formula."""
         words = _texts(batch, column)
@@ -234,7 +303,9 @@ class TableReader:
         if not column:
             return np.full(batch.num_rows, -1, np.int16)
         words = self._words(batch, column)
-        return np.array([self.names.setdefault(w, len(self.names)) if w else -1 for w in words], np.int16)
+        codes = [self.names.setdefault(w, len(self.names)) if w else -1 for w in words]
+        check_classes(self.names)
+        return np.array(codes, np.int16)
 
 
 def _line(error: BaseException) -> str:
@@ -259,16 +330,6 @@ def _texts(batch: pa.RecordBatch, column: str) -> NDArray[Any]:
     elif not pa.types.is_string(values.type):
         values = values.cast(pa.string())
     return objects(pc.fill_null(values, "").to_pylist())
-
-
-def _numbers(batch: pa.RecordBatch, column: str) -> Float64:
-    """Return a column as numbers, NaN for what is none."""
-    values = batch.column(column)
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        import pandas as pd
-
-        return np.asarray(pd.to_numeric(pd.Series(values.to_pylist()), errors="coerce"), np.float64)
-    return np.asarray(values.cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
 
 
 def _geometry(batch: pa.RecordBatch, column: str) -> tuple[Float64, Int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cellslide import __version__
+from cellslide.formats.importers.plausible import check_haematoxylin
 from cellslide.formats.importers.read import load_alignment, read_nuclei
 from cellslide.formats.importers.records import Direction, ForeignNuclei, NucleiReport, Origin, Source, Unit
 from cellslide.slides.slide import Slide
@@ -37,6 +39,7 @@ def import_nuclei(
     matrix = load_alignment(alignment) if isinstance(alignment, Path) else alignment
     source = Source(unit, origin, mpp, matrix, direction)
     nuclei = read_nuclei(path, slide.info, source=source)
+    check_haematoxylin(path, slide, nuclei.cells.centroid_xy, source)
     run = _record(path, slide.info, source, nuclei.report, started)
     write_foreign(folder, slide.info, nuclei, run)
     run.finished, run.peak_rss_bytes = now_utc(), peak_rss_bytes()
@@ -48,7 +51,7 @@ def import_nuclei(
 def _record(path: Path, info: SlideInfo, source: Source, report: NucleiReport, started: str) -> RunRecord:
     given = replace(source, alignment=None)
     matrix = None if source.alignment is None else np.asarray(source.alignment).tolist()
-    entry = {"path": str(path), "sha256_head": head_sha256(path), **plain(given), "alignment": matrix}
+    entry = {"path": os.path.abspath(path), "sha256_head": head_sha256(path), **plain(given), "alignment": matrix}
     return RunRecord(
         cellslide_version=__version__,
         status="done",

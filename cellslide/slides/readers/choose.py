@@ -331,6 +331,10 @@ def _why_not_page(page: Any, n_planes: int) -> str | None:
         return f"{STRIPS} {(height, width)} px cannot be read"
     if page.compression == OLD_JPEG:
         return "JPEG as before TIFF 6.0"
+    return _why_not_colours(page, n_planes)
+
+
+def _why_not_colours(page: Any, n_planes: int) -> str | None:
     kind, samples = page.photometric, page.samplesperpixel
     if kind not in COLOUR_SAMPLES:
         return f"colours of kind {_name(kind)}"

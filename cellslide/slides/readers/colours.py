@@ -84,7 +84,7 @@ def _colour(pixels: UInt8, page: Any, n: int) -> UInt8:
     if kind == PALETTE:
         table = np.asarray(page.colormap, np.uint16)
         # The tag has 16 bits; some writers fill only the lower 8.
-        table = table >> 8 if table.max() > 255 else table
+        table = (table >> 8).astype(np.uint16) if table.max() > 255 else table
         return np.asarray(table.astype(np.uint8)[:, samples[..., 0]].transpose(1, 2, 0), np.uint8)
     if kind in (WHITE_IS_ZERO, BLACK_IS_ZERO):
         grey = np.repeat(samples, 3, axis=-1)
