@@ -55,7 +55,7 @@ def test_doctor_compiles_and_tells_where() -> None:
         pytest.skip(f"no compiled kernels here: {kernels.why_not()}")
     check = doctor._kernels()
     assert check.state == "ok" and str(kernels.cache_folder()) in check.detail
-    assert any(kernels.cache_folder().glob("shape_kernels.measure-*.nbi"))
+    assert any(kernels.cache_folder().glob("label_kernels.measure-*.nbi"))
 
 
 def test_a_second_process_compiles_nothing() -> None:
@@ -63,9 +63,9 @@ def test_a_second_process_compiles_nothing() -> None:
         pytest.skip(f"no compiled kernels here: {kernels.why_not()}")
     decode.prepare()
     code = (
-        "import json\nfrom cellslide import shape_kernels\n"
-        "from cellslide.nuclei import decode, gradient_kernels, label_kernels\ndecode.prepare()\n"
-        "modules = (gradient_kernels, label_kernels, shape_kernels)\n"
+        "import json\nfrom cellslide.geometry import label_kernels\n"
+        "from cellslide.nuclei import gradient_kernels, hover_decode, watershed_kernels\nhover_decode.prepare()\n"
+        "modules = (gradient_kernels, label_kernels, watershed_kernels)\n"
         "used = [f.stats for m in modules for f in vars(m).values() if hasattr(f, 'stats')]\n"
         "print(json.dumps([sum(sum(s.cache_hits.values()) for s in used),"
         " sum(sum(s.cache_misses.values()) for s in used)]))"

@@ -134,8 +134,7 @@ def _arrow(column: Column, dictionary: bool) -> Any:
     if not isinstance(column, Categorical):
         if column.dtype != object:
             return _numbers(column)
-        # Of an array `pa.array` would first import pandas.
-        texts = pa.array(column.tolist(), pa.string())
+        texts = _strings(column.tolist())
         return texts if dictionary else harmless_column(texts)
     words = pa.DictionaryArray.from_arrays(_numbers(column.codes, column.codes >= 0), _strings(column.names))
     return words if dictionary else harmless_column(words.cast(pa.string()))  # CSV knows no dictionaries

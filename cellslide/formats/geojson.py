@@ -7,7 +7,6 @@ a tree in memory (about 1 GB per 100,000 cells), hence the entries of at most 50
 
 from __future__ import annotations
 
-import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -36,6 +35,12 @@ COMPRESSION, ISAL_LEVEL = 4, 2
 GZIP_BITS, ZIP_BITS = 31, -15
 SMALLEST_PX2 = 0.25
 LARGEST_PX = 99_999_999
+# The parts of a feature: id, coordinates, class, measurements.
+_FEATURE = (
+    b',\n{"type":"Feature","id":%%b,"geometry":{"type":%b},"properties":'
+    b'{"objectType":"detection",%%b"measurements":{%%b}}}'
+)
+_POINT, _POLYGON = (_FEATURE % kind for kind in (b'"Point","coordinates":%b', b'"Polygon","coordinates":[[%b]]'))
 GZ_NAME, ZIP_NAME = "cells.geojson.gz", "cells.geojson.zip"
 LEAN_OBS, FULL_OBS = ("gate",), ("gate", "abstained", "projected_prob", "mass_lost")
 PROBABILITIES = {"prob": "prob", "prob_local": "prob local", "prob_global": "prob global"}
@@ -113,51 +118,58 @@ def _first(texts: Iterator[bytes], n: int) -> Iterator[bytes]:
 
 
 def _write_collection(write: Callable[[bytes], object], texts: Iterator[bytes]) -> None:
-    before = b'{"type":"FeatureCollection","features":[\n'
+    opening = b'{"type":"FeatureCollection","features":[\n'
     for text in texts:
-        # A few bytes on their own at the start would cost ISA-L its grip on the rest.
-        write(before + text)
-        before = b",\n"
-    write(b"\n]}\n" if before == b",\n" else before + b"]}\n")
+        # Every feature begins with the comma that parts it from the one before. A few bytes on their own at the start
+        # would cost ISA-L its grip on the rest.
+        write(opening + text[2:] if opening else text)
+        opening = b""
+    write(opening + b"\n]}\n")
 
 
 def _texts(table: CellTable, layout: _Layout) -> Iterator[bytes]:
-    """Yield the features by BLOCK_CELLS, parted by commas."""
+    """Yield the features by BLOCK_CELLS."""
     known = ("abstained",) if "abstained" in table.columns else ()
     obs = tuple(dict.fromkeys([*layout.obs, *known]))
     features = bool(layout.features)
     for chunk in table.iter_chunks(BLOCK_CELLS, obs=obs, obsm=layout.obsm, features=features, probabilities=False):
-        # Without the brackets of the list.
-        yield orjson.dumps(_features(chunk, layout), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+        yield _features(chunk, layout)
 
 
-def _features(chunk: CellChunk, layout: _Layout) -> list[dict[str, Any]]:
-    """Return the features of a chunk; coordinates are numpy arrays, which orjson writes as they are."""
-    geometries, measured = _geometries(chunk, layout), _measured(chunk, layout)
-    classes = [{"classification": kind} for kind in layout.classes] + [{}]
-    return [
-        {
-            "type": "Feature",
-            "id": uuid,
-            "geometry": geometry,
-            "properties": {"objectType": "detection", **classes[kind], "measurements": measurements},
-        }
-        for uuid, geometry, kind, measurements in zip(
-            chunk.uuid.tolist(), geometries, shown_class(chunk).tolist(), measured, strict=True
-        )
-    ]
+def _features(chunk: CellChunk, layout: _Layout) -> bytes:
+    """Return the features of a chunk, each as `,\\n{...}`.
+
+    orjson writes whole columns, which are cut into the texts of features: an object a feature takes longer.
+    """
+    kinds = [b'"classification":%b,' % orjson.dumps(kind) for kind in layout.classes]
+    rows = zip(
+        map(orjson.dumps, chunk.uuid.tolist()),
+        _coordinates(chunk, layout),
+        ((kinds[k] if k >= 0 else b"") for k in shown_class(chunk).tolist()),
+        _measured(chunk, layout),
+        strict=True,
+    )
+    feature = _POINT if chunk.cells.contour_xy is None else _POLYGON
+    return b"".join([feature % row for row in rows])
 
 
-def _geometries(chunk: CellChunk, layout: _Layout) -> list[dict[str, Any]]:
-    """Return a valid closed polygon for each cell, or its centroid; raises ValueError for a place that no slide has."""
+def _coordinates(chunk: CellChunk, layout: _Layout) -> list[bytes]:
+    """Return a valid closed ring for each cell, or its centroid; raises ValueError for a place that no slide has."""
     cells = chunk.cells
     centroid_xy = cells.centroid_xy - layout.shift_px
     if cells.contour_xy is None or cells.contour_start is None:
-        return [{"type": "Point", "coordinates": point} for point in _pixels(_cents(centroid_xy))]
+        return _point_texts(_cents(centroid_xy), np.arange(len(chunk) + 1))
     cents, start = _ring_cents(cells.contour_xy - layout.shift_px, cells.contour_start, centroid_xy)
-    closed, ends = close_rings(cents, start)
-    xy, ends = _pixels(closed), ends.tolist()
-    return [{"type": "Polygon", "coordinates": [xy[a:b]]} for a, b in zip(ends, ends[1:], strict=False)]
+    return _point_texts(*close_rings(cents, start))
+
+
+def _point_texts(cents: Int64, start: Int64) -> list[bytes]:
+    """Return points [start[i], start[i + 1]) of (P, 2), in hundredths, as `[x,y],[x,y]`."""
+    text = orjson.dumps(_pixels(cents), option=orjson.OPT_SERIALIZE_NUMPY)
+    ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("]")) + 1
+    # Between two points stands a comma; before the first a bracket.
+    first, stop = np.concatenate([[1], ends[:-1] + 1])[start[:-1]].tolist(), ends[start[1:] - 1].tolist()
+    return [text[a:b] for a, b in zip(first, stop, strict=True)]
 
 
 def _pixels(cents: Int64) -> Float64:
@@ -208,16 +220,23 @@ def shown_class(chunk: CellChunk) -> NDArray[Any]:
     return np.where(abstained.astype(np.bool_), -1, chunk.class_index)
 
 
-def _measured(chunk: CellChunk, layout: _Layout) -> list[dict[str, float]]:
+def _measured(chunk: CellChunk, layout: _Layout) -> list[bytes]:
     """Return the measurements of each cell; a value that is not finite is left out, since JSON does not know it."""
     # Adding zero makes -0 to 0.
     columns = {name: np.round(values, places) + 0.0 for name, values, places in _measurements(chunk, layout)}
-    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
-    found = [dict(zip(columns, row, strict=True)) for row in rows]
+    keys = [orjson.dumps(name) + b":" for name in columns]
+    rows = list(zip(*map(_number_texts, columns.values()), strict=True))
+    whole = b",".join(key.replace(b"%", b"%%") + b"%b" for key in keys)
+    found = [whole % row for row in rows]
     gaps = ~np.isfinite(np.stack([*columns.values()]))
     for i in np.flatnonzero(gaps.any(axis=0)).tolist():
-        found[i] = {name: value for name, value in found[i].items() if math.isfinite(value)}
+        found[i] = b",".join(key + value for key, value in zip(keys, rows[i], strict=True) if value != b"null")
     return found
+
+
+def _number_texts(values: Float64) -> list[bytes]:
+    """Return numbers (N,) as JSON, `null` for one that is not finite."""
+    return orjson.dumps(np.ascontiguousarray(values), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
 
 
 def _measurements(chunk: CellChunk, layout: _Layout) -> Iterator[tuple[str, Float64, int]]:
