@@ -16,10 +16,10 @@ from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from PIL import Image
 
-from cellslide.cli.evaluate import nuclei_of
 from cellslide.cli.main import cli
 from cellslide.evaluate.detection import centroids
 from cellslide.evaluate.matching import overlaps, panoptic_quality
+from cellslide.evaluate.predictors import nuclei_of
 from cellslide.types import Cells, ClassSpec, ModelSpec
 from tests.labelled import add_image, discs, write_manifest
 

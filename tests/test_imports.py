@@ -15,12 +15,11 @@ PACKAGE = CHECKOUT / "cellslide"
 
 # A file may import from its own room, from rooms of its own rank and from those below (docs/architecture.md).
 ROOMS = (
-    "cli > batch > bench, train, view, embed > evaluate, report > classify, pipeline > inference, formats"
+    "cli > api > batch > bench, train, view, embed > evaluate, report > classify, pipeline > inference, formats"
     " > weights, slides > models, store, nuclei > geometry > config, progress > types, errors"
 )
 RANKS = {room.strip(): rank for rank, rooms in enumerate(ROOMS.split(">")) for room in rooms.split(",")}
-# What is called from Python stands above all but the commands that call it.
-RANKS |= {"": -2, "__main__": -2, "api": 0}
+RANKS |= {"": -2, "__main__": -2}
 NUMPY_ONLY = ("types", "errors", "config", "progress", "geometry", "nuclei", "store", "slides", "evaluate", "formats")
 NO_NUMPY = {"torch", "timm", "lightning", "torchvision", "onnxruntime"}
 FORBIDDEN = {("models", "store"), ("models", "slides"), ("evaluate", "models"), ("evaluate", "weights")}

@@ -150,12 +150,18 @@ def classify_slides(
     """
     for target in targets:
         watch.check()
-        yield reported(target, _tried(target.source, partial(_classify, target, classifier, rule, organ_of, watch)))
+        yield reported(
+            target, _tried(target.source, partial(classify_target, target, classifier, rule, organ_of, watch))
+        )
 
 
-def _classify(
-    target: Target, classifier: Classifier, rule: Rule, organ_of: Callable[[str | None], Organ], watch: Watch
+def classify_target(
+    target: Target, classifier: Classifier, rule: Rule, organ_of: Callable[[str | None], Organ], watch: Watch = IDLE
 ) -> tuple[RunRecord, bool]:
+    """Type the cells in a slide's folder, which is held meanwhile; tells whether they were typed so before.
+
+    Raises UsageError where there are no cells or they were typed with other settings, SlideError without the slide.
+    """
     require_cells(target)
     mpp, allowed = classifier.config.mpp, classifier.config.allow_fluorescence
     with open_target(target, mpp, allowed) as slide, held(target.folder, watch) as watch:
@@ -182,7 +188,7 @@ def run_slides(
         outcome = _segment(target, segmenter, watch)
         if outcome.cells is not None:
             watch.check()
-            typed = _tried(source, partial(_classify, target, classifier, rule, organ_of, watch))
+            typed = _tried(source, partial(classify_target, target, classifier, rule, organ_of, watch))
             outcome = joined(outcome, typed)
         yield reported(target, outcome)
 
@@ -199,10 +205,11 @@ def embed_slides(targets: Iterable[Target], embedder: Embedder, watch: Watch = I
     """Read the vectors of the cells of slides in order and yield how each ended; raises as `classify_slides`."""
     for target in targets:
         watch.check()
-        yield reported(target, _tried(target.source, partial(_embed, target, embedder, watch)))
+        yield reported(target, _tried(target.source, partial(embed_target, target, embedder, watch)))
 
 
-def _embed(target: Target, embedder: Embedder, watch: Watch) -> tuple[RunRecord, bool]:
+def embed_target(target: Target, embedder: Embedder, watch: Watch = IDLE) -> tuple[RunRecord, bool]:
+    """Read the vectors of the cells in a slide's folder, which is held meanwhile; raises as `classify_target`."""
     require_cells(target)
     mpp, allowed = embedder.config.mpp, embedder.config.allow_fluorescence
     with open_target(target, mpp, allowed) as slide, held(target.folder, watch) as watch:

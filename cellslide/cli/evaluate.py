@@ -23,11 +23,10 @@ from cellslide.config import InferConfig, SegmentConfig, TileConfig, TissueConfi
 from cellslide.errors import UsageError
 
 if TYPE_CHECKING:
-    from cellslide.evaluate.dataset import Dataset, Sample
+    from cellslide.evaluate.dataset import Dataset
     from cellslide.evaluate.protocols import Protocol
     from cellslide.evaluate.report import Predictor
-    from cellslide.evaluate.score import ClassSet, ImageScores, Nuclei
-    from cellslide.types import Cells
+    from cellslide.evaluate.score import ClassSet, ImageScores
 
 CLASSICAL = "classical"
 # Flags that a classifier alone understands, and what they are where nobody gives them.
@@ -100,7 +99,7 @@ def command(
     from cellslide.evaluate.dataset import read_dataset
     from cellslide.evaluate.protocols import protocol_of
     from cellslide.evaluate.report import pixel_size, write_per_image
-    from cellslide.evaluate.score import ClassSet, dataset_classes
+    from cellslide.evaluate.score import scored_classes
     from cellslide.store.atomic import write_text
 
     for file in (json_file, per_image):
@@ -109,9 +108,7 @@ def command(
     data = read_dataset(dataset, split)
     data = replace(data, samples=data.samples[:limit])
     rule = protocol_of(protocol, data)
-    names = rule.class_names(dataset_classes(data))
-    joined = {old: new for old, new in rule.joined.items() if new in names}
-    classes = ClassSet.of(names, joined | class_map)
+    classes = scored_classes(data, rule, class_map)
     for sample in data.samples:  # Before a network is loaded for nothing.
         pixel_size(sample, mpp)
     typing = {name: flags.pop(name) for name in TYPING_FLAGS}
@@ -159,88 +156,27 @@ def _evaluate(
 
 def _predictor(config: SegmentConfig, predictions: Path | None, resources: ExitStack) -> tuple[str, Predictor]:
     """Return the name of what is scored and the function that gives the nuclei of an image, alive with `resources`."""
+    from cellslide.evaluate.predictors import classical_nuclei, read_nuclei
+
     if predictions is not None:
-        return str(predictions), lambda sample, mpp: _read(predictions, sample)
+        return str(predictions), lambda sample, mpp: read_nuclei(predictions, sample)
     if config.model == CLASSICAL:
         if config.weights is not None:
             raise UsageError(f"--weights: --model {CLASSICAL} has none")
-        return CLASSICAL, _segment_classical
+        return CLASSICAL, classical_nuclei
     return _network(config, resources)
 
 
-def _segment_classical(sample: Sample, mpp: float) -> Nuclei:
-    from cellslide.evaluate.baseline import segment_classical
-    from cellslide.evaluate.score import Nuclei
-
-    return Nuclei.from_labels(segment_classical(sample.load_image(), mpp))
-
-
 def _network(config: SegmentConfig, resources: ExitStack) -> tuple[str, Predictor]:
+    from cellslide.evaluate.predictors import network_predictor
     from cellslide.inference.segmenter import open_segmenter
-    from cellslide.pipeline import segment_array
     from cellslide.weights import load_model
 
     loaded = load_model(config.model, config.weights)
     # An image has few tiles: decoding them here is quicker than starting processes, unless some are asked for.
     config = replace(config, infer=replace(config.infer, workers=config.infer.workers or 0))
     segmenter = resources.enter_context(open_segmenter(loaded, config))
-    names = tuple(c.name for c in loaded.spec.classes)
-
-    def predict(sample: Sample, mpp: float) -> Nuclei:
-        cells = segment_array(segmenter, sample.load_image(), mpp, config)
-        return nuclei_of(cells, (sample.height, sample.width), names)
-
-    return loaded.spec.weights_id or loaded.spec.name, predict
-
-
-def _read(folder: Path, sample: Sample) -> Nuclei:
-    from cellslide.evaluate.predictions import find_prediction, read_prediction
-    from cellslide.store.run_record import TABLE
-
-    path = find_prediction(folder, sample.stem)
-    return _read_table(path, sample) if path.name == TABLE else read_prediction(path)
-
-
-def _read_table(path: Path, sample: Sample) -> Nuclei:
-    """Read the cells of an image from a table; its level-0 pixels are the image's."""
-    from cellslide.evaluate.score import Nuclei
-    from cellslide.store.cell_table import NUCLEUS, open_table
-    from cellslide.types import concat
-
-    with open_table(path) as table:
-        size = (table.slide.width_px, table.slide.height_px)
-        if size != (sample.width, sample.height):
-            raise UsageError(
-                f"{path}: made from an image of {size[0]} x {size[1]} px, not {sample.width} x {sample.height}"
-            )
-        # A box is no outline: only where it lies is compared.
-        parts = [chunk.cells for chunk in table.iter_chunks(outlines=table.kind == "mask")]
-        names = () if table.class_names == (NUCLEUS.name,) else table.class_names
-        if parts:
-            return nuclei_of(concat(parts), (sample.height, sample.width), names)
-        return Nuclei.none((sample.height, sample.width) if table.kind == "mask" else None, names)
-
-
-def nuclei_of(cells: Cells, shape: tuple[int, int], names: tuple[str, ...]) -> Nuclei:
-    """Turn cells in image pixels into nuclei to score; outlines are filled into a label map of `shape` (H, W).
-
-    `names` are the classes of `cells.class_prob`, empty for a model that does not type nuclei.
-    """
-    import numpy as np
-
-    from cellslide.evaluate.score import Nuclei
-    from cellslide.geometry.outlines import rasterise
-
-    labels = label_id = None
-    score = cells.score.astype(np.float64)
-    if cells.contour_xy is not None and cells.contour_start is not None:
-        labels = rasterise(cells.contour_xy, cells.contour_start, shape)
-        label_id = np.arange(1, len(cells) + 1, dtype=np.int64)
-    if not names or cells.class_prob is None:
-        return Nuclei(cells.centroid_xy, labels, label_id, score=score)
-    prob = cells.class_prob.astype(np.float64)
-    class_name = tuple(names[i] for i in prob.argmax(axis=1)) if len(prob) else ()
-    return Nuclei(cells.centroid_xy, labels, label_id, class_name, prob, names, score)
+    return loaded.spec.weights_id or loaded.spec.name, network_predictor(segmenter)
 
 
 def _score(

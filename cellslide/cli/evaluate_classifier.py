@@ -78,17 +78,16 @@ def _score_given(
     data: Dataset, split: str | None, classes: ClassSet, mpp: float | None, classifier: Classifier, rule: Rule,
     how: Typing,
 ) -> Scored:  # fmt: skip
-    from cellslide.evaluate.paths import paths_report, paths_table, projection, score_paths
+    from cellslide.evaluate.paths import paths_table
+    from cellslide.evaluate.predictors import score_given
 
-    # Before the network runs for nothing.
-    onto = projection(rule.classes, classes, rule.taxonomy)
-    cells = typed.gather_cells(data, classes, typed.predictor(classifier, how.organ), mpp, how.no_progress)
-    scores = score_paths(cells, onto, rule.decision, rule.calibration, how.infer.seed)
+    with typed.image_progress(data, how.no_progress) as advance:
+        report, scores = score_given(
+            _name(classifier), data, split, classes, typed.predictor(classifier, how.organ), rule, mpp, how.infer.seed,
+            advance,
+        )  # fmt: skip
     if how.reliability is not None:
         _draw(how.reliability, scores)
-    sizes = {mpp or sample.mpp for sample in data.samples}
-    size = sizes.pop() if len(sizes) == 1 else None
-    report = paths_report(_name(classifier), data, split, size, scores, rule.decision.gate)
     return Scored(report, (paths_table(scores),))
 
 

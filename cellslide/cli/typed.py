@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from cellslide.evaluate.dataset import Dataset, Sample
     from cellslide.evaluate.paths import PathPredictor, TypedCells
     from cellslide.evaluate.score import ClassSet
-    from cellslide.types import ClassifierSpec, Float64, PathProbs
+    from cellslide.types import ClassifierSpec
 
 log = logging.getLogger(__name__)
 
@@ -59,42 +58,22 @@ def is_classifier(model: str | None, weights: Path | None) -> bool:
     return beside is not None and beside.task == "classify"
 
 
-def organ_of_sample(spec: ClassifierSpec, organ: str | None) -> Callable[[Sample], int]:
-    """Return what gives the organ of an image as an index of the weights, -1 for unknown.
-
-    `organ` holds for all images; without it the word of the manifest counts. Raises UsageError for an unknown name.
-    """
-    if organ is not None:
-        from cellslide.weights.organs import find_organ
-
-        index = find_organ(spec, organ).index
-        return lambda sample: index
-
-    def find(sample: Sample) -> int:
-        words = set(re.findall(r"[a-z]+", sample.organ.casefold()))
-        return next((i for i, name in enumerate(spec.organs) if name.casefold() in words), -1)
-
-    return find
-
-
 def predictor(classifier: Classifier, organ: str | None) -> PathPredictor:
     """Return what types cells (N, 2) of an image, in its pixels."""
-    from cellslide.classify import classify_array
+    from cellslide.evaluate.predictors import path_predictor
+    from cellslide.weights.organs import organ_by_text
 
-    organ_of = organ_of_sample(classifier.spec, organ)
-
-    def predict(sample: Sample, mpp: float, xy: Float64) -> PathProbs:
-        return classify_array(classifier, sample.load_image(), mpp, xy, organ_of(sample))
-
-    return predict
+    return path_predictor(classifier, organ_by_text(classifier.spec, organ))
 
 
 def warn_of_unknown_organs(data: Dataset, spec: ClassifierSpec, organ: str | None) -> None:
     """Say which organs of the manifest the weights do not know; `--organ` says its own warning."""
     if organ is not None or not spec.organs:
         return
-    find = organ_of_sample(spec, None)
-    unknown = sorted({sample.organ or "(none)" for sample in data.samples if find(sample) < 0})
+    from cellslide.weights.organs import organ_by_text
+
+    find = organ_by_text(spec)
+    unknown = sorted({sample.organ or "(none)" for sample in data.samples if find(sample.organ) < 0})
     if unknown:
         log.warning(
             "organs that the weights do not know: %s (they know %s)", ", ".join(unknown), ", ".join(spec.organs)

@@ -3,7 +3,7 @@
 engine.py runs the network over windows, store.py keeps what is done, slide.py writes the table.
 """
 
-from cellslide.embed.engine import Embedder, embed_array, embed_cells, open_embedder
+from cellslide.embed.engine import Embedder, embed_array, embed_cells, embed_places, open_embedder
 from cellslide.embed.slide import embed_slide
 
-__all__ = ["Embedder", "embed_array", "embed_cells", "embed_slide", "open_embedder"]
+__all__ = ["Embedder", "embed_array", "embed_cells", "embed_places", "embed_slide", "open_embedder"]

@@ -133,9 +133,13 @@ def embed_cells(slide: Slide, windows: Windows, embedder: Embedder) -> Generator
 
 def embed_array(embedder: Embedder, image: UInt8, mpp: float, xy: Float64) -> Float32:
     """Return the vectors (N, D) of nuclei `xy` (N, 2) of an image uint8 (H, W, 3) RGB of `mpp` µm/px, in its pixels."""
-    slide = slide_from_array(image, mpp)
-    windows = embedder.lay_windows(slide, np.asarray(xy, np.float64))
-    vectors = np.empty((len(xy), embedder.dim), np.float32)
+    return embed_places(embedder, slide_from_array(image, mpp), np.asarray(xy, np.float64))
+
+
+def embed_places(embedder: Embedder, slide: Slide, xy_level0: Float64) -> Float32:
+    """Return the vectors (N, D) of nuclei (N, 2) in level-0 pixels; raises TileError where the slide is damaged."""
+    windows = embedder.lay_windows(slide, xy_level0)
+    vectors = np.empty((len(xy_level0), embedder.dim), np.float32)
     for rows, part in embed_cells(slide, windows, embedder):
         vectors[rows] = part
     return vectors

@@ -185,6 +185,13 @@ def dataset_classes(dataset: Dataset) -> tuple[str, ...]:
     return tuple(sorted(names - {""}))
 
 
+def scored_classes(dataset: Dataset, rule: Protocol, class_map: Mapping[str, str] | None = None) -> ClassSet:
+    """Return the classes of a data set as a protocol joins them; raises UsageError as `ClassSet.of`."""
+    names = rule.class_names(dataset_classes(dataset))
+    joined = {old: new for old, new in rule.joined.items() if new in names}
+    return ClassSet.of(names, {**joined, **(class_map or {})})
+
+
 def score_image(
     sample: Sample, truth: Nuclei, pred: Nuclei, mpp: float, classes: ClassSet, protocol: Protocol = OPTIMAL
 ) -> ImageScores:

@@ -6,18 +6,19 @@ All coordinates are level-0 pixels. A table appears under its name only when it 
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from cellslide.errors import CellslideError, short
+from cellslide.errors import CellslideError, MissingDependencyError, short
 from cellslide.geometry.columns import slice_across
 from cellslide.geometry.outlines import SHAPE_FEATURES, ring_features
 from cellslide.store import run_record as record
@@ -55,6 +56,11 @@ from cellslide.types import (
     SlideInfo,
     hex_color,
 )
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from geopandas import GeoDataFrame
+    from spatialdata import SpatialData
 
 __all__ = [
     "Categorical",
@@ -335,6 +341,32 @@ class CellTable:
             uuid = self.vector("uuid", start, stop)
             yield self._chunk(start, uuid, extra, stream.take(stop - start) if stream else None, probabilities)
 
+    def to_anndata(self) -> AnnData:
+        """Return the table as AnnData; raises MissingDependencyError where anndata is not installed."""
+        anndata: Any = _optional("anndata")
+        return anndata.read_zarr(self.path / "tables" / "cells")
+
+    def to_spatialdata(self) -> SpatialData:
+        """Return table and outlines as SpatialData; raises MissingDependencyError where it is not installed."""
+        spatialdata: Any = _optional("spatialdata")
+        return spatialdata.read_zarr(self.path)
+
+    def to_geopandas(self) -> GeoDataFrame:
+        """Return one row a cell with its outline, or its centre where the model gives points, in level-0 pixels.
+
+        Raises MissingDependencyError where geopandas is not installed.
+        """
+        geopandas, pandas = _optional("geopandas"), _optional("pandas")
+        columns = {name: self.column(name) for name in self.columns}
+        named = {
+            name: pandas.Categorical.from_codes(c.codes, c.names) if isinstance(c, Categorical) else c
+            for name, c in columns.items()
+        }
+        if self.shapes is None:
+            return geopandas.GeoDataFrame(named, geometry=[])
+        shapes = geopandas.read_parquet(self.path / "shapes" / "nuclei" / "shapes.parquet", columns=["geometry"])
+        return geopandas.GeoDataFrame(named, geometry=shapes.geometry.to_numpy())
+
     def _chunk(
         self,
         start: int,
@@ -367,6 +399,14 @@ def open_table(path: Path) -> CellTable:
         raise
     except Exception as error:  # zarr, arrow and json raise what they like on a damaged store
         raise TableError(f"{path}: not a cell table of cellslide ({type(error).__name__}: {short(error)})") from error
+
+
+def _optional(package: str) -> Any:
+    """Import a package that a table can be handed to; raises MissingDependencyError that names the extra."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingDependencyError(f"{package} is not installed: pip install 'cellslide[spatial]'") from error
 
 
 def _read_kind(text: str) -> ModelKind:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -117,6 +118,22 @@ def look_up(spec: ClassifierSpec, word: str | None) -> Organ:
     if name is None:
         raise UsageError(_no_organ(spec, word or "", plain))
     return Organ(name, -1, False)
+
+
+def organ_by_text(spec: ClassifierSpec, organ: str | None = None) -> Callable[[str], int]:
+    """Return what gives the index of the organ that a text names among the weights' organs, -1 for unknown.
+
+    `organ` holds for all texts. Raises UsageError where it is no organ.
+    """
+    if organ is not None:
+        index = find_organ(spec, organ).index
+        return lambda text: index
+
+    def find(text: str) -> int:
+        words = set(re.findall(r"[a-z]+", text.casefold()))
+        return next((i for i, name in enumerate(spec.organs) if name.casefold() in words), -1)
+
+    return find
 
 
 def canonical(word: str) -> str | None:

@@ -214,8 +214,8 @@ def _patches(header: SlideHeader, views: dict[int, UInt8], fine: int, coarse: in
     for k in told:
         scale = _scale(header, k) / _scale(header, coarse)
         for x, y in _richest(views[k], max(int(edge / scale), 1)):
-            corner = (int(np.clip(v * scale - edge / 2, 0, n - edge)) for v, n in ((x, width), (y, height)))
-            yield Patch(*corner, edge)
+            left, top = (int(np.clip(v * scale - edge / 2, 0, n - edge)) for v, n in ((x, width), (y, height)))
+            yield Patch(left, top, edge)
 
 
 def _richest(view: UInt8, edge: int) -> Iterator[tuple[float, float]]:
@@ -276,7 +276,7 @@ def _around(reader: SlideReader, views: dict[int, UInt8], fine: int, patch: Patc
     corner, edge = (int(np.floor(x0)), int(np.floor(y0))), int(np.ceil(n * ratio)) + 1
     pixels = _read(reader, views, fine, corner, (edge, edge)).astype(np.float32)
     if ratio > 2:
-        pixels = cv2.blur(pixels, (round(ratio), round(ratio)))
+        pixels = np.asarray(cv2.blur(pixels, (round(ratio), round(ratio))), np.float32)
     at = np.arange(n) + 0.5
     xs = (at * ratio + x0 - corner[0] - 0.5).astype(np.float32)
     ys = (at * ratio + y0 - corner[1] - 0.5).astype(np.float32)

@@ -1,0 +1,122 @@
+"""What gives the nuclei of a labelled image to score: a network, the baseline, files on disk, or a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cellslide.errors import UsageError
+from cellslide.evaluate.dataset import Dataset, Sample
+from cellslide.evaluate.paths import PathPredictor, PathScores, gather, paths_report, projection, score_paths
+from cellslide.evaluate.predictions import find_prediction, read_prediction
+from cellslide.evaluate.report import EvalReport, Predictor
+from cellslide.evaluate.score import ClassSet, Nuclei
+from cellslide.geometry.outlines import rasterise
+from cellslide.store.cell_table import NUCLEUS, open_table
+from cellslide.store.run_record import TABLE
+from cellslide.types import Cells, Float64, PathProbs, concat
+
+if TYPE_CHECKING:
+    from cellslide.classify import Classifier
+    from cellslide.classify.columns import Rule
+    from cellslide.classify.decision import GateRule
+    from cellslide.inference.segmenter import Segmenter
+
+
+def classical_nuclei(sample: Sample, mpp: float) -> Nuclei:
+    """Return the nuclei of an image by the baseline without training."""
+    from cellslide.evaluate.baseline import segment_classical
+
+    return Nuclei.from_labels(segment_classical(sample.load_image(), mpp))
+
+
+def network_predictor(segmenter: Segmenter) -> Predictor:
+    """Return what finds the nuclei of an image with a network that is ready."""
+    from cellslide.pipeline import segment_array
+
+    names = tuple(c.name for c in segmenter.spec.classes)
+
+    def predict(sample: Sample, mpp: float) -> Nuclei:
+        cells = segment_array(segmenter, sample.load_image(), mpp, segmenter.config)
+        return nuclei_of(cells, (sample.height, sample.width), names)
+
+    return predict
+
+
+def path_predictor(classifier: Classifier, organ_of: Callable[[str], int]) -> PathPredictor:
+    """Return what types cells (N, 2) of an image, in its pixels.
+
+    organ_of  gives the index of the organ for what the manifest says of it, -1 for unknown.
+    """
+    from cellslide.classify import classify_array
+
+    def predict(sample: Sample, mpp: float, xy: Float64) -> PathProbs:
+        return classify_array(classifier, sample.load_image(), mpp, xy, organ_of(sample.organ))
+
+    return predict
+
+
+def score_given(
+    model: str,
+    data: Dataset,
+    split: str | None,
+    classes: ClassSet,
+    predict: PathPredictor,
+    rule: Rule,
+    mpp: float | None = None,
+    seed: int = 0,
+    on_image: Callable[[], None] | None = None,
+) -> tuple[EvalReport, dict[GateRule, PathScores | None]]:
+    """Score a classifier at the annotated nuclei: the report by `rule`, and the scores of every rule.
+
+    Raises UsageError where the points have no classes, or none that the classifier knows.
+    """
+    # Before the network runs for nothing.
+    onto = projection(rule.classes, classes, rule.taxonomy)
+    cells = gather(data, classes, predict, mpp, on_image)
+    scores = score_paths(cells, onto, rule.decision, rule.calibration, seed)
+    sizes = {mpp or sample.mpp for sample in data.samples}
+    size = sizes.pop() if len(sizes) == 1 else None
+    return paths_report(model, data, split, size, scores, rule.decision.gate), scores
+
+
+def read_nuclei(folder: Path, sample: Sample) -> Nuclei:
+    """Return the nuclei of an image that lie in a folder of predictions; raises UsageError where there are none."""
+    path = find_prediction(folder, sample.stem)
+    return _read_table(path, sample) if path.name == TABLE else read_prediction(path)
+
+
+def _read_table(path: Path, sample: Sample) -> Nuclei:
+    """Read the cells of an image from a table; its level-0 pixels are the image's."""
+    with open_table(path) as table:
+        size = (table.slide.width_px, table.slide.height_px)
+        if size != (sample.width, sample.height):
+            raise UsageError(
+                f"{path}: made from an image of {size[0]} x {size[1]} px, not {sample.width} x {sample.height}"
+            )
+        # A box is no outline: only where it lies is compared.
+        parts = [chunk.cells for chunk in table.iter_chunks(outlines=table.kind == "mask")]
+        names = () if table.class_names == (NUCLEUS.name,) else table.class_names
+        if parts:
+            return nuclei_of(concat(parts), (sample.height, sample.width), names)
+        return Nuclei.none((sample.height, sample.width) if table.kind == "mask" else None, names)
+
+
+def nuclei_of(cells: Cells, shape: tuple[int, int], names: tuple[str, ...]) -> Nuclei:
+    """Turn cells in image pixels into nuclei to score; outlines are filled into a label map of `shape` (H, W).
+
+    `names` are the classes of `cells.class_prob`, empty for a model that does not type nuclei.
+    """
+    labels = label_id = None
+    score = cells.score.astype(np.float64)
+    if cells.contour_xy is not None and cells.contour_start is not None:
+        labels = rasterise(cells.contour_xy, cells.contour_start, shape)
+        label_id = np.arange(1, len(cells) + 1, dtype=np.int64)
+    if not names or cells.class_prob is None:
+        return Nuclei(cells.centroid_xy, labels, label_id, score=score)
+    prob = cells.class_prob.astype(np.float64)
+    class_name = tuple(names[i] for i in prob.argmax(axis=1)) if len(prob) else ()
+    return Nuclei(cells.centroid_xy, labels, label_id, class_name, prob, names, score)
