@@ -559,7 +559,8 @@ def evaluate(
     with _opened(model if isinstance(model, Model) else str(model), task) as network:
         if task == "classify":
             return _scores_of_classes(network, data, split, classes)
-        predict = network_predictor(network.image_segmenter())
+        segmenter = network.image_segmenter()
+        predict = network_predictor(segmenter, segmenter.config, network.classes)
         return _scores(network.name, data, split, classes, pairing, predict)
 
 

@@ -176,7 +176,8 @@ def _network(config: SegmentConfig, resources: ExitStack) -> tuple[str, Predicto
     # An image has few tiles: decoding them here is quicker than starting processes, unless some are asked for.
     config = replace(config, infer=replace(config.infer, workers=config.infer.workers or 0))
     segmenter = resources.enter_context(open_segmenter(loaded, config))
-    return loaded.spec.weights_id or loaded.spec.name, network_predictor(segmenter)
+    names = tuple(c.name for c in loaded.spec.classes)
+    return loaded.spec.weights_id or loaded.spec.name, network_predictor(segmenter, config, names)
 
 
 def _score(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cellslide.classify import Classifier
     from cellslide.classify.columns import Rule
     from cellslide.classify.decision import GateRule
+    from cellslide.config import SegmentConfig
     from cellslide.inference.segmenter import Segmenter
 
 
@@ -33,14 +34,12 @@ def classical_nuclei(sample: Sample, mpp: float) -> Nuclei:
     return Nuclei.from_labels(segment_classical(sample.load_image(), mpp))
 
 
-def network_predictor(segmenter: Segmenter) -> Predictor:
-    """Return what finds the nuclei of an image with a network that is ready."""
+def network_predictor(segmenter: Segmenter, config: SegmentConfig, names: tuple[str, ...]) -> Predictor:
+    """Return what finds the nuclei of an image with a network that is ready; `names` are its classes."""
     from cellslide.pipeline import segment_array
 
-    names = tuple(c.name for c in segmenter.spec.classes)
-
     def predict(sample: Sample, mpp: float) -> Nuclei:
-        cells = segment_array(segmenter, sample.load_image(), mpp, segmenter.config)
+        cells = segment_array(segmenter, sample.load_image(), mpp, config)
         return nuclei_of(cells, (sample.height, sample.width), names)
 
     return predict
