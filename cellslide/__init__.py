@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cellslide.store.cell_table import CellTable
     from cellslide.types import Cells
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CellTable",
     "Cells",

@@ -156,5 +156,6 @@ def test_real_dicom_folder(shared: Path) -> None:
     folder = shared / "data" / "wsi"
     found = expand_slides([str(folder)])
     assert [item.slide_id for item in found] == [
-        "CMU-1-Small-Region-dicom", "CMU-1-Small-Region", "HE_example", "OS-1-detail.ome", "TCGA-CR-7395-01A-01-TS1",
+        "BRACS_1640_N_3_cropped", "CMU-1-Small-Region-dicom", "CMU-1-Small-Region", "HE_example", "OS-1-detail.ome",
+        "TCGA-CR-7395-01A-01-TS1", "hamamatsu-fluorescence",
     ]  # fmt: skip

@@ -156,7 +156,8 @@ def _check_slide(slide: dict[str, Any]) -> None:
     for name in ("path", "sha256_head", "vendor", "mpp_source"):
         if not isinstance(slide.get(name), (str, type(None))):
             raise TypeError(f"slide.{name} is no text")
-    if not slide.get("path") or "\0" in slide["path"]:
+    # A table that was made of an image has no slide.
+    if slide and (not slide.get("path") or "\0" in slide["path"]):
         raise ValueError("slide.path is none")
     for name in ("mpp", "width", "height"):
         value = slide.get(name)
@@ -182,7 +183,10 @@ def read_record(folder: Path) -> RunRecord | None:
     if not path.is_file():
         return None
     try:
-        return from_dict(read_json(path))
+        record = from_dict(read_json(path))
+        if not record.slide:
+            raise SlideError("not a run record (it names no slide); --overwrite starts anew")
+        return record
     except SlideError as error:
         words = str(error).removeprefix(f"{path}: ")
         hint = "" if "--overwrite" in words else "; --overwrite starts anew"

@@ -147,7 +147,7 @@ class CellDETRRecipe(RunLength):
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        self.check_length(least_batch=1)
+        self.check_length(1, self.fold)
         whole = self.crop_px % 32 == 0 and self.crop_px >= 64
         require(whole, "crop_px", self.crop_px, "a multiple of 32, at least 64")
         require(0 <= self.nuclei_share <= 1, "nuclei_share", self.nuclei_share, "0 to 1")

@@ -183,7 +183,7 @@ class NuClassRecipe(RunLength):
     gate: GateLossConfig = field(default_factory=GateLossConfig)
 
     def __post_init__(self) -> None:
-        self.check_length(least_batch=2)
+        self.check_length(2, self.fold)
         require(len(self.classes) >= 2, "classes", list(self.classes), "two names or more")
         require(0 <= self.unknown_organ_p <= 1, "unknown_organ_p", self.unknown_organ_p, "0 to 1")
 

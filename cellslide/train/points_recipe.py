@@ -128,7 +128,7 @@ class PointsRecipe(RunLength):
     detect: PointDetectConfig = field(default_factory=PointDetectConfig)
 
     def __post_init__(self) -> None:
-        self.check_length(least_batch=1)
+        self.check_length(1, self.fold)
         whole = self.field_px % FIELD_MULTIPLE == 0 and self.field_px >= FIELD_MULTIPLE
         require(whole, "field_px", self.field_px, f"a multiple of {FIELD_MULTIPLE}")
         for name in ("centred", "balance"):

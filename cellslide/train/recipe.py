@@ -227,9 +227,8 @@ class RunLength:
     batch_size: int
     epochs: int
     epoch_samples: int
-    fold: str | None
 
-    def check_length(self, least_batch: int) -> None:
+    def check_length(self, least_batch: int, fold: str | None = None) -> None:
         """Raise UsageError for an id, a pixel size, a length or a fold that cannot be."""
         require(is_id(self.id), "id", repr(self.id), "letters, digits, dots, hyphens and underscores")
         require(0.05 <= self.mpp <= 2, "mpp", self.mpp, "0.05 to 2 µm/px")
@@ -237,7 +236,7 @@ class RunLength:
         require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         ok = self.epoch_samples >= self.batch_size
         require(ok, "epoch_samples", self.epoch_samples, f"at least one batch ({self.batch_size})")
-        Fold.of(self.fold)
+        Fold.of(fold)
 
     @property
     def epoch_steps(self) -> int:
@@ -283,7 +282,7 @@ class Recipe(RunLength):
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
     def __post_init__(self) -> None:
-        self.check_length(least_batch=1)
+        self.check_length(1, self.fold)
         whole = self.crop_px % 16 == 0 and self.crop_px >= 32
         require(whole, "crop_px", self.crop_px, "a multiple of 16, at least 32")
         require(0 <= self.nuclei_share <= 1, "nuclei_share", self.nuclei_share, "0 to 1")
