@@ -30,7 +30,8 @@ FORMATS = "zarr,geojson,parquet,csv,labels,h5ad,tissuumaps"
 QUICK = ("--device", "cpu", "--no-progress")
 # Of a run's record what depends on the day, the machine or the libraries, not on the work.
 PASSING = {
-    "started", "finished", "seconds", "files", "peak_rss_bytes", "peak_device_bytes", "versions", "cellslide_version", "path",
+    "started", "finished", "seconds", "files", "peak_rss_bytes", "peak_device_bytes", "versions", "cellslide_version",
+    "path",
     "sha256_head", "bytes", "crc32", "cells.found",
 }  # fmt: skip
 
