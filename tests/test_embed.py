@@ -76,7 +76,7 @@ def _table(out: Path, slide: Slide, cells: Cells) -> Path:
     out.mkdir(parents=True)
     writer = CellTableWriter(out / "cells.zarr", slide.info, fake_spec("point"))
     writer.append(cells)
-    writer.close(RunRecord("0", "done", {}, {}, [], "cpu", "torch", "fp32", 0, "2024-01-01T00:00:00Z"))
+    writer.close(RunRecord("0", "done", {"path": "s.tif"}, {}, [], "cpu", "torch", "fp32", 0, "2024-01-01T00:00:00Z"))
     return out
 
 

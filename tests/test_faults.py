@@ -150,7 +150,8 @@ def test_troubles_have_words_and_other_errors_have_none() -> None:
     assert str(trouble(PermissionError(errno.EACCES, "Permission denied", "/out/s"))).startswith("/out/s: cannot be")
     assert "the drive is" in str(trouble(FileNotFoundError(errno.ENOENT, "No such file", "/mnt/x")))
     assert "--workers" in str(trouble(MemoryError()))
-    assert trouble(OSError("anything")) is None and trouble(OSError(errno.EMFILE, "Too many open files")) is None
+    assert "ulimit -n" in str(trouble(OSError(errno.EMFILE, "Too many open files")))
+    assert trouble(OSError("anything")) is None and trouble(OSError(errno.ENOTEMPTY, "Not empty")) is None
 
 
 def test_parts_without_their_settings_are_not_taken(slide: PaintedSlide, tmp_path: Path) -> None:

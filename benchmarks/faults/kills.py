@@ -155,7 +155,7 @@ def settled(path: Path) -> bytes:
 def settled_record(path: Path) -> str:
     """Return what of a run record must not depend on kills."""
     record = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("started", "finished", "seconds", "peak_rss_bytes", "peak_device_bytes"):
+    for name in ("started", "finished", "seconds", "peak_rss_bytes", "peak_device_bytes", "files"):
         del record[name]
     # When the table was made is how classify knows it again.
     record["config"].get("classify", {}).get("network", {}).pop("cells.found", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -11,15 +11,19 @@ from cellslide.slides.readers.base import TileGaps
 from cellslide.slides.slide import Slide
 from cellslide.types import Bool, Float64
 
-if TYPE_CHECKING:
-    from cellslide.slides.tissue import TissueMask
-
 Box = tuple[float, float, float, float]
 # Of a tile that another level shows: the share that is tissue; of the tiles around a gap that no level shows.
 TISSUE_SHARE, RING_SHARE = 0.02, 0.85
 
 
-def missing_tissue(slide: Slide, level: int, tissue: TissueMask) -> list[Box]:
+class Tissue(Protocol):
+    """What is searched of a slide."""
+
+    def share(self, xyxy: Box) -> float:
+        """Return how much of a level-0 box is tissue, 0..1."""
+
+
+def missing_tissue(slide: Slide, level: int, tissue: Tissue) -> list[Box]:
     """Return the level-0 boxes of tiles that a level leaves out inside the tissue, row by row.
 
     tissue  what was found on the slide itself. Where a smaller level holds the place, that tells whether it is tissue;
@@ -40,12 +44,14 @@ def missing_tissue(slide: Slide, level: int, tissue: TissueMask) -> list[Box]:
     return found
 
 
-def _enclosed(gaps: TileGaps, tissue: TissueMask) -> Bool:
+def _enclosed(gaps: TileGaps, tissue: Tissue) -> Bool:
     """Return which tiles belong to a gap with nothing but tissue around it."""
     out = np.zeros(gaps.is_gap.shape, np.bool_)
     count, labels = cv2.connectedComponents(gaps.is_gap.astype(np.uint8), connectivity=8)
     for k in range(1, count):
         part = labels == k
+        if part[[0, -1]].any() or part[:, [0, -1]].any():
+            continue  # at the edge of the slide, where scanners leave glass out
         ring = cv2.dilate(part.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(np.bool_) & ~part
         shares: Float64 = np.array([tissue.share(gaps.box(int(r), int(c))) for r, c in np.argwhere(ring)])
         if len(shares) and shares.mean() >= RING_SHARE:
