@@ -361,6 +361,7 @@ class Calibration:
     abstain         probability below which no class is accepted, or None.
     abstain_unseen  the same for an organ that was not trained, fitted on organs left out of training; or None.
     accuracy_unseen share of the nuclei of such organs that were typed right, or None.
+    class_prior     per class, how frequent the calibrated probabilities take it to be (their mean), or None.
     """
 
     temperature_local: float = 1.0
@@ -375,6 +376,7 @@ class Calibration:
     abstain: float | None = None
     abstain_unseen: float | None = None
     accuracy_unseen: float | None = None
+    class_prior: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,6 +425,7 @@ class PathProbs:
 class Counts:
     """What a run met: tiles searched, empty ones, failed ones, nuclei before and after the merge.
 
+    rejected counts what a classifier takes for no nucleus, which `nuclei` leaves out; abstained, nuclei of no class.
     tiles_missing counts tiles of the file, not of the search: those inside the tissue that the file leaves out.
     """
 
@@ -432,6 +435,8 @@ class Counts:
     tiles_missing: int = 0
     nuclei_raw: int = 0
     nuclei: int = 0
+    rejected: int = 0
+    abstained: int = 0
 
 
 @dataclass(slots=True)

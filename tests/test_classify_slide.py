@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cellslide.classify import classify_cells, classify_slide, regate_slide
-from cellslide.classify.decision import DecisionConfig, decide
+from cellslide.classify.decision import NOT_NUCLEUS, DecisionConfig, decide
 from cellslide.classify.slide import choose_cells, read_places, spec_of_record
 from cellslide.classify.store import FOLDER, PartialProbs
 from cellslide.classify.taxonomy import Taxonomy
@@ -329,3 +329,18 @@ def test_a_trained_organ_abstains_as_ever(folder: Path, slide: Slide) -> None:
     record, _ = classify_slide(folder, slide, classifier(), strict, BREAST)
     assert record.config["classify"]["organ_trained"] is True
     assert record.config["classify"]["counts"]["abstained"] == 0
+
+
+def test_what_is_no_nucleus_stays_in_the_table_and_in_no_count(folder: Path, slide: Slide) -> None:
+    rejecting = replace(rule("local"), classes=("pink", NOT_NUCLEUS))
+    record, _ = classify_slide(folder, slide, classifier(), rejecting, BREAST)
+    is_nucleus, n = obs(folder, "is_nucleus").astype(bool), len(obs(folder, "cell_id"))
+    np.testing.assert_array_equal(is_nucleus, obs(folder, "class") == 0)
+    wrong = int((~is_nucleus).sum())
+    assert 0 < wrong < n
+    assert (record.counts.nuclei, record.counts.rejected) == (n - wrong, wrong)
+    counts = record.config["classify"]["counts"]
+    assert (counts["typed"], counts["rejected"], counts["classes"]) == (n - wrong, wrong, {"pink": n - wrong})
+    # Too unsure to be rejected, an object counts as a nucleus without a class; another rule counts anew.
+    again = regate_slide(folder, replace(rejecting, decision=DecisionConfig(abstain=1.0)), OUTPUT)
+    assert (again.counts.nuclei, again.counts.rejected, again.counts.abstained) == (n, 0, n)

@@ -12,12 +12,14 @@ from cellslide.classify.decision import (
     GLOBAL,
     LOCAL,
     MIX,
+    NOT_NUCLEUS,
     PATHS,
     DecisionConfig,
     baseline_paths,
     calibrated,
     decide,
     mix,
+    read_prior,
     read_thresholds,
     reliability,
     safe_paths,
@@ -173,6 +175,30 @@ def test_calibrated_thresholds_hold_until_others_are_given() -> None:
     assert decide(TWO, None, calibration).abstained.tolist() == [True, True]
     assert decide(TWO, DecisionConfig(abstain=0.0), calibration).abstained.tolist() == [False, False]
     assert decide(TWO, DecisionConfig(thresholds=(0.48, 0, 0)), calibration).abstained.tolist() == [True, False]
+
+
+def test_a_prior_replaces_the_frequencies_that_were_calibrated() -> None:
+    calibration = Calibration(class_prior=(0.5, 0.25, 0.25))
+    prob = decide(TWO, DecisionConfig(prior=(0.1, 0.8, 0.1)), calibration).prob
+    wanted = decide(TWO).prob * np.array([0.1 / 0.5, 0.8 / 0.25, 0.1 / 0.25])
+    np.testing.assert_allclose(prob, wanted / wanted.sum(axis=1, keepdims=True), rtol=1e-6)
+    same = decide(TWO, DecisionConfig(prior=(0.5, 0.25, 0.25)), calibration).prob
+    np.testing.assert_allclose(same, decide(TWO).prob, rtol=1e-6)
+    with pytest.raises(UsageError, match="cellslide calibrate"):
+        decide(TWO, DecisionConfig(prior=(0.1, 0.8, 0.1)))
+    with pytest.raises(UsageError, match="2 values for 3"):
+        decide(TWO, DecisionConfig(prior=(0.2, 0.8)), calibration)
+
+
+def test_a_prior_is_read_by_class() -> None:
+    names, calibration = ("a", "b", NOT_NUCLEUS), Calibration(class_prior=(0.5, 0.3, 0.2))
+    assert read_prior("B=0.6, a=0.2", names[:2], calibration) == pytest.approx((0.25, 0.75))
+    # What is no nucleus keeps its share unless it is named.
+    assert read_prior("a=0.5,b=0.5", names, calibration) == pytest.approx((0.4, 0.4, 0.2))
+    assert read_prior("a=0.3,b=0.3,not_nucleus=0.4", names, calibration) == pytest.approx((0.3, 0.3, 0.4))
+    for text in ("a=0.5", "a=0.5,b=0", "a=0.5,b=x", "a=0.5,c=0.5", "a"):
+        with pytest.raises(UsageError, match="--prior"):
+            read_prior(text, names, calibration)
 
 
 def test_no_cells() -> None:

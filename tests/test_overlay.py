@@ -12,7 +12,8 @@ from cellslide.errors import UsageError
 from cellslide.report.overlay import densest_region, render_overlay
 from cellslide.slides.painted import write_pyramid
 from cellslide.slides.slide import Slide, open_slide
-from cellslide.store.cell_table import CellTableWriter
+from cellslide.store.anndata_columns import Columns
+from cellslide.store.cell_table import CellTableWriter, TableExtender, open_table
 from cellslide.types import Cells, ClassSpec, ModelSpec, RunRecord
 
 GREEN, RED = (0, 255, 0), (255, 0, 0)
@@ -79,6 +80,21 @@ def test_large_region_is_shrunk(slide: Slide, table: Path, tmp_path: Path) -> No
     assert Image.open(out).size == (320, 200)
     rows, cols = np.nonzero(drawn(out)[:100])
     assert (cols.min(), rows.min(), cols.max(), rows.max()) == pytest.approx((50, 30, 70, 45), abs=2)
+
+
+def test_what_is_no_nucleus_is_hatched(slide: Slide, table: Path, tmp_path: Path) -> None:
+    before = np.asarray(Image.open(render_overlay(slide, table, tmp_path / "before.png")))
+    with open_table(table) as opened:
+        extender = TableExtender(opened)
+        extender.append(Columns({"is_nucleus": np.array([False, True, False])}, {}))
+        extender.close(opened.run, (ClassSpec("one", GREEN), ClassSpec("two", RED)))
+    after = np.asarray(Image.open(render_overlay(slide, table, tmp_path / "after.png")))
+    changed = (before != after).any(axis=2)
+    for (x0, y0, x1, y1), hatched in zip(SQUARES, (True, False, True), strict=True):
+        inside = changed[y0 + 3 : y1 - 3, x0 + 3 : x1 - 3].mean()
+        assert inside == pytest.approx(0.25 if hatched else 0, abs=0.05)
+        changed[y0:y1, x0:x1] = False
+    assert not changed.any()
 
 
 def test_empty_region_is_refused(slide: Slide, table: Path, tmp_path: Path) -> None:

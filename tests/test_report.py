@@ -35,8 +35,8 @@ from cellslide.report.statistics import Frame, tally_cells
 from cellslide.slides.inputs import SlideInput
 from cellslide.slides.slide import open_slide, slide_from_array
 from cellslide.slides.tiles import tile_grid
-from cellslide.store.anndata_columns import Categorical
-from cellslide.store.cell_table import CellTable, open_table
+from cellslide.store.anndata_columns import Categorical, Columns
+from cellslide.store.cell_table import BLOCK_ROWS, CellTable, TableExtender, open_table
 from cellslide.store.lock import hold
 from cellslide.store.run_record import read_record, write_record
 from cellslide.types import ClassSpec, FailedTile, Plane, RunRecord
@@ -266,6 +266,26 @@ def test_the_gallery_shows_the_extremes(table: CellTable) -> None:
     disputed = [pick for k in (0, 1) for pick in found.picks.of(k, "disputed", 8)]
     assert differ.any() and max(p.value for p in disputed) == pytest.approx(sure.max())
     assert all(differ[p.row] and p.local != p.global_ for p in disputed)
+
+
+def test_what_is_no_nucleus_is_in_no_sum(made: Path, table: CellTable, tmp_path: Path) -> None:
+    shutil.copytree(made / "s", tmp_path / "s")
+    frame = Frame.of(table.slide, WHOLE)
+    keep = np.random.default_rng(0).random(len(table)) < 0.7
+    with open_table(tmp_path / "s" / "cells.zarr") as opened:
+        extender = TableExtender(opened)
+        for start in range(0, len(opened), BLOCK_ROWS):
+            extender.append(Columns({"is_nucleus": keep[start : start + BLOCK_ROWS]}, {}))
+        extender.close(opened.run, tuple(map(ClassSpec, opened.class_names, opened.colors)))
+    with open_table(tmp_path / "s" / "cells.zarr") as opened:
+        found = tally_cells(opened, frame)
+    whole = tally_cells(table, frame)
+    assert (found.n, found.rejected, whole.rejected) == (keep.sum(), (~keep).sum(), 0)
+    codes = table.column("class").codes[keep & ~table.vector("abstained").astype(bool)]  # type: ignore[union-attr]
+    np.testing.assert_array_equal(found.counts, np.bincount(codes[codes >= 0], minlength=len(found.counts)))
+    assert found.density.sum() == found.counts.sum() and found.score.counts.sum() == keep.sum()
+    shown = {pick.row for kept in found.picks.kept.values() for _, pick in kept}
+    assert shown and keep[list(shown)].all()
 
 
 def test_many_nuclei_are_sampled_and_counted_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

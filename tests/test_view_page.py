@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cellslide.classify.decision import DecisionConfig, decide
+from cellslide.classify.decision import DecisionConfig, decide, prior_ratio
 from cellslide.types import Calibration, PathProbs
 from cellslide.view import cells as view_cells
 from cellslide.view.server import Server, Viewer
@@ -30,6 +30,7 @@ RULES = [
     DecisionConfig("safe", abstain=0.6),
     DecisionConfig("safe", tau=0.6, gamma=0.0, abstain=0.0),
     DecisionConfig("safe", tau=0.83, gamma=0.21, abstain=0.7),
+    DecisionConfig("mix", abstain=0.4, prior=(1.0,)),
 ]
 
 
@@ -110,8 +111,10 @@ async ([rule, policy, local, global, gate, n, k]) => {
 def test_the_page_decides_as_the_gate_does(chromium: Chromium, server: Server, k: int, accepts: bool) -> None:
     """Class, path and abstention are equal; a probability may differ where exp and log of two libraries do."""
     probs, rng = made_up_probs(4_000, k, seed=k), np.random.default_rng(k)
+    frequencies = rng.dirichlet(np.ones(k), 2)
     calibration = replace(
-        CALIBRATION, reliability_local=tuple(rng.uniform(0.2, 1, k)), reliability_global=tuple(rng.uniform(0.2, 1, k)),
+        CALIBRATION, class_prior=tuple(frequencies[0]),
+        reliability_local=tuple(rng.uniform(0.2, 1, k)), reliability_global=tuple(rng.uniform(0.2, 1, k)),
         thresholds=tuple(rng.uniform(0.1, 0.8, k)), safe_accepts=accepts, temperature_global=1.0 if accepts else 1.3,
     )  # fmt: skip
     known = ~np.isnan(probs.local).any(axis=1)
@@ -120,10 +123,11 @@ def test_the_page_decides_as_the_gate_does(chromium: Chromium, server: Server, k
         page.open(f"{server.address}s/s/")
         for config in RULES:
             floors = config.gate in ("mix", "safe")
-            decision = replace(config, thresholds=calibration.thresholds if floors else None)
+            prior = None if config.prior is None else tuple(frequencies[1])
+            decision = replace(config, thresholds=calibration.thresholds if floors else None, prior=prior)
             part = PathProbs(probs.local[known], probs.global_[known], probs.gate[known])
             made = decide(part, decision, calibration)
-            said = page.run(DECIDE, [_rule(calibration), _policy(config, floors), *packed, len(probs), k])
+            said = page.run(DECIDE, [_rule(calibration, prior), _policy(config, floors), *packed, len(probs), k])
             kinds = (np.int16, np.int8, np.uint8, np.float32, np.float32)
             index, path, abstained, top, vectors = (
                 np.frombuffer(base64.b64decode(text), kind) for text, kind in zip(said, kinds, strict=True)
@@ -137,13 +141,14 @@ def test_the_page_decides_as_the_gate_does(chromium: Chromium, server: Server, k
         settled(page)
 
 
-def _rule(calibration: Calibration) -> dict[str, Any]:
+def _rule(calibration: Calibration, prior: tuple[float, ...] | None) -> dict[str, Any]:
     """Return the calibration as the page takes it."""
     given = asdict(calibration)
     return {
         **given, "accepts": calibration.safe_accepts, "calibrated_tau": calibration.tau,
         "calibrated_gamma": calibration.gamma,
         "temperatures": [given[f"temperature_{name}"] for name in ("mix", "local", "global")],
+        "prior_ratio": None if prior is None else prior_ratio(prior, calibration).tolist(),
     }  # fmt: skip
 
 

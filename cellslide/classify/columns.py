@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellslide.classify.decision import PATHS, Decision, DecisionConfig, decide
+from cellslide.classify.decision import NOT_NUCLEUS, PATHS, Decision, DecisionConfig, decide
 from cellslide.classify.taxonomy import Taxonomy, project
 from cellslide.store.anndata_columns import Categorical, Column, Columns
 from cellslide.types import Bool, Calibration, Float32, Int64, PathProbs
@@ -39,9 +39,13 @@ class Rule:
 
 @dataclass(slots=True)
 class Tally:
-    """What was decided, summed over the cells: typed, not typed, global path skipped, abstained, mass on no class."""
+    """What was decided, summed over the cells: typed, not typed, global path skipped, abstained, mass on no class.
+
+    `rejected` are typed as no nucleus; neither `typed` nor `classes` counts them.
+    """
 
     typed: int = 0
+    rejected: int = 0
     left_out: int = 0
     global_skipped: int = 0
     abstained: int = 0
@@ -50,13 +54,23 @@ class Tally:
 
     def add(self, decision: Decision, probs: PathProbs, known: Bool, names: tuple[str, ...]) -> None:
         """Count one block; `decision` is of its known rows."""
-        self.typed += int(known.sum())
+        rejected = is_rejected(decision, names)
+        self.rejected += int(rejected.sum())
+        self.typed += int(known.sum()) - int(rejected.sum())
         self.left_out += int((~known).sum())
         self.global_skipped += int(np.isnan(probs.gate[known]).sum())
         self.abstained += int(decision.abstained.sum())
         counts = np.bincount(decision.class_index[~decision.abstained], minlength=len(names))
         for name, count in zip(names, counts.tolist(), strict=True):
-            self.classes[name] = self.classes.get(name, 0) + count
+            if name != NOT_NUCLEUS:
+                self.classes[name] = self.classes.get(name, 0) + count
+
+
+def is_rejected(decision: Decision, names: tuple[str, ...]) -> Bool:
+    """Return bool (N,): the cells that are no nucleus, and surely enough not to abstain."""
+    if NOT_NUCLEUS not in names:
+        return np.zeros(len(decision.class_index), np.bool_)
+    return np.asarray((decision.class_index == names.index(NOT_NUCLEUS)) & ~decision.abstained, np.bool_)
 
 
 def decided(probs: PathProbs, known: Bool, rule: Rule, tally: Tally) -> Columns:
@@ -68,11 +82,13 @@ def decided(probs: PathProbs, known: Bool, rule: Rule, tally: Tally) -> Columns:
     n = len(known)
     codes, path = np.full(n, -1, np.int16), np.full(n, -1, np.int8)
     codes[rows], path[rows] = decision.class_index, decision.path
-    abstained = np.zeros(n, np.bool_)
+    abstained, is_nucleus = np.zeros(n, np.bool_), np.ones(n, np.bool_)
     abstained[rows] = decision.abstained
+    is_nucleus[rows] = ~is_rejected(decision, rule.classes)
     obs: dict[str, Column] = {
         "class": Categorical(codes, rule.classes),
         "class_prob": _spread(decision.class_prob, rows, n),
+        "is_nucleus": is_nucleus,
         "gate": probs.gate.astype(np.float32),
         "path": Categorical(path, PATHS),
         "abstained": abstained,

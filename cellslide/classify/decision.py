@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 
 from cellslide.errors import UsageError, short
 from cellslide.store.foreign_files import read_yaml
-from cellslide.types import Bool, Calibration, Float32, Int64, PathProbs, UInt8
+from cellslide.types import Bool, Calibration, Float32, Float64, Int64, PathProbs, UInt8
 
 GateRule = Literal["mix", "safe", "local", "global"]
 GATE_RULES: tuple[GateRule, ...] = get_args(GateRule)
 # Which vector was used for a cell; `Decision.path` holds the index.
 PATHS = ("mix", "local", "global")
 MIX, LOCAL, GLOBAL = range(3)
+# The class of objects that are no nucleus; a classifier that has it rejects them.
+NOT_NUCLEUS = "not_nucleus"
 # A class of reliability 0 must not lose to another for the order of the paths alone; the published value.
 RELIABILITY_EPSILON = 1e-6
 
@@ -36,6 +38,7 @@ class DecisionConfig:
     tau, gamma  the safe gate follows the gate only where g and the difference of confidence pass these.
     thresholds  per class in the weights' order, the probability below which the class is not accepted.
     abstain     the probability below which no class is accepted; 0 accepts all.
+    prior       per class in the weights' order, how frequent it is expected to be; None takes the calibration's.
 
     Where `thresholds` or `abstain` is given, neither of the calibration's is used.
     """
@@ -45,6 +48,7 @@ class DecisionConfig:
     gamma: float | None = None
     thresholds: tuple[float, ...] | None = None
     abstain: float | None = None
+    prior: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.gate not in GATE_RULES:
@@ -80,6 +84,8 @@ def decide(probs: PathProbs, config: DecisionConfig | None = None, calibration: 
     config, calibration = config or DecisionConfig(), calibration or Calibration()
     path = _choose(probs, config, calibration)
     prob = calibrated(probs, path, calibration)
+    if config.prior is not None:
+        prob = with_prior(prob, prior_ratio(config.prior, calibration))
     class_index = np.asarray(prob.argmax(axis=1), np.int64)
     class_prob = prob[np.arange(len(prob)), class_index]
     floor = floors(config, calibration, prob.shape[1])[class_index]
@@ -145,6 +151,57 @@ def temper(prob: Float32, temperature: float) -> Float32:
     log = np.log(np.maximum(prob.astype(np.float64), np.finfo(np.float32).tiny)) / temperature
     scaled = np.exp(log - log.max(axis=1, keepdims=True))
     return np.asarray(scaled / scaled.sum(axis=1, keepdims=True), np.float32)
+
+
+def prior_ratio(prior: tuple[float, ...], calibration: Calibration) -> Float64:
+    """Return the new over the old frequency of each class, float64 (K,).
+
+    Raises UsageError where the weights do not hold the old ones, or hold those of another number of classes.
+    """
+    if calibration.class_prior is None:
+        raise UsageError("--prior: these weights hold no class frequencies to replace; `cellslide calibrate` fits them")
+    if len(prior) != len(calibration.class_prior):
+        raise UsageError(f"--prior: {len(prior)} values for {len(calibration.class_prior)} classes")
+    old = np.maximum(np.array(calibration.class_prior, np.float64), RELIABILITY_EPSILON)
+    return np.array(prior, np.float64) / old
+
+
+def with_prior(prob: Float32, ratio: Float64) -> Float32:
+    """Return calibrated rows (N, K) for slides whose classes are `ratio` (K,) times as frequent; rows sum to 1 again.
+
+    Saerens et al. 2002, eq. 2.4.
+    """
+    shifted = prob.astype(np.float64) * ratio
+    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True), np.float32)
+
+
+def read_prior(text: str, classes: tuple[str, ...], calibration: Calibration) -> tuple[float, ...]:
+    """Read "class=share,class=share" into one share per class of `classes`; they sum to 1.
+
+    Every class must be named but `NOT_NUCLEUS`, which keeps its share of the calibration, as what a detector finds
+    wrongly depends on the detector. Raises UsageError for a class that is not there, is missing, or has no share.
+    """
+    by_key = {name.casefold(): name for name in classes}
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        known = by_key.get(name.casefold())
+        if known is None:
+            raise UsageError(f"--prior {part}: no class {name}; the classes are {', '.join(classes)}")
+        try:
+            shares[known] = float(value) if equals else float("nan")
+        except ValueError:
+            shares[known] = float("nan")
+        if not 0 < shares[known] <= 1:
+            raise UsageError(f"--prior {part}: must be CLASS=SHARE with a share above 0, at most 1")
+    missing = [name for name in classes if name not in shares and name != NOT_NUCLEUS]
+    if missing:
+        raise UsageError(f"--prior: no share of {', '.join(missing)}; every class needs one")
+    kept = 0.0
+    if NOT_NUCLEUS in classes and NOT_NUCLEUS not in shares:
+        kept = 0.0 if calibration.class_prior is None else calibration.class_prior[classes.index(NOT_NUCLEUS)]
+    total = sum(shares.values()) / (1 - kept)
+    return tuple(shares[name] / total if name in shares else kept for name in classes)
 
 
 def reliability(prob: Float32, true_class: NDArray[Any]) -> Float32:

@@ -306,6 +306,8 @@ def note(record: RunRecord, rule: Rule, tally: Tally, settings: Mapping[str, Any
     record.weights = [*kept, WeightsRef(spec["weights_id"], spec["weights_sha256"], spec["licence"])]
     counts = asdict(tally)
     counts["mass_lost"] = tally.mass_lost / tally.typed if rule.taxonomy is not None and tally.typed else None
+    record.counts.nuclei += record.counts.rejected - tally.rejected
+    record.counts.rejected, record.counts.abstained = tally.rejected, tally.abstained
     record.config = {**record.config, "classify": {**settings, "rule": described(rule), "counts": counts}}
 
 

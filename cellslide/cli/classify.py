@@ -58,6 +58,10 @@ decision_options = chain(
     click.option("--thresholds", type=FILE, help="Least probability per class: CSV class,threshold, or YAML."),
     click.option("--abstain", type=float, metavar="P", help="Least probability of any class; below it none is said."),
     click.option(
+        "--prior", metavar="CLASS=SHARE,...",
+        help="How frequent the classes are expected to be, such as lymphocyte=0.1,...  [default: as calibrated]",
+    ),
+    click.option(
         "--taxonomy", metavar="lung|ovary|pancreas|FILE", help="Also project the classes; columns projected, mass_lost."
     ),
 )  # fmt: skip
@@ -205,14 +209,16 @@ def load(config: ClassifyConfig) -> Classifier:
 def to_rule(spec: ClassifierSpec, flags: dict[str, Any], calibration: Calibration | None = None) -> Rule:
     """Return how cells are decided; raises UsageError for thresholds or a taxonomy that do not suit the classes."""
     from cellslide.classify.columns import Rule
-    from cellslide.classify.decision import DecisionConfig, read_thresholds
+    from cellslide.classify.decision import DecisionConfig, read_prior, read_thresholds
     from cellslide.classify.taxonomy import load_taxonomy
 
     names = tuple(c.name for c in spec.classes)
     thresholds = None if flags["thresholds"] is None else read_thresholds(flags["thresholds"], names)
-    decision = DecisionConfig(flags["gate"], flags["tau"], flags["gamma"], thresholds, flags["abstain"])
+    calibration = calibration or spec.calibration
+    prior = None if flags["prior"] is None else read_prior(flags["prior"], names, calibration)
+    decision = DecisionConfig(flags["gate"], flags["tau"], flags["gamma"], thresholds, flags["abstain"], prior)
     taxonomy = None if flags["taxonomy"] is None else load_taxonomy(flags["taxonomy"], names)
-    return Rule(decision, calibration or spec.calibration, names, taxonomy)
+    return Rule(decision, calibration, names, taxonomy)
 
 
 def organ_finder(spec: ClassifierSpec, given: str | None) -> Callable[[str | None], Organ]:

@@ -108,7 +108,8 @@ def command(
       cellslide run slide.svs -o out --organ breast
       cellslide run slides.csv -o out --organ lung --abstain 0.5 --format zarr,geojson,csv
     """
-    decision = {name: settings.pop(name) for name in ("gate", "tau", "gamma", "thresholds", "abstain", "taxonomy")}
+    flags = ("gate", "tau", "gamma", "thresholds", "abstain", "prior", "taxonomy")
+    decision = {name: settings.pop(name) for name in flags}
     network = {name: settings.pop(name) for name in ("organ", "paths", "context_size", "context_grid", "adaptive")}
     network |= {name: settings.pop(name) for name in ("max_cells", "sample")}
     config = to_segment_config(**settings)

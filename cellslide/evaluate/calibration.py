@@ -145,7 +145,7 @@ def fit_safe_gate(
 
 
 def _fit_thresholds(calibration: Calibration, probs: PathProbs, labels: Int64, config: FitConfig) -> Calibration:
-    """Add the abstain threshold and those of the classes, for the calibrated mix."""
+    """Add the abstain threshold, those of the classes, and the classes' frequencies, for the calibrated mix."""
     decision = decide(probs, DecisionConfig("mix"), calibration)
     named, sure = decision.class_index, decision.class_prob.astype(np.float64)
     per_class = tuple(
@@ -153,7 +153,8 @@ def _fit_thresholds(calibration: Calibration, probs: PathProbs, labels: Int64, c
         for k in range(decision.prob.shape[1])
     )
     abstain = accuracy_threshold(sure, named == labels, config)
-    return replace(calibration, thresholds=per_class, abstain=abstain)
+    prior = tuple(decision.prob.mean(axis=0, dtype=np.float64).tolist())
+    return replace(calibration, thresholds=per_class, abstain=abstain, class_prior=prior)
 
 
 def fit_unseen(

@@ -164,8 +164,9 @@ def _notes(folder: Path, record: RunRecord | None) -> Iterator[str]:
 def _table_faults(table: CellTable, record: RunRecord | None) -> Iterator[str]:
     n = len(table)
     if record is not None:
-        if record.counts.nuclei != n:
-            yield f"{n} nuclei, {RUN_FILE} says {record.counts.nuclei}"
+        counted = record.counts.nuclei + record.counts.rejected
+        if counted != n:
+            yield f"{n} objects, {RUN_FILE} says {counted}"
         kept, said = (_compared(r) for r in (table.run, record))
         if words := differences(kept, said):
             yield f"its record is not {RUN_FILE}: {words}"

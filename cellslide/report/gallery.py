@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -16,14 +16,14 @@ MOST_EACH = 8
 
 @dataclass(frozen=True, slots=True)
 class CellBlock:
-    """Rows [start, start + N) as the report needs them.
+    """N nuclei as the report needs them; `rows` int64 (N,) are theirs in the table.
 
     class_index  int64 (N,), -1 where a cell is not typed; `said` bool (N,), a class was said (typed, not abstained).
     local, global_  the paths' most probable classes int64 (N,), -1 where a path did not run; `sure` float32 (N,) how
                  sure both are of different classes, NaN where they agree.
     """
 
-    start: int
+    rows: Int64
     xy: Float64
     class_index: Int64
     said: Bool
@@ -39,6 +39,11 @@ class CellBlock:
 
     def __len__(self) -> int:
         return len(self.xy)
+
+    def take(self, chosen: Int64) -> CellBlock:
+        """Return the nuclei `chosen`, indices into this block."""
+        columns = {f.name: getattr(self, f.name)[chosen] for f in fields(self) if f.name != "shapes"}
+        return CellBlock(**columns, shapes={name: values[chosen] for name, values in self.shapes.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,7 @@ class Gallery:
         offered = self.kept.setdefault(key, [])
         for i in rows.tolist():
             pick = GalleryCell(
-                block.start + i, (float(block.xy[i, 0]), float(block.xy[i, 1])), key[0], bool(block.said[i]),
+                int(block.rows[i]), (float(block.xy[i, 0]), float(block.xy[i, 1])), key[0], bool(block.said[i]),
                 float(value[i]), int(block.local[i]), int(block.global_[i]),
             )  # fmt: skip
             offered.append((float(rank[i]), pick))

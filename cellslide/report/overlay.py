@@ -24,6 +24,7 @@ NO_CLASS = (150, 150, 150)
 # A point is a dot with a white rim, since colours of classes are lost on dark nuclei; 2 µm wide, but never a speck.
 POINT_RADIUS_UM, POINT_RADIUS_PX, RIM_PX = 1.0, (2.0, 4.0), 1.0
 WHITE = (255, 255, 255)
+HATCH_PX = 4
 
 Colors = tuple[tuple[int, int, int], ...]
 
@@ -38,15 +39,15 @@ def render_overlay(
     """Draw the outlines of the cells of `cells.zarr` over a region of the slide and write a PNG.
 
     `region` is a level-0 xyxy box, the whole slide if None; the picture's longer edge is at most `max_px` pixels and it
-    never enlarges the slide. Cells are coloured by class, grey where they have none or abstain. Returns `out_png`;
-    raises UsageError for an empty region.
+    never enlarges the slide. Cells are coloured by class, grey where they have none or abstain, and hatched where they
+    are no nucleus. Returns `out_png`; raises UsageError for an empty region.
     """
     box = region or (0, 0, slide.info.width_px, slide.info.height_px)
     if box[2] <= box[0] or box[3] <= box[1]:
         raise UsageError(f"region {box}: must be x0,y0,x1,y1 with x1 > x0 and y1 > y0, in level-0 pixels")
     plane, corner, picture = _background(slide, box, max_px)
     with open_table(table_path) as table:
-        obs = ("abstained",) if "abstained" in table.columns else ()
+        obs = tuple(name for name in ("abstained", "is_nucleus") if name in table.columns)
         for chunk in table.iter_chunks(ROWS_AT_ONCE, obs=obs):
             _draw_chunk(picture, chunk, (*table.colors, NO_CLASS), plane, corner)
     with beside(out_png) as scratch:
@@ -95,6 +96,22 @@ def _draw_chunk(picture: UInt8, chunk: CellChunk, colors: Colors, plane: Plane, 
     for k in np.unique(class_index):
         chosen = [rings[i] for i in np.flatnonzero(class_index == k)]
         cv2.polylines(picture, chosen, True, colors[int(k)], 2, cv2.LINE_AA, _SHIFT)
+    is_nucleus = chunk.columns.obs.get("is_nucleus")
+    if isinstance(is_nucleus, np.ndarray):
+        for i in np.flatnonzero(~is_nucleus.astype(np.bool_)[near]):
+            _hatch(picture, rings[i], colors[int(class_index[i])])
+
+
+def _hatch(picture: UInt8, ring: Int32, color: tuple[int, int, int]) -> None:
+    """Fill an outline with slanting lines."""
+    (x0, y0), (x1, y1) = ring.min(axis=0) >> _SHIFT, (ring.max(axis=0) >> _SHIFT) + 2
+    x0, y0, x1, y1 = max(int(x0), 0), max(int(y0), 0), min(int(x1), picture.shape[1]), min(int(y1), picture.shape[0])
+    if x1 <= x0 or y1 <= y0:
+        return
+    inside = np.zeros((y1 - y0, x1 - x0), np.uint8)
+    cv2.fillPoly(inside, [ring - np.array([x0, y0], np.int32) * (1 << _SHIFT)], 1, cv2.LINE_8, _SHIFT)
+    y, x = np.mgrid[y0:y1, x0:x1]
+    picture[y0:y1, x0:x1][(inside > 0) & ((x + y) % HATCH_PX == 0)] = color
 
 
 def _shown(chunk: CellChunk, n_colors: int) -> NDArray[Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cellslide.classify.decision import NOT_NUCLEUS
 from cellslide.report.charts import HEIGHT, WIDTH, Chart, chart_of
 from cellslide.report.gallery import GalleryCell, Kind
 from cellslide.report.images import color_of, dots_uri, heat_uri, shape_of, smoothed, webp_uri
@@ -147,6 +148,8 @@ def class_rows(material: Material) -> tuple[ClassRow, ...]:
     k_all = len(tally.classes)
     found = []
     for k, name in enumerate(tally.classes):
+        if name == NOT_NUCLEUS:
+            continue
         n = int(tally.counts[k])
         sizes = [tally.area.quantile(q, k) if tally.area.counts[k].any() else None for q in (0.5, 0.25, 0.75)]
         found.append(
@@ -157,8 +160,11 @@ def class_rows(material: Material) -> tuple[ClassRow, ...]:
 
 
 def other_rows(tally: CellStatistics) -> tuple[tuple[str, int], ...]:
-    """Return how many nuclei have no class, and why."""
-    rows = (("no class said (abstained)", int(tally.abstained.sum())), ("not typed", tally.untyped))
+    """Return how many objects have no class, and why."""
+    rows = (
+        ("no class said (abstained)", int(tally.abstained.sum())), ("not typed", tally.untyped),
+        ("no nucleus (rejected, in no other number)", tally.rejected),
+    )  # fmt: skip
     return tuple((name, n) for name, n in rows if n)
 
 

@@ -72,7 +72,7 @@ class CellStatistics:
     """The cells of a slide, summed up.
 
     counts       int64 (K,) cells of which the class was said; `abstained` (K,) those whose class was not, by the most
-                 probable one; `untyped` cells have none.
+                 probable one; `untyped` cells have none, and `rejected` ones are no nucleus: nothing else counts them.
     density      int32 (K, rows, cols) said cells per bin; `where_both`, `where_differ` (rows, cols) cells that both
                  paths typed, and those of which they say different classes.
     agreement    int64 (K, K) cells by local class (row) and global class (column); None where one path alone ran.
@@ -87,6 +87,7 @@ class CellStatistics:
     counts: Int64
     abstained: Int64
     untyped: int
+    rejected: int
     density: NDArray[np.int32]
     where_both: NDArray[np.int32]
     where_differ: NDArray[np.int32]
@@ -111,11 +112,13 @@ def tally_cells(table: CellTable, frame: Frame, seams: Any = None) -> CellStatis
     tally = _empty(table, frame)
     chosen = _dots(len(table))
     for start in range(0, len(table), BLOCK_ROWS):
-        block = read_block(table, start, min(start + BLOCK_ROWS, len(table)))
+        stop = min(start + BLOCK_ROWS, len(table))
+        block = read_block(table, start, stop)
+        tally.n += len(block)
+        tally.rejected += stop - start - len(block)
         _add(tally, block)
         tally.picks.add(block)
-        rows = chosen[(chosen >= start) & (chosen < start + len(block))] - start
-        _keep_dots(tally, block, rows)
+        _keep_dots(tally, block, np.flatnonzero(np.isin(block.rows, chosen)))
         if seams is not None:
             seams.add(block.xy, block.tile)
     return tally
@@ -136,10 +139,11 @@ def _empty(table: CellTable, frame: Frame) -> CellStatistics:
         classes=table.class_names,
         typed=is_typed(table),
         frame=frame,
-        n=len(table),
+        n=0,
         counts=np.zeros(k, np.int64),
         abstained=np.zeros(k, np.int64),
         untyped=0,
+        rejected=0,
         density=np.zeros((k, *frame.shape), np.int32),
         where_both=np.zeros(frame.shape, np.int32),
         where_differ=np.zeros(frame.shape, np.int32),
@@ -159,7 +163,7 @@ def is_typed(table: CellTable) -> bool:
 
 
 def read_block(table: CellTable, start: int, stop: int) -> CellBlock:
-    """Read rows [start, stop) of the columns that a report needs."""
+    """Read the columns that a report needs of the nuclei among rows [start, stop)."""
     n = stop - start
     x, y, prob, score, area, tile = (
         table.vector(name, start, stop) for name in ("x", "y", "class_prob", "score", "area_um2", "tile_index")
@@ -173,9 +177,13 @@ def read_block(table: CellTable, start: int, stop: int) -> CellBlock:
     shapes = {name: features[:, k] for k, name in enumerate(table.features) if name in SHAPES}
     xy = np.stack([x, y], axis=1).astype(np.float64)
     said = (index >= 0) & ~abstained.astype(np.bool_)
-    return CellBlock(
-        start, xy, index, said, prob, score, gate, local, global_, sure, area, tile.astype(np.int64), shapes
-    )
+    block = CellBlock(
+        np.arange(start, stop), xy, index, said, prob, score, gate, local, global_, sure, area, tile.astype(np.int64),
+        shapes,
+    )  # fmt: skip
+    if "is_nucleus" not in table.columns:
+        return block
+    return block.take(np.flatnonzero(table.vector("is_nucleus", start, stop)))
 
 
 def _paths(table: CellTable, start: int, stop: int) -> tuple[Int64, Int64, Float32]:

@@ -86,6 +86,7 @@ class DecisionRule:
             stored.decision.gamma if given["gamma"] is None else given["gamma"],
             None if query.get("floors") == "0" else stored.thresholds,
             stored.abstain if given["abstain"] is None else given["abstain"],
+            stored.decision.prior,
         )
         if gate == "safe" and not stored.can_be_safe:
             raise UsageError("gate=safe: this table's calibration holds no reliability of the paths")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellslide.classify.decision import GATE_RULES
+from cellslide.classify.decision import GATE_RULES, prior_ratio
 from cellslide.errors import UsageError
 from cellslide.report.images import color_of
 from cellslide.slides.reopen import reopen_or_why
@@ -82,7 +82,7 @@ class ViewedSlide:
     def _rule(self) -> dict[str, Any]:
         """Return the stored rule as the page's own rule takes it."""
         stored, calibration = self.stored, self.stored.calibration
-        tau, gamma = stored.decision.tau, stored.decision.gamma
+        tau, gamma, prior = stored.decision.tau, stored.decision.gamma, stored.decision.prior
         return {
             "paths": stored.has_paths, "gates": [g for g in GATE_RULES if g != "safe" or stored.can_be_safe],
             "gate": stored.decision.gate, "tau": tau, "gamma": gamma,
@@ -92,6 +92,7 @@ class ViewedSlide:
                 calibration.temperature_mix, calibration.temperature_local, calibration.temperature_global,
             ],
             "reliability_local": calibration.reliability_local, "reliability_global": calibration.reliability_global,
+            "prior_ratio": None if prior is None else prior_ratio(prior, calibration).tolist(),
         }  # fmt: skip
 
     def cells(self, box: Box, screen_scale: float, policy: DecisionRule) -> bytes:

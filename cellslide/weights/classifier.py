@@ -30,7 +30,7 @@ _SAFE_GATE_KEYS = {"tau": "tau", "gamma": "gamma", "accepts": "safe_accepts",
                    "reliability_local": "reliability_local", "reliability_global": "reliability_global"}  # fmt: skip
 _CALIBRATION_KEYS = (
     "temperature_local", "temperature_global", "temperature_mix", "thresholds", "abstain", "abstain_unseen",
-    "accuracy_unseen",
+    "accuracy_unseen", "class_prior",
 )  # fmt: skip
 
 log = logging.getLogger(__name__)

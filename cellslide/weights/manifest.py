@@ -175,7 +175,8 @@ _DECODE_RANGES = (
 _DETECT_RANGES = (("score_threshold", 0.0, 1.0), ("nms_um", 0.0, 100.0))
 _CALIBRATION_RANGES = (
     ("temperature_local", 1e-3, 1e3), ("temperature_global", 1e-3, 1e3), ("temperature_mix", 1e-3, 1e3),
-    ("abstain", 0.0, 1.0), ("thresholds", 0.0, 1.0),
+    ("abstain", 0.0, 1.0), ("thresholds", 0.0, 1.0), ("abstain_unseen", 0.0, 1.0), ("accuracy_unseen", 0.0, 1.0),
+    ("class_prior", 0.0, 1.0),
 )  # fmt: skip
 _SAFE_GATE_RANGES = (
     ("tau", 0.0, 1.0), ("gamma", -1.0, 1.0), ("reliability_local", 0.0, 1e3), ("reliability_global", 0.0, 1e3),

@@ -1,4 +1,4 @@
-// From the probabilities of two paths to a decision: the same rule as cellslide/gate.py, number for number.
+// From the probabilities of two paths to a decision: the same rule as cellslide/classify/decision.py, number for number.
 // Probabilities are float32 as stored; every step that is float32 there is rounded here by Math.fround.
 
 export const PATHS = ["mix", "local", "global"];
@@ -31,6 +31,13 @@ function temper(p, k, temperature, work) {
     if (work[j] > top) top = work[j];
   }
   for (let j = 0; j < k; j++) work[j] = Math.exp(work[j] - top);
+  const total = sum(work, k);
+  for (let j = 0; j < k; j++) p[j] = f(work[j] / total);
+}
+
+// Calibrated probabilities for slides whose classes are `ratio` times as frequent, in place; `work` holds k doubles.
+function withPrior(p, k, ratio, work) {
+  for (let j = 0; j < k; j++) work[j] = p[j] * ratio[j];
   const total = sum(work, k);
   for (let j = 0; j < k; j++) p[j] = f(work[j] / total);
 }
@@ -94,6 +101,7 @@ export function decide(rule, policy, local, global, gate, n, k) {
       row[j] = path === LOCAL ? l : path === GLOBAL ? g : f(f(rest * l) + f(gate[i] * g));
     }
     temper(row, k, rule.temperatures[path], work);
+    if (rule.prior_ratio) withPrior(row, k, rule.prior_ratio, work);
     const top = argmax(row, 0, k);
     out.all.set(row, start);
     out.index[i] = top;

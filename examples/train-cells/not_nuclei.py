@@ -1,0 +1,112 @@
+"""Add to labelled images the objects that a model of outlines takes for nuclei and annotators do not.
+
+The class `not_nucleus` of a classifier learns from them. Every image of DATASET is copied with its points and one more
+point for each object that holds no annotated nucleus and lies far from all of them; in a data set without points, as
+regions that hold no nucleus are, every object is one.
+
+    python not_nuclei.py DATASET -o OUT --weights runs/outlines/model.safetensors
+"""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import click
+import numpy as np
+from scipy.spatial import KDTree
+
+import cellslide
+from cellslide.api import Model
+from cellslide.evaluate.dataset import Sample, read_dataset
+from cellslide.train.export import licences
+from cellslide.types import Float64
+
+NAME = "not_nucleus"
+COLUMNS = (
+    "file",
+    "mask",
+    "points",
+    "split",
+    "patient",
+    "organ",
+    "mpp",
+    "width",
+    "height",
+    "n_nuclei",
+    "licence",
+    "note",
+)
+
+
+def wrong_objects(model: Model, sample: Sample, mpp: float, least_um: float) -> Float64:
+    """Return the centroids (N, 2) of found objects at least `least_um` from every annotated nucleus, image pixels."""
+    found = cellslide.segment(sample.load_image(), model=model, mpp=mpp).centroid_xy
+    if len(found) and sample.points_path is not None and len(true := sample.load_points().xy):
+        found = found[KDTree(true).query(found)[0] * mpp >= least_um]
+    if len(found) and sample.mask_path is not None:
+        mask = sample.load_mask()
+        x, y = (np.clip(found[:, i].astype(int), 0, mask.shape[1 - i] - 1) for i in (0, 1))
+        found = found[mask[y, x] == 0]
+    return found
+
+
+def copy_sample(sample: Sample, extra: Float64, out: Path) -> tuple[str, str, int]:
+    """Copy an image and its points, with the extra ones; returns both paths in `out`, and the number of points."""
+    image, points = f"images/{sample.image_path.name}", f"points/{sample.stem}.csv"
+    shutil.copyfile(sample.image_path, out / image)
+    rows = [(f"{x:.2f}", f"{y:.2f}", NAME) for x, y in extra]
+    if sample.points_path is not None:
+        true = sample.load_points()
+        rows = [(f"{x:.2f}", f"{y:.2f}", name) for (x, y), name in zip(true.xy, true.class_name, strict=True)] + rows
+    with (out / points).open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("x", "y", "class"), *rows])
+    return image, points, len(rows)
+
+
+@click.command()
+@click.argument("dataset", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--weights", "weights", multiple=True, required=True, help="Weights of a model of outlines; may be given again."
+)
+@click.option("--least-um", default=5.0, show_default=True, help="Least distance from an annotated nucleus.")
+def main(dataset: Path, output: Path, weights: tuple[str, ...], least_um: float) -> None:
+    """Write DATASET again with the objects that are no nuclei."""
+    for folder in ("images", "points"):
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    models = [cellslide.load_model(weights=path) for path in weights]
+    licence = "; ".join(licences(dataset))
+    with (output / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(COLUMNS)
+        for s in (s for s in read_dataset(dataset).samples if s.split != "test"):
+            if s.mpp is None:
+                raise click.ClickException(f"{s.image_path}: mpp is empty in the manifest")
+            extra = np.concatenate([wrong_objects(model, s, s.mpp, least_um) for model in models])
+            image, points, n = copy_sample(s, extra, output)
+            height, width = s.load_image().shape[:2]
+            rows.writerow(
+                [
+                    image,
+                    "",
+                    points,
+                    s.split,
+                    s.patient,
+                    s.organ,
+                    s.mpp,
+                    width,
+                    height,
+                    n,
+                    licence,
+                    "and objects that are no nuclei",
+                ]
+            )
+            click.echo(f"{s.stem}: {len(extra)} objects that are no nuclei, {n} points")
+    for model in models:
+        model.close()
+
+
+if __name__ == "__main__":
+    main()
