@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -31,15 +33,18 @@ from cellslide.slides.slide import open_slide
 from cellslide.store import shapes as spatial
 from cellslide.store.cell_table import open_table
 from cellslide.types import PathProbs
+from cellslide.view import answers
 from cellslide.view import cells as view_cells
 from cellslide.view import rule as view_policy
+from cellslide.view import server as view_server
 from cellslide.view import slide as scene_module
+from cellslide.view.answers import Answer, Viewer
 from cellslide.view.arrays import pack
 from cellslide.view.cells import CellIndex, density
 from cellslide.view.folders import find_slides
 from cellslide.view.lru_cache import LruCache
 from cellslide.view.rule import DecisionRule, Decisions, StoredRule
-from cellslide.view.server import LOOPBACK, Server, Viewer, open_server
+from cellslide.view.server import LOOPBACK, MOST_CONNECTIONS, Server, open_server
 from tests.conftest import CHECKOUT
 from tests.random_cells import as_kind, ellipses, model_spec, write_table
 from tests.viewed import CALIBRATION, CLASSES, HEIGHT, RADIUS, WIDTH, Viewed, serving, write_viewed
@@ -88,16 +93,28 @@ def unpack(body: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def got(viewer: Viewer, path: str) -> bytes:
     """Return the body of an answer that must be there."""
-    answer = viewer.answer(f"/secret/s/s/{path}")
+    answer = viewer.answer(f"/s/s/{path}")
     assert answer.status == 200, answer.body
     return answer.body
 
 
-def ask(server: Server, target: str, method: str = "GET", host: str | None = None) -> http.client.HTTPResponse:
-    """Send one request over the wire, as it is written."""
+def cookie_of(server: Server) -> str:
+    """Return the cookie that a browser gets which opens the link."""
+    given = ask(server, f"/{server.viewer.session.fresh_token()}/", cookie="").getheader("Set-Cookie") or ""
+    return given.partition(";")[0]
+
+
+def ask(
+    server: Server, target: str, method: str = "GET", host: str | None = None, cookie: str | None = None
+) -> http.client.HTTPResponse:
+    """Send one request over the wire, as it is written; with the cookie of a link unless another is given."""
+    if cookie is None:
+        cookie = cookie_of(server)
     line = http.client.HTTPConnection(LOOPBACK, server.server_port, timeout=10)
     line.putrequest(method, target, skip_host=True)
     line.putheader("Host", f"{LOOPBACK}:{server.server_port}" if host is None else host)
+    if cookie:
+        line.putheader("Cookie", cookie)
     line.endheaders()
     return line.getresponse()
 
@@ -111,30 +128,77 @@ def test_it_listens_on_the_loopback_only(viewer: Viewer) -> None:
     assert not any("host" in option or "bind" in option for p in command.params for option in p.opts)
 
 
-def test_other_names_and_other_tokens_find_nothing(viewer: Viewer) -> None:
+def test_other_names_find_nothing(viewer: Viewer) -> None:
     with serving(viewer) as server:
-        assert ask(server, "/secret/").status == 302
-        assert ask(server, "/secret/s/s/", host=f"localhost:{server.server_port}").status == 200
+        assert ask(server, "/").status == 302
+        assert ask(server, "/s/s/", host=f"localhost:{server.server_port}").status == 200
         for host in ("slides.example", f"slides.example:{server.server_port}", "127.0.0.1", "", "127.0.0.1:1"):
-            assert ask(server, "/secret/s/s/", host=host).status == 403, host
-        for target in ("/", "/s/s/", "/secre/s/s/", "/secret2/", "/Secret/", "/secret", "*", "/%73ecret/"):
+            assert ask(server, "/s/s/", host=host).status == 403, host
+        for target in ("/nothing", "*", "/s", "/s/s//facts.json"):
             assert ask(server, target).status == 404, target
-    assert len(Viewer(viewer.root).token) >= 20 and Viewer(viewer.root).token != Viewer(viewer.root).token
+
+
+def test_a_link_works_once_and_is_exchanged_for_a_cookie(viewer: Viewer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "cellslide")
+    with serving(viewer) as server:
+        for target in (
+            "/",
+            "/s/s/",
+            "/s/s/facts.json",
+            "/files/s/run.json",
+            "/static/view.js",
+            "/secre/",
+            "/%73ecret/",
+        ):
+            answer = ask(server, target, cookie="")
+            assert answer.status == 403 and b"Enter" in answer.read(), target
+        assert ask(server, "/secret/", "HEAD", cookie="").status == 403
+        assert ask(server, "/secret/", host="slides.example", cookie="").getheader("Set-Cookie") is None
+        answer = ask(server, "/secret/s/s/", cookie="")
+        assert (answer.status, answer.getheader("Location")) == (303, "/s/s/")
+        given, *rest = (answer.getheader("Set-Cookie") or "").split("; ")
+        assert rest == ["HttpOnly", "SameSite=Strict", "Path=/"] and "secret" not in given
+        assert len(given.partition("=")[2]) > 40
+        for cookie in ("", given):
+            again = ask(server, "/secret/s/s/", cookie=cookie)
+            assert again.status == 403 and b"Enter" in again.read() and again.getheader("Set-Cookie") is None
+        assert ask(server, "/s/s/facts.json", cookie=f"other=1; {given}").status == 200
+        for wrong in (given[:-1], given.replace("=", "=x"), f"cellslide={given.partition('=')[2]}", "=;;=", "\xff"):
+            assert ask(server, "/s/s/facts.json", cookie=wrong).status == 403, wrong
+        # Another link, for another browser.
+        link = server.address
+        assert link == server.address != f"http://{LOOPBACK}:{server.server_port}/secret/"
+        token = link.split("/")[3]
+        assert len(token) >= 20 and ask(server, f"/{token}/", cookie="").getheader("Set-Cookie") == "; ".join(
+            [given, *rest]
+        )
+        # A path of two slashes would lead to another machine.
+        token = server.viewer.session.fresh_token()
+        assert ask(server, f"/{token}//slides.example/", cookie="").getheader("Location") == "/slides.example/"
+        assert ask(server, "/s/s/?again").getheader("Location") == "/s/s/"
+    assert "secret" not in caplog.text and token not in caplog.text
+    assert Viewer(viewer.root).token != Viewer(viewer.root).token
+    assert not viewer.session.knows(given, server.server_port + 1)
 
 
 def test_it_takes_nothing(viewer: Viewer) -> None:
     with serving(viewer) as server:
         for method in ("POST", "PUT", "PATCH", "DELETE", "OPTIONS"):
-            answer = ask(server, "/secret/s/s/", method)
+            answer = ask(server, "/s/s/", method)
             assert (answer.status, answer.getheader("Connection")) == (405, "close")
-        head = ask(server, "/secret/s/s/facts.json", "HEAD")
+        head = ask(server, "/s/s/facts.json", "HEAD")
         assert head.status == 200 and int(head.getheader("Content-Length", "0")) > 100 and head.read() == b""
 
 
 def test_what_goes_out_may_run_nothing_foreign(viewer: Viewer) -> None:
     with serving(viewer) as server:
-        for target in ("s/s/", "static/view.js", "s/s/facts.json", "none"):
-            answer = ask(server, f"/secret/{target}")
+        cookie = cookie_of(server)
+        asked = [
+            ask(server, f"/{name}", cookie=cookie) for name in ("s/s/", "static/view.js", "s/s/facts.json", "none")
+        ]
+        asked += [ask(server, "/s/s/", cookie=""), ask(server, "/secret/", cookie=""), ask(server, "/", "POST")]
+        asked += [ask(server, "/", "BREW"), ask(server, "/" + "x" * 40_000), ask(server, "/", host="slides.example")]
+        for answer in asked:
             policy = answer.getheader("Content-Security-Policy") or ""
             assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
             assert (
@@ -149,7 +213,7 @@ def test_an_error_inside_is_told_in_one_line(
 ) -> None:
     monkeypatch.setattr(viewer, "answer", lambda target: 1 / 0)
     with serving(viewer) as server:
-        answer = ask(server, "/secret/x")
+        answer = ask(server, "/x")
         assert answer.status == 500 and b"ZeroDivision" not in answer.read()
     assert "ZeroDivisionError" in caplog.text and "secret" not in caplog.text
 
@@ -172,19 +236,21 @@ def hostile(own: Viewed, tmp_path: Path) -> Path:
 
 def test_files_outside_of_the_folder_are_refused(hostile: Path) -> None:
     viewer = Viewer(hostile, token="secret")
-    report = viewer.answer("/secret/files/s/report.html")
-    assert report.status == 200 and report.policy.startswith("sandbox") and "allow-same-origin" not in report.policy
-    assert viewer.answer("/secret/files/s/run.json").status == 200
-    assert viewer.answer("/secret/files/s/inner.json").status == 200
+    report = viewer.answer("/files/s/report.html")
+    assert report.status == 200 and report.policy.startswith("sandbox;") and "script-src" not in report.policy
+    for word in ("default-src 'none'", "connect-src 'none'", "form-action 'none'"):
+        assert word in report.policy
+    assert viewer.answer("/files/s/run.json").status == 200
+    assert viewer.answer("/files/s/inner.json").status == 200
     outside = hostile.parent / "secret.json"
     for name in (
         "../secret.json", "s/../../secret.json", "..%2fsecret.json", "%2e%2e/secret.json", "s/..%2f../secret.json",
         str(outside), f"/{outside}", "s/linked.json", "away/page.html", "loop.json", "s/notes.txt", "s", "s/cells.zarr",
         "s//run.json", "./s/run.json", "s\\run.json", "s/run.json%00.html", "", ".", "none.json", "%ff.json",
     ):  # fmt: skip
-        assert viewer.answer(f"/secret/files/{name}").status == 404, name
+        assert viewer.answer(f"/files/{name}").status == 404, name
     for name in ("../s", "%2e%2e%2fs", "s%2f..", "away", "", "t"):
-        assert viewer.answer(f"/secret/s/{name}/facts.json").status == 404, name
+        assert viewer.answer(f"/s/{name}/facts.json").status == 404, name
     for name in (
         "../view.js",
         "decide.py",
@@ -192,7 +258,7 @@ def test_files_outside_of_the_folder_are_refused(hostile: Path) -> None:
         "view.html",
         "%2e%2e/nuclei-small.safetensors",
     ):
-        assert viewer.answer(f"/secret/static/{name}").status == 404, name
+        assert viewer.answer(f"/static/{name}").status == 404, name
 
 
 def test_slides_that_links_lead_to_are_left_out(
@@ -213,7 +279,7 @@ def test_slides_that_links_lead_to_are_left_out(
     column = inside.folder / "cells.zarr" / "tables" / "cells" / "obs" / "x"
     column.rename(tmp_path / "x")
     column.symlink_to(tmp_path / "x")
-    answer = viewer.answer("/secret/s/s/facts.json")
+    answer = viewer.answer("/s/s/facts.json")
     assert answer.status == 400 and b"leads out of" in answer.body
 
 
@@ -275,7 +341,7 @@ def test_every_kind_of_table_is_shown(tmp_path: Path, kind: Any) -> None:
     np.testing.assert_array_equal(arrays["class"], np.asarray(cells.class_prob).argmax(axis=1))
     assert np.asarray(Image.open(io.BytesIO(got(viewer, "tile/12/0/0")))).std() == 0
     assert json.loads(got(viewer, "cell/3"))["crops"] == []
-    assert viewer.answer("/secret/s/s/crop/3/nucleus").status == 404
+    assert viewer.answer("/s/s/crop/3/nucleus").status == 404
     half = json.loads(got(viewer, "counts.json?abstain=0.6"))
     assert half["abstained"] == int((np.asarray(cells.class_prob).max(axis=1) < 0.6).sum()) > 0
     assert sum(half["classes"]) + half["abstained"] == 50
@@ -340,7 +406,7 @@ def test_the_stored_rule_gives_the_stored_classes(viewed: Viewed, viewer: Viewer
     "query", ["gate=other", "tau=2", "abstain=x", "score=-1", "gamma=nan"]
 )  # fmt: skip
 def test_wrong_questions_are_refused_in_words(viewer: Viewer, query: str) -> None:
-    answer = viewer.answer(f"/secret/s/s/counts.json?{query}")
+    answer = viewer.answer(f"/s/s/counts.json?{query}")
     assert answer.status == 400 and query.partition("=")[0].encode() in answer.body
 
 
@@ -348,7 +414,7 @@ def test_wrong_questions_are_refused_in_words(viewer: Viewer, query: str) -> Non
     "query", ["", "x0=1&y0=1&x1=1&y1=2", "x0=a&y0=0&x1=1&y1=1", "x0=0&y0=0&x1=nan&y1=1", f"{WHOLE}&scale=0"]
 )
 def test_a_box_must_be_one(viewer: Viewer, query: str) -> None:
-    assert viewer.answer(f"/secret/s/s/cells?{query}").status == 400
+    assert viewer.answer(f"/s/s/cells?{query}").status == 400
 
 
 def test_no_safe_gate_without_reliability(viewed: Viewed) -> None:
@@ -413,9 +479,9 @@ def test_tiles_are_the_slide(viewed: Viewed, viewer: Viewer) -> None:
             real = slide.thumbnail(max(width, height))
             assert mosaic.shape == real.shape
             assert np.abs(mosaic.astype(int) - real).mean() < 3
-    assert viewer.answer(f"/secret/s/s/tile/{facts['top']}/4/0").status == 404
+    assert viewer.answer(f"/s/s/tile/{facts['top']}/4/0").status == 404
     for place in ("99/0/0", "11/-1/0", "11/x/0", "11/0", "11/99999999999999/0", "11/²/0"):
-        assert viewer.answer(f"/secret/s/s/tile/{place}").status == 404, place
+        assert viewer.answer(f"/s/s/tile/{place}").status == 404, place
 
 
 def test_a_cell_tells_both_paths_and_shows_itself(viewed: Viewed, viewer: Viewer) -> None:
@@ -439,7 +505,7 @@ def test_a_cell_tells_both_paths_and_shows_itself(viewed: Viewed, viewer: Viewer
     untyped = json.loads(got(viewer, "cell/7"))
     assert untyped["obs"]["class"] is None
     for row in ("300", "-1", "x", "1.5"):
-        assert viewer.answer(f"/secret/s/s/cell/{row}").status == 404
+        assert viewer.answer(f"/s/s/cell/{row}").status == 404
 
 
 def test_a_table_written_anew_is_opened_anew(small: Path, tmp_path: Path) -> None:
@@ -449,7 +515,7 @@ def test_a_table_written_anew_is_opened_anew(small: Path, tmp_path: Path) -> Non
     write_table(tmp_path / "s", ellipses(60)).close()
     assert json.loads(got(viewer, "facts.json"))["n"] == 60
     (tmp_path / "s" / "cells.zarr").rename(tmp_path / "s" / "gone")
-    answer = viewer.answer("/secret/s/s/facts.json")
+    answer = viewer.answer("/s/s/facts.json")
     assert answer.status == 400 and b"is gone" in answer.body
 
 
@@ -522,13 +588,13 @@ def test_several_slides_are_listed(small: Path, tmp_path: Path) -> None:
         shutil.copytree(small, tmp_path / name)
     (tmp_path / "cohort.html").write_text("x")
     viewer = Viewer(tmp_path, token="secret")
-    page = viewer.answer("/secret/").body.decode()
+    page = viewer.answer("/").body.decode()
     links = re.findall(r'<li><a href="([^"]+)"', page)
     assert links == ["files/cohort.html", "s/a%20b/", "s/c%26d%3Cscript%3E/", "s/%C3%A9%23%3F/"]
     assert "<script" not in page
-    assert all(viewer.answer(f"/secret/{link}").status == 200 for link in links)
-    assert viewer.answer("/secret/files/a%20b/").to == "/secret/s/a%20b/"
-    assert Viewer(tmp_path / "a b", token="secret").answer("/secret/").to == "/secret/s/a%20b/"
+    assert all(viewer.answer(f"/{link}").status == 200 for link in links)
+    assert viewer.answer("/files/a%20b/").to == "/s/a%20b/"
+    assert Viewer(tmp_path / "a b", token="secret").answer("/").to == "/s/a%20b/"
 
 
 def test_folder_without_slides_is_refused(tmp_path: Path) -> None:
@@ -544,6 +610,7 @@ def test_the_command_says_where_and_ends_cleanly(viewed: Viewed) -> None:
         said = process.stdout.readline()
         found = re.match(r"http://127\.0\.0\.1:(\d+)/[\w-]{20,}/ ", said)
         assert found, said
+        assert "Enter" in said
         with socket.create_connection((LOOPBACK, int(found[1])), timeout=10):
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=30) == 143
@@ -551,7 +618,7 @@ def test_the_command_says_where_and_ends_cleanly(viewed: Viewed) -> None:
 
 def test_every_packaged_file_is_there_with_its_licence() -> None:
     folder = CHECKOUT / "cellslide" / "data" / "view"
-    from cellslide.view.server import STATIC
+    from cellslide.view.answers import STATIC
 
     assert {p.name for p in folder.iterdir()} == {*STATIC, "view.html", "openseadragon-LICENSE.txt"}
     assert "Redistribution and use in source and binary forms" in (folder / "openseadragon-LICENSE.txt").read_text()
@@ -566,3 +633,107 @@ def test_index_reads_scores_that_are_missing(tmp_path: Path) -> None:
     with write_table(tmp_path / "s", replace(cells, score=score)) as table:
         index = CellIndex(table)
         assert index.rows_in((0, 0, 4000, 3000), 0.5).tolist() == [1, 2, 3]
+
+
+def test_a_head_must_come_in_time_and_be_of_a_browsers_size(viewer: Viewer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view_server, "HEAD_S", 1.0)
+    with serving(viewer) as server:
+        place = (LOOPBACK, server.server_port)
+        with socket.create_connection(place, timeout=10) as slow:
+            began = time.monotonic()
+            ended = False
+            while not ended and time.monotonic() - began < 8:
+                # A byte at a time, each soon after the last.
+                try:
+                    slow.sendall(b"x")
+                    slow.settimeout(0.1)
+                    ended = slow.recv(1) == b""
+                except TimeoutError:
+                    pass
+                except OSError:
+                    ended = True
+            assert ended and time.monotonic() - began < 4
+        for head in (b"GET /" + b"x" * 70_000, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 9_000):
+            with socket.create_connection(place, timeout=10) as large:
+                large.sendall(head)
+                assert b" 431 " in large.recv(100)
+        # A connection that is kept open is given the same time for its next request.
+        line = http.client.HTTPConnection(*place, timeout=10)
+        for _ in range(3):
+            line.request("GET", "/favicon.ico")
+            assert line.getresponse().read() == b""
+            time.sleep(0.6)
+
+
+def test_so_many_connections_and_no_more(viewer: Viewer) -> None:
+    with serving(viewer) as server:
+        place = (LOOPBACK, server.server_port)
+        held = [socket.create_connection(place, timeout=10) for _ in range(MOST_CONNECTIONS)]
+        try:
+            with socket.create_connection(place, timeout=10) as more:
+                assert more.recv(1) == b""
+            held.pop().close()
+            end = time.monotonic() + 10
+            while True:
+                try:
+                    assert ask(server, "/favicon.ico", cookie="").status == 204
+                    break
+                except (http.client.HTTPException, ConnectionError):
+                    assert time.monotonic() < end
+                    time.sleep(0.05)
+        finally:
+            for line in held:
+                line.close()
+
+
+def test_a_large_file_is_sent_in_parts_and_one_that_is_gone_is_missing(
+    own: Viewed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = np.random.default_rng(0).bytes(3_000_001)
+    (own.folder / "large.json").write_bytes(content)
+    with serving(Viewer(own.root)) as server:
+        asked = ask(server, "/files/s/large.json")
+        assert asked.status == 200 and asked.read() == content
+        monkeypatch.setattr(server.viewer, "answer", lambda target: Answer(file=own.folder / "gone.json"))
+        assert ask(server, "/files/s/gone.json").status == 404
+
+
+def test_few_answers_are_made_at_once(viewer: Viewer, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_work, most = [0], [0]
+
+    def slow(scene: Any, what: Any, query: Any) -> Answer:
+        at_work[0] += 1
+        most[0] = max(most[0], at_work[0])
+        time.sleep(0.05)
+        at_work[0] -= 1
+        return Answer()
+
+    monkeypatch.setattr(answers, "_of_scene", slow)
+    with ThreadPoolExecutor(24) as pool:
+        assert all(a.status == 200 for a in pool.map(viewer.answer, ["/s/s/facts.json"] * 24))
+    assert 1 < most[0] <= answers.MOST_AT_WORK
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+def test_enter_prints_another_link(viewed: Viewed) -> None:
+    ours, theirs = os.openpty()
+    line = [sys.executable, "-m", "cellslide", "view", str(viewed.root)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        line, cwd=CHECKOUT, env=environment, stdin=theirs, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        link = process.stdout.readline().split()[0]
+        port = int(link.split(":")[2].partition("/")[0])
+        os.write(ours, b"\n")
+        assert process.stdout.readline().strip() == link
+        with socket.create_connection((LOOPBACK, port), timeout=10) as browser:
+            browser.sendall(f"GET /{link.split('/')[3]}/ HTTP/1.1\r\nHost: {LOOPBACK}:{port}\r\n\r\n".encode())
+            assert b" 303 " in browser.recv(100)
+        os.write(ours, b"\n")
+        other = process.stdout.readline().strip()
+        assert other != link and other.startswith(f"http://{LOOPBACK}:{port}/")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+    os.close(ours)
+    os.close(theirs)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import re
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import pytest
 from cellslide.classify.decision import DecisionConfig, decide, prior_ratio
 from cellslide.types import Calibration, PathProbs
 from cellslide.view import cells as view_cells
-from cellslide.view.server import Server, Viewer
+from cellslide.view.answers import Viewer
+from cellslide.view.server import LOOPBACK, Server
 from tests.browser import Chromium, Page
 from tests.random_cells import ellipses, write_table
 from tests.viewed import CALIBRATION, CLASSES, HEIGHT, WIDTH, Viewed, made_up_probs, serving, write_viewed
@@ -377,3 +379,70 @@ def test_the_list_and_a_slide_that_is_gone(chromium: Chromium, viewed: Viewed, t
         settled(page)
         page.click("#links a:text-is('report')")
         assert page.text("#r") == "report here"
+
+
+HOSTILE = """<!doctype html><title>r</title><p id=r>page</p><a id=link href="../s/report.html">on</a>
+<link rel=prefetch href="{to}/prefetch"><meta http-equiv=refresh content="1; url={to}/refresh">
+<img src="{to}/image"><iframe src="{to}/frame"></iframe><form id=f action="{to}/form"><input name=a></form>
+<script>
+  document.title = "ran"; fetch("{to}/fetch"); navigator.sendBeacon("{to}/beacon"); new Image().src = "{to}/script";
+  open("{to}/open"); document.getElementById("f").submit();
+  location.href = "{to}/?" + encodeURIComponent(location.href);
+</script>
+"""
+
+
+def received(sink: socket.socket) -> bytes:
+    """Return all that was sent to a socket; Chromium connects ahead for a frame that it refuses, and sends nothing."""
+    sink.settimeout(0.1)
+    content = b""
+    with suppress(TimeoutError):
+        while True:
+            line, _ = sink.accept()
+            line.settimeout(0.1)
+            with line, suppress(TimeoutError):
+                content += line.recv(1000)
+    return content
+
+
+def test_a_page_of_the_folder_sends_nothing_out_and_its_links_work(
+    chromium: Chromium, viewed: Viewed, tmp_path: Path
+) -> None:
+    shutil.copytree(viewed.folder, tmp_path / "out" / "s")
+    (tmp_path / "out" / "s" / "report.html").write_text("<!doctype html><title>r</title><p id=next>report here")
+    with socket.create_server((LOOPBACK, 0)) as sink, serving(Viewer(tmp_path / "out")) as server:
+        page_file = tmp_path / "out" / "s" / "hostile.html"
+        page_file.write_text(HOSTILE.format(to=f"http://{LOOPBACK}:{sink.getsockname()[1]}"))
+        blocked = ("Content Security Policy", "sandbox", "status 403", "403 (Forbidden)", "csp")
+        with chromium.page(expected=blocked) as page:
+            page.open(f"{server.address}files/s/hostile.html")
+            assert page.raw.url == f"http://{LOOPBACK}:{server.server_port}/files/s/hostile.html"
+            page.raw.wait_for_timeout(3000)
+            assert received(sink) == b""
+            assert page.raw.title() == "r"
+            # The browser leaves the cookie out at first: a sandboxed page is of no site.
+            page.click("#link")
+            page.wait("document.getElementById('next') !== null")
+            assert page.raw.url.endswith("/files/s/report.html")
+
+
+def test_no_secret_is_left_in_the_browser(chromium: Chromium, viewed: Viewed) -> None:
+    with serving(Viewer(viewed.root)) as server, chromium.page(expected=("status 403", "403 (Forbidden)")) as page:
+        link = server.address
+        page.open(link)
+        settled(page)
+        assert page.raw.url == f"http://{LOOPBACK}:{server.server_port}/s/s/"
+        assert page.run("document.cookie") == "" and page.run("document.referrer") == ""
+        (cookie,) = page.raw.context.cookies()
+        assert cookie["httpOnly"] and cookie["sameSite"] == "Strict" and cookie["expires"] == -1
+        page.open(link)
+        assert "Enter" in page.text() and server.viewer.token not in server.address
+
+
+def test_a_link_opened_from_another_site_leads_to_the_slide(chromium: Chromium, viewed: Viewed, tmp_path: Path) -> None:
+    with serving(Viewer(viewed.root)) as server, chromium.page(expected=("status 403", "403 (Forbidden)")) as page:
+        (tmp_path / "mail.html").write_text(f'<a id="a" href="{server.address}">slides</a>')
+        page.open(tmp_path / "mail.html")
+        page.click("#a")
+        settled(page)
+        assert page.raw.url == f"http://{LOOPBACK}:{server.server_port}/s/s/"

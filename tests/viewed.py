@@ -17,7 +17,8 @@ from cellslide.store.anndata_columns import Columns
 from cellslide.store.cell_table import CellTableWriter, TableExtender, open_table
 from cellslide.store.run_record import describe_slide, plain, write_record
 from cellslide.types import Calibration, Cells, ClassSpec, CropSpec, Float64, ModelSpec, PathProbs, RunRecord
-from cellslide.view.server import Server, Viewer, open_server
+from cellslide.view.answers import Viewer
+from cellslide.view.server import Server, open_server
 from tests.painted import paint_slide
 
 CLASSES = (ClassSpec("tumour", (220, 30, 30)), ClassSpec("stroma", (30, 90, 220)), ClassSpec("immune", (20, 150, 60)))

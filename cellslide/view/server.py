@@ -1,208 +1,96 @@
-"""The page's server: on the loopback only, behind a secret path, for one folder, reading only.
+"""The page's server: on the loopback only, behind a cookie, for one folder, reading only.
 
-Every address begins with a token made for this run, so that neither another user of the machine nor a page of another
-site finds anything; the Host header must name this machine, against names that were turned to it (DNS rebinding). An
-address names slides and files of the package by look-up; of the folder only plain files that lie inside it are given.
+A browser is let in by a link that works once (`session.Session`), so that neither another user of the machine nor a
+page of another site finds anything; the Host header must name this machine, against names that were turned to it (DNS
+rebinding). What one connection may take of time, memory and threads is bounded.
 """
 
 from __future__ import annotations
 
-import hmac
-import json
+import io
 import logging
-import secrets
-from dataclasses import dataclass
+import socket
+import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import resources
-from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qsl, quote, unquote
+from threading import BoundedSemaphore
+from typing import Any, BinaryIO
 
-from cellslide.errors import CellslideError, MissingDependencyError, UsageError
-from cellslide.view.cells import Box
-from cellslide.view.folders import find_slides, served_file
-from cellslide.view.index import index_page
-from cellslide.view.rule import DecisionRule
-from cellslide.view.slide import ViewedSlide, ViewedSlides
+from cellslide.errors import MissingDependencyError
+from cellslide.view.answers import MISSING, Answer, Viewer, refusal, turned_away
 
 LOOPBACK = "127.0.0.1"
-SCRIPT = "text/javascript; charset=utf-8"
-STATIC = {
-    "view.css": "text/css; charset=utf-8",
-    "openseadragon.min.js": SCRIPT,
-    **{f"{name}.js": SCRIPT for name in ("view", "decide", "cells", "draw", "controls", "panel")},
-}
-HTML, JSON, BINARY = "text/html; charset=utf-8", "application/json", "application/octet-stream"
-JPEG, PNG = "image/jpeg", "image/png"
-OWN_PAGE = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-# Pages of the folder are strangers' text: they may run, but neither read what is served here nor reach anything.
-OTHER_PAGE = (
-    "sandbox allow-scripts allow-popups; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 GUARDS = {
+    "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
+    "X-DNS-Prefetch-Control": "off",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-IDLE_S = 60
+MOST_CONNECTIONS = 64
+# How long a request's head may take and how large it may be, and how long an answer may take to be fetched.
+HEAD_S, MOST_HEAD_BYTES, SEND_S = 10.0, 32 << 10, 60.0
+BLOCK_BYTES = 1 << 20
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What goes back: `keep` lets the browser keep it, `to` is where it shall look instead."""
-
-    body: bytes
-    kind: str = JSON
-    status: HTTPStatus = HTTPStatus.OK
-    keep: bool = False
-    policy: str = OWN_PAGE
-    to: str = ""
+class HeadTooLarge(Exception):
+    """A request's head is longer than any browser's."""
 
 
-def refusal(status: HTTPStatus, words: str) -> Answer:
-    """Return an answer that says in one line why nothing is given."""
-    return Answer(f"{words}\n".encode(), "text/plain; charset=utf-8", status)
+class HeadReader(io.RawIOBase):
+    """Reads a connection within a time and a size for each request's head, however slowly or long it comes."""
 
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.begin()
 
-MISSING = refusal(HTTPStatus.NOT_FOUND, "nothing here")
+    def begin(self) -> None:
+        """Start the clock and the count of the next head."""
+        self._end, self._left = time.monotonic() + HEAD_S, MOST_HEAD_BYTES
 
+    def readable(self) -> bool:
+        """Say that this is a file to read."""
+        return True
 
-class Viewer:
-    """Answers the page's requests about the slides of one folder; knows nothing of sockets."""
-
-    def __init__(self, root: Path, moved_to: Path | None = None, token: str | None = None) -> None:
-        """Raises UsageError where the folder holds no table, or `moved_to` is given for more than one slide."""
-        self.root = root.resolve()
-        self.folders = find_slides(self.root)
-        if moved_to is not None and len(self.folders) != 1:
-            raise UsageError(f"--slide {moved_to}: {root} holds {len(self.folders)} slides; give the folder of one")
-        self.token = token or secrets.token_urlsafe(18)
-        self.scenes = ViewedSlides(self.root, self.folders, moved_to)
-
-    def answer(self, target: str) -> Answer:
-        """Return what a request's target, path and query, asks for."""
-        path, _, query = target.partition("?")
-        if path == "/favicon.ico":
-            # Browsers ask for it unasked, without the token.
-            return Answer(b"", "image/x-icon", HTTPStatus.NO_CONTENT)
-        _, token, *rest = [*path.split("/"), ""]
-        if not hmac.compare_digest(token.encode(), self.token.encode()):
-            return MISSING
-        # The last word was added above; "/TOKEN" alone leaves none.
-        names = [unquote(part, errors="surrogateescape") for part in rest[:-1]]
-        try:
-            return self._route(names, dict(parse_qsl(query)))
-        except UsageError as error:
-            return refusal(HTTPStatus.BAD_REQUEST, str(error))
-        except CellslideError as error:
-            return refusal(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
-
-    def _route(self, names: list[str], query: dict[str, str]) -> Answer:
-        match names:
-            case [""]:
-                return self._start()
-            case ["static", name] if name in STATIC:
-                return Answer(_packaged(name), STATIC[name])
-            case ["files", slide, ""] if slide in self.folders:
-                return self._to(slide)
-            case ["files", *path]:
-                return self._file("/".join(path))
-            case ["s", slide, ""] if slide in self.folders:
-                return Answer(_packaged("view.html"), HTML)
-            case ["s", slide, *what] if slide in self.folders:
-                with self.scenes.use(slide) as scene:
-                    return _of_scene(scene, what, query) or MISSING
-        return MISSING
-
-    def _start(self) -> Answer:
-        if len(self.folders) > 1:
-            pages = [page.name for page in sorted(self.root.glob("*.html")) if served_file(self.root, page.name)]
-            return Answer(index_page(self.root, list(self.folders), pages).encode(), HTML)
-        return self._to(next(iter(self.folders)))
-
-    def _to(self, slide: str) -> Answer:
-        name = quote(slide, safe="", errors="surrogateescape")
-        return Answer(b"", HTML, HTTPStatus.FOUND, to=f"/{self.token}/s/{name}/")
-
-    def _file(self, name: str) -> Answer:
-        found = served_file(self.root, name)
-        if found is None:
-            return MISSING
-        path, kind = found
-        return Answer(path.read_bytes(), kind, policy=OTHER_PAGE)
-
-
-def _of_scene(scene: ViewedSlide, what: list[str], query: dict[str, str]) -> Answer | None:
-    """Return what is asked of an open slide, None where there is no such thing."""
-    match what:
-        case ["facts.json"]:
-            return _json(scene.facts())
-        case ["cells"]:
-            return Answer(scene.cells(_box(query), _scale(query), DecisionRule.asked(query, scene.stored)), BINARY)
-        case ["counts.json"]:
-            return _json(scene.counts(DecisionRule.asked(query, scene.stored)))
-        case ["tile", level, x, y]:
-            return _picture(scene.tiles.tile(_whole(level), _whole(x), _whole(y)), JPEG)
-        case ["cell", row]:
-            cell = scene.cell(_whole(row))
-            return None if cell is None else _json(cell)
-        case ["crop", row, name]:
-            return _picture(scene.crop(_whole(row), name), PNG)
-    return None
-
-
-def _picture(body: bytes | None, kind: str) -> Answer | None:
-    return None if body is None else Answer(body, kind, keep=True)
-
-
-def _whole(word: str) -> int:
-    """Return a number of an address, -1 (which names nothing) for what is none."""
-    return int(word) if word.isascii() and word.isdigit() and len(word) < 12 else -1
-
-
-def _box(query: dict[str, str]) -> Box:
-    try:
-        x0, y0, x1, y1 = (float(query[name]) for name in ("x0", "y0", "x1", "y1"))
-    except (KeyError, ValueError):
-        raise UsageError("a box needs x0, y0, x1, y1 as numbers") from None
-    if not (abs(x0) < 1e9 and abs(y0) < 1e9 and 0 < x1 - x0 < 1e9 and 0 < y1 - y0 < 1e9):
-        raise UsageError(f"box {x0:g},{y0:g},{x1:g},{y1:g}: must have x1 > x0 and y1 > y0")
-    return x0, y0, x1, y1
-
-
-def _scale(query: dict[str, str]) -> float:
-    try:
-        scale = float(query.get("scale", "1"))
-    except ValueError:
-        scale = 0.0
-    if not 1e-6 < scale < 1e6:
-        raise UsageError("scale: must be a number of screen pixels per pixel of the slide")
-    return scale
-
-
-def _json(content: dict[str, Any]) -> Answer:
-    return Answer(json.dumps(content, allow_nan=False).encode())
-
-
-def _packaged(name: str) -> bytes:
-    return resources.files("cellslide").joinpath("data", "view", name).read_bytes()
+    def readinto(self, buffer: Any) -> int:
+        """Read what is there; raises TimeoutError and HeadTooLarge."""
+        left_s = self._end - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        if not self._left:
+            raise HeadTooLarge
+        self.connection.settimeout(left_s)
+        n = self.connection.recv_into(memoryview(buffer)[: self._left])
+        self._left -= n
+        return n
 
 
 class Handler(BaseHTTPRequestHandler):
     """Speaks HTTP for the `viewer` of its server: GET and HEAD, nothing else."""
 
     server: Server
-    protocol_version = "HTTP/1.1"
+    protocol_version = default_request_version = "HTTP/1.1"
     server_version, sys_version = "cellslide", ""
-    timeout = IDLE_S
+    command, requestline, request_version = "", "", protocol_version
+
+    def setup(self) -> None:
+        """Read through a bound of time and size."""
+        super().setup()
+        self.rfile.close()
+        self._head = HeadReader(self.connection)
+        self.rfile = io.BufferedReader(self._head)
+
+    def handle_one_request(self) -> None:
+        """Answer one request, or end the connection where its head is too slow or too large."""
+        self._head.begin()
+        try:
+            super().handle_one_request()
+        except HeadTooLarge:
+            self.send_error(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
 
     def do_GET(self) -> None:
         """Answer with head and body."""
@@ -219,36 +107,71 @@ class Handler(BaseHTTPRequestHandler):
 
     do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _refuse
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse what is no request, with the same headers as everything else."""
+        self.close_connection = True
+        status = HTTPStatus(code)
+        self._send(refusal(status, status.phrase.lower()))
+
     def _answer(self) -> Answer:
         if self.headers.get("Host") not in self.server.hosts:
             return refusal(HTTPStatus.FORBIDDEN, "asked for by another name than this machine's")
+        viewer, port = self.server.viewer, self.server.server_port
+        if self.path == "/favicon.ico":
+            # Browsers ask for it unasked.
+            return Answer(kind="image/x-icon", status=HTTPStatus.NO_CONTENT)
+        # What only looks ahead at a link must not use it up.
+        if self.command == "GET" and (answer := viewer.admit(self.path, port)):
+            return answer
+        if not viewer.session.knows(self.headers.get("Cookie", ""), port):
+            return turned_away(self.path)
         try:
-            return self.server.viewer.answer(self.path)
+            return viewer.answer(self.path)
         except Exception:
-            log.exception("%s could not be answered", self.path.partition(self.server.viewer.token)[2])
+            log.exception("%s could not be answered", self.path)
             return refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "this could not be answered; the terminal says why")
 
     def _send(self, answer: Answer) -> None:
+        self.connection.settimeout(SEND_S)
+        if answer.file is None:
+            self._send_stream(answer, io.BytesIO(answer.body), len(answer.body))
+            return
+        try:
+            stream = answer.file.open("rb")
+        except OSError:
+            return self._send(MISSING)
+        with stream:
+            size = stream.seek(0, io.SEEK_END)
+            stream.seek(0)
+            self._send_stream(answer, stream, size)
+
+    def _send_stream(self, answer: Answer, stream: BinaryIO, size: int) -> None:
         self.send_response(answer.status)
         headers = {
             "Content-Type": answer.kind,
-            "Content-Length": str(len(answer.body)),
+            "Content-Length": str(size),
             "Content-Security-Policy": answer.policy,
-            "Cache-Control": "private, max-age=3600" if answer.keep else "no-store",
             **GUARDS,
         }
         if answer.to:
             headers["Location"] = answer.to
+        if answer.cookie:
+            headers["Set-Cookie"] = answer.cookie
         if self.close_connection:
             headers["Connection"] = "close"
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(answer.body)
+        if self.command == "HEAD":
+            return
+        # Exactly what the head announces, also of a file that grows meanwhile.
+        while size and (block := stream.read(min(size, BLOCK_BYTES))):
+            self.wfile.write(block)
+            size -= len(block)
+        self.close_connection |= size > 0
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Keep requests out of the terminal but for -v, the token always."""
+        """Keep requests out of the terminal but for -v, the token of a link always."""
         log.debug("%s", (format % args).replace(self.server.viewer.token, "…"))
 
 
@@ -256,16 +179,37 @@ class Server(ThreadingHTTPServer):
     """Listens on the loopback for one viewer."""
 
     daemon_threads = True
+    request_queue_size = MOST_CONNECTIONS
 
     def __init__(self, viewer: Viewer, port: int = 0) -> None:
         self.viewer = viewer
+        self._free = BoundedSemaphore(MOST_CONNECTIONS)
         super().__init__((LOOPBACK, port), Handler)
         self.hosts = {f"{name}:{self.server_port}" for name in (LOOPBACK, "localhost")}
 
     @property
     def address(self) -> str:
-        """What to open in a browser."""
-        return f"http://{LOOPBACK}:{self.server_port}/{self.viewer.token}/"
+        """What to open in a browser: a link that works once, a new one if the last was used."""
+        return f"http://{LOOPBACK}:{self.server_port}/{self.viewer.session.fresh_token()}/"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a connection in a thread of its own; close it at once where too many are open."""
+        if not self._free.acquire(blocking=False):
+            log.debug("more than %d connections", MOST_CONNECTIONS)
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer a connection until it ends."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say under -v what went wrong with a connection; a browser that leaves is no error."""
