@@ -111,12 +111,16 @@ class OutputConfig:
 
 @dataclass(frozen=True, slots=True)
 class SegmentConfig:
-    """All settings of `cellslide segment`; it is written to `run.json` as it was resolved."""
+    """All settings of `cellslide segment`; it is written to `run.json` as it was resolved.
+
+    tta  take the mean over four mirror images of each tile.
+    """
 
     model: str | None = None
     weights: Path | None = None
     mpp: float | None = None
     allow_fluorescence: bool = False
+    tta: bool = False
     tissue: TissueConfig = field(default_factory=TissueConfig)
     tiles: TileConfig = field(default_factory=TileConfig)
     infer: InferConfig = field(default_factory=InferConfig)

@@ -333,3 +333,18 @@ def test_classes_of_a_data_set_are_needed(tmp_path: Path) -> None:
     assert dataset_classes(read_dataset(root)) == ()
     result = run("--nuclei", "given", root)
     assert result.exit_code == 2 and "no classes" in result.output
+
+
+def test_names_of_one_kind_count_as_each_other() -> None:
+    breast = ClassSet.of(("lymphocyte", "stromal", "tumor_epithelial"))
+    assert breast.index(["Inflammatory", "epithelial", "Neoplastic", "spindle-shaped", "dead"]).tolist() == [
+        0,
+        2,
+        2,
+        1,
+        -1,
+    ]
+    # What the data set tells apart stays apart, and what is said counts more.
+    apart = ClassSet.of(("epithelial", "neoplastic", "connective"), {"tumor_epithelial": "neoplastic"})
+    assert apart.index(["epithelial", "neoplastic", "stromal", "tumor_epithelial"]).tolist() == [0, 1, 2, 1]
+    assert ClassSet.of(("epithelial", "neoplastic")).index(["tumor_epithelial"]).tolist() == [-1]

@@ -11,7 +11,14 @@ import click
 
 from cellslide.cli.classify import decision_options
 from cellslide.cli.evaluate_classifier import Scored, Typing, evaluate_classifier
-from cellslide.cli.options import config_option, infer_options, model_options, tile_options, verbosity_options
+from cellslide.cli.options import (
+    config_option,
+    infer_options,
+    model_options,
+    tile_options,
+    tta_option,
+    verbosity_options,
+)
 from cellslide.cli.typed import (
     dataset_mpp_option,
     dataset_organ_option,
@@ -69,6 +76,7 @@ FOLDER_IN = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--json", "json_file", type=OUTPUT_FILE, metavar="FILE", help="Write the scores as JSON.")
 @click.option("--per-image", type=OUTPUT_FILE, metavar="FILE", help="Write the scores of each image as CSV.")
 @infer_options
+@tta_option
 @tile_options
 @config_option
 @click.option("--no-progress", is_flag=True, help="No progress bar.")
@@ -112,15 +120,19 @@ def command(
     for sample in data.samples:  # Before a network is loaded for nothing.
         pixel_size(sample, mpp)
     typing = {name: flags.pop(name) for name in TYPING_FLAGS}
-    infer, tiles = InferConfig(compile=compile_, **flags), TileConfig(tile_size, overlap)
+    tta, tiles = flags.pop("tta"), TileConfig(tile_size, overlap)
+    infer = InferConfig(compile=compile_, **flags)
     if predictions is None and (nuclei is not None or is_classifier(model, weights)):
+        if tta:
+            raise UsageError("--tta: scores a model of outlines alone; leave it out with a classifier")
         how = Typing(nuclei or "given", typing.pop("detector"), typing.pop("organ"), typing, infer, tiles, reliability,
                      no_progress, rule)  # fmt: skip
         _check_detected(how, per_image, protocol)
         scored = evaluate_classifier(data, split, classes, mpp, model, weights, how)
     else:
         _refuse_typing({**typing, "reliability": reliability, "nuclei": nuclei})
-        config = SegmentConfig(model, weights, mpp, tissue=TissueConfig(enabled=False), tiles=tiles, infer=infer)
+        tissue = TissueConfig(enabled=False)
+        config = SegmentConfig(model, weights, mpp, tta=tta, tissue=tissue, tiles=tiles, infer=infer)
         scored = _evaluate(data, split, classes, config, predictions, rule, no_progress)
     if json_file is not None:
         write_text(json_file, scored.report.to_json())

@@ -145,14 +145,17 @@ def _rules(found: dict[Path, tuple[Float64, PathProbs]], rule: Rule) -> tuple[Ga
 
 
 def nuclei_of(xy: Float64, probs: PathProbs, rule: Rule) -> Nuclei:
-    """Return detected nuclei (N, 2) with the class that `rule` gives them, to score."""
+    """Return detected nuclei (N, 2) with the class that `rule` gives them, to score; what it rejects is left out."""
     import numpy as np
 
+    from cellslide.classify.columns import is_rejected
     from cellslide.classify.decision import decide
     from cellslide.classify.taxonomy import project
     from cellslide.evaluate.score import Nuclei
 
-    prob, names = decide(probs, rule.decision, rule.calibration).prob, rule.classes
+    decision, names = decide(probs, rule.decision, rule.calibration), rule.classes
+    kept = ~is_rejected(decision, names)
+    xy, prob = xy[kept], decision.prob[kept]
     if rule.taxonomy is not None:
         prob, lost = project(prob, rule.taxonomy)
         prob, names = np.column_stack([prob, lost]), (*rule.taxonomy.names, "(no class)")

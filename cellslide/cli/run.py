@@ -45,6 +45,7 @@ from cellslide.cli.options import (
     slides_argument,
     tile_options,
     tissue_options,
+    tta_option,
 )
 from cellslide.cli.segment import chosen_slides, shard_option
 from cellslide.cli.segment import to_config as to_segment_config
@@ -79,6 +80,7 @@ classifier_options = chain(
 @format_option()
 @geojson_options
 @infer_options
+@tta_option
 @tile_options
 @shard_option
 @cluster_options

@@ -32,6 +32,7 @@ from cellslide.cli.options import (
     slides_argument,
     tile_options,
     tissue_options,
+    tta_option,
 )
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ shard_option = click.option("--shard", metavar="I/N", callback=_shard, help="Onl
 @format_option()
 @geojson_options
 @infer_options
+@tta_option
 @tile_options
 @shard_option
 @cluster_options
@@ -138,6 +140,7 @@ def to_config(
         weights=flags["weights"],
         mpp=flags["mpp"],
         allow_fluorescence=flags["allow_fluorescence"],
+        tta=flags["tta"],
         tissue=TissueConfig(not no_tissue, tissue_mask, roi, roi_origin=flags["geojson_origin"]),
         tiles=TileConfig(flags["tile_size"], flags["overlap"]),
         infer=InferConfig(compile=compile_, **{name: flags[name] for name in infer}),

@@ -452,6 +452,10 @@ def _warnings(dataset: Dataset, classes: ClassSet, scores: Sequence[ImageScores]
     empty = sum(s.n_true == 0 for s in scores)
     if empty:
         found.append(f"{empty} image(s) have no true nucleus: they are in no mean over images")
+    scored = sorted({name for s in scores for name in s.scored_names})
+    words = ", ".join(f"{name} as {new}" for name, new in classes.synonyms(scored).items())
+    if words:
+        found.append(f"classes count under another name: {words} (--map-class PREDICTED=TRUE says otherwise)")
     other = sorted({name for s in scores for name in s.other_names})
     if other:
         found.append(

@@ -6,7 +6,7 @@ Everything is in pixels of the image; points are (x, y).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,12 +69,25 @@ class Nuclei:
         return cls(xy, labels, label_id)
 
 
+# Names under which data sets and models hold one kind of nucleus.
+SYNONYMS = (
+    ("lymphocyte", "inflammatory"),
+    ("epithelial", "tumor_epithelial", "neoplastic"),
+    ("stromal", "connective", "spindle_shaped"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ClassSet:
-    """The classes that are scored, and how predicted names map onto them; case, blanks, - and _ make no difference."""
+    """The classes that are scored, and how predicted names map onto them; case, blanks, - and _ make no difference.
+
+    A predicted name that is no class of the data set counts as the one that `SYNONYMS` holds beside it, if there is
+    just one.
+    """
 
     names: tuple[str, ...]
     renamed: Mapping[str, str]
+    assumed: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, names: Sequence[str], class_map: Mapping[str, str] | None = None) -> ClassSet:
@@ -83,7 +96,14 @@ class ClassSet:
         wrong = [f"{old}={new}" for old, new in (class_map or {}).items() if _key(new) not in known]
         if wrong:
             raise UsageError(f"--map-class {', '.join(wrong)}: the data set's classes are {', '.join(names) or 'none'}")
-        return cls(tuple(names), {_key(old): _key(new) for old, new in (class_map or {}).items()})
+        given = {_key(old): _key(new) for old, new in (class_map or {}).items()}
+        synonyms = {name: new for name, new in _synonyms(known).items() if name not in given}
+        return cls(tuple(names), {**synonyms, **given}, frozenset(synonyms))
+
+    def synonyms(self, names: Sequence[str]) -> dict[str, str]:
+        """Return which of predicted `names` count as another name of their kind, and as which."""
+        places = zip(names, self.index(names).tolist(), strict=True)
+        return {name: self.names[k] for name, k in places if _key(name) in self.assumed}
 
     def index(self, names: Sequence[str]) -> Int64:
         """Return the class of each name, int64 (N,), -1 for one that is not scored."""
@@ -282,6 +302,16 @@ def _typed_pairs(pairs: Pairs, true_class: Int64, pred_class: Int64, pred: Nucle
         for source, target in enumerate(classes.index(pred.prob_names)):
             prob[:, target] += pred.prob[pred_row, source]
     return TypedPairs(true_class[true_row], pred_class[pred_row], prob)
+
+
+def _synonyms(known: Set[str]) -> dict[str, str]:
+    """Return the class of the data set that each synonym of one counts as; `known` and names are keys."""
+    found = {}
+    for group in SYNONYMS:
+        there = [name for name in group if name in known]
+        if len(there) == 1:
+            found |= {name: there[0] for name in group if name not in known}
+    return found
 
 
 def _key(name: str) -> str:

@@ -16,6 +16,7 @@ from cellslide.errors import UsageError
 from cellslide.formats.registry import find_formats
 from cellslide.inference.cpu_memory import share_freed_memory
 from cellslide.inference.device import available_cpus, resolve_device
+from cellslide.inference.flips import with_flips
 from cellslide.inference.onnx_engine import OnnxEngine
 from cellslide.inference.stream import Detector, default_workers, start_processes
 from cellslide.inference.torch_engine import Engine, TorchEngine
@@ -115,7 +116,7 @@ def open_segmenter(model: LoadedModel, config: SegmentConfig, pool: Executor | N
     config = replace(config, tiles=resolve_tiles(model.spec, config.tiles))
     check_formats(model.spec, config.output.formats)
     torch.manual_seed(config.infer.seed)
-    engine = make_engine(model, config.infer, config.tiles.size_px or model.spec.tile_px)
+    engine = make_engine(model, config)
     if pool is not None and model.spec.kind != "mask":
         pool.shutdown(wait=False)
         pool = None
@@ -128,10 +129,11 @@ def check_formats(spec: ModelSpec, formats: Sequence[str]) -> None:
         raise UsageError(f"--format {name}: {spec.name} gives {spec.kind}s, which it cannot hold; leave {name} out")
 
 
-def make_engine(model: LoadedModel, config: InferConfig, tile_px: int) -> Engine:
-    """Return the engine that `--engine` names, for tiles of `tile_px`."""
-    kind = OnnxEngine if config.engine == "onnx" else TorchEngine
-    return kind(model.module, model.spec, config, tile_px)
+def make_engine(model: LoadedModel, config: SegmentConfig) -> Engine:
+    """Return the engine that `--engine` names; raises UsageError where the model cannot do what `--tta` asks."""
+    kind = OnnxEngine if config.infer.engine == "onnx" else TorchEngine
+    module = with_flips(model.module, model.spec) if config.tta else model.module
+    return kind(module, model.spec, config.infer, config.tiles.size_px or model.spec.tile_px)
 
 
 def resolve_tiles(spec: ModelSpec, config: TileConfig) -> TileConfig:

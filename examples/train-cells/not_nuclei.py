@@ -1,16 +1,19 @@
-"""Add to labelled images the objects that a model of outlines takes for nuclei and annotators do not.
+"""Add places that are no nucleus to labelled images: the class `not_nucleus` of a classifier learns from them.
 
-The class `not_nucleus` of a classifier learns from them. Every image of DATASET is copied with its points and one more
-point for each object that holds no annotated nucleus and lies far from all of them; in a data set without points, as
-regions that hold no nucleus are, every object is one.
+Every image of DATASET is copied with its points and further ones: each object that a model of outlines finds where
+annotators saw nothing, or places drawn far from every annotated nucleus. The first needs a data set in which every
+nucleus is annotated, or regions that hold none; where annotators missed some, as in BRCA-M2C, most of what the model
+finds beside their points are nuclei, and drawn places are right.
 
     python not_nuclei.py DATASET -o OUT --weights runs/outlines/model.safetensors
+    python not_nuclei.py DATASET -o OUT --drawn 15
 """
 
 from __future__ import annotations
 
 import csv
 import shutil
+import zlib
 from pathlib import Path
 
 import click
@@ -23,7 +26,7 @@ from cellslide.evaluate.dataset import Sample, read_dataset
 from cellslide.train.export import licences
 from cellslide.types import Float64
 
-NAME = "not_nucleus"
+NAME, NOTE = "not_nucleus", "and places that are no nuclei"
 COLUMNS = (
     "file",
     "mask",
@@ -52,6 +55,14 @@ def wrong_objects(model: Model, sample: Sample, mpp: float, least_um: float) -> 
     return found
 
 
+def drawn_places(sample: Sample, mpp: float, n: int, least_um: float) -> Float64:
+    """Return at most `n` places (N, 2) of an image that lie at least `least_um` from every annotated nucleus."""
+    height, width = sample.load_image().shape[:2]
+    rng = np.random.default_rng(zlib.crc32(sample.stem.encode()))
+    places = rng.uniform((0, 0), (width, height), (50 * n, 2))
+    return places[KDTree(sample.load_points().xy).query(places)[0] * mpp >= least_um][:n]
+
+
 def copy_sample(sample: Sample, extra: Float64, out: Path) -> tuple[str, str, int]:
     """Copy an image and its points, with the extra ones; returns both paths in `out`, and the number of points."""
     image, points = f"images/{sample.image_path.name}", f"points/{sample.stem}.csv"
@@ -68,12 +79,11 @@ def copy_sample(sample: Sample, extra: Float64, out: Path) -> tuple[str, str, in
 @click.command()
 @click.argument("dataset", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--weights", "weights", multiple=True, required=True, help="Weights of a model of outlines; may be given again."
-)
+@click.option("--weights", "weights", multiple=True, help="Weights of a model of outlines; may be given again.")
+@click.option("--drawn", default=0, help="Places to draw in each image.")
 @click.option("--least-um", default=5.0, show_default=True, help="Least distance from an annotated nucleus.")
-def main(dataset: Path, output: Path, weights: tuple[str, ...], least_um: float) -> None:
-    """Write DATASET again with the objects that are no nuclei."""
+def main(dataset: Path, output: Path, weights: tuple[str, ...], drawn: int, least_um: float) -> None:
+    """Write DATASET again with places that are no nuclei."""
     for folder in ("images", "points"):
         (output / folder).mkdir(parents=True, exist_ok=True)
     models = [cellslide.load_model(weights=path) for path in weights]
@@ -84,7 +94,8 @@ def main(dataset: Path, output: Path, weights: tuple[str, ...], least_um: float)
         for s in (s for s in read_dataset(dataset).samples if s.split != "test"):
             if s.mpp is None:
                 raise click.ClickException(f"{s.image_path}: mpp is empty in the manifest")
-            extra = np.concatenate([wrong_objects(model, s, s.mpp, least_um) for model in models])
+            found = [wrong_objects(model, s, s.mpp, least_um) for model in models]
+            extra = np.concatenate([*found, drawn_places(s, s.mpp, drawn, least_um)] if drawn else found)
             image, points, n = copy_sample(s, extra, output)
             height, width = s.load_image().shape[:2]
             rows.writerow(
@@ -100,10 +111,10 @@ def main(dataset: Path, output: Path, weights: tuple[str, ...], least_um: float)
                     height,
                     n,
                     licence,
-                    "and objects that are no nuclei",
+                    NOTE,
                 ]
             )
-            click.echo(f"{s.stem}: {len(extra)} objects that are no nuclei, {n} points")
+            click.echo(f"{s.stem}: {len(extra)} places that are no nuclei, {n} points")
     for model in models:
         model.close()
 
