@@ -18,7 +18,7 @@ from scipy import ndimage
 from cellslide.config import InferConfig, OutputConfig, SegmentConfig, TissueConfig
 from cellslide.inference.segmenter import open_segmenter
 from cellslide.inference.stream import Detector
-from cellslide.pipeline import run_slide
+from cellslide.pipeline import segment_slide
 from cellslide.slides.inputs import SlideInput
 from cellslide.types import HoverMaps, Instances, ModelSpec, NoOutput, RunRecord, UInt8
 from tests.fakes import fake_model
@@ -92,4 +92,4 @@ def segment_lattice(path: Path, out: Path, formats: tuple[str, ...], tile_px: in
     with open_segmenter(fake_model(tile_px=tile_px), config) as segmenter:
         engine = LatticeEngine(segmenter.spec)
         with Detector(engine, 0) as detector:
-            return run_slide(SlideInput(path, slide_id=path.stem), replace(segmenter, detector=detector), out)[0]
+            return segment_slide(SlideInput(path, slide_id=path.stem), replace(segmenter, detector=detector), out)[0]

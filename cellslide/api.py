@@ -26,8 +26,7 @@ from cellslide.errors import PixelSizeError, UsageError
 from cellslide.progress import IDLE, Progress, Watch
 
 if TYPE_CHECKING:
-    from cellslide.classify import Classifier
-    from cellslide.classify.columns import Rule
+    from cellslide.classify import Classifier, SlideClassifier
     from cellslide.classify.decision import GateRule
     from cellslide.classify.targets import Target
     from cellslide.embed import Embedder
@@ -39,10 +38,9 @@ if TYPE_CHECKING:
     from cellslide.slides.inputs import SlideInput
     from cellslide.slides.slide import Slide
     from cellslide.store.cell_table import CellTable
-    from cellslide.types import Cells, Float32, RunRecord, UInt8
+    from cellslide.types import Cells, Float32, UInt8
     from cellslide.weights import LoadedClassifier, LoadedModel, WeightsEntry
     from cellslide.weights.muse import LoadedMuse
-    from cellslide.weights.organs import Organ
 
 Task: TypeAlias = Literal["segment", "detect", "classify", "backbone"]
 PathLike: TypeAlias = str | Path
@@ -132,6 +130,18 @@ class Model:
         self._require("classify")
         model, weights = self.asked
         return open_classifier(self.loaded, replace(config, model=model, weights=weights, infer=self.infer))
+
+    def slide_classifier(
+        self, config: ClassifyConfig, rule: GateRule = "mix", abstain: float | None = None
+    ) -> SlideClassifier:
+        """Return the network on its device with the rule that decides; raises UsageError for one that does not fit."""
+        from cellslide.batch.work import organ_finder
+        from cellslide.classify import SlideClassifier
+        from cellslide.classify.rule_settings import RuleSettings
+
+        classifier = self.classifier(config)
+        decided_by = RuleSettings(rule, abstain=abstain).rule(classifier.spec)
+        return SlideClassifier(classifier, decided_by, organ_finder(classifier.spec, config.organ))
 
     def embedder(self, config: EmbedConfig) -> Embedder:
         """Return the network on its device, to embed cells with these settings."""
@@ -256,19 +266,20 @@ def segment(
     config = _segment_config(mpp, tissue, roi, tile_px, formats, overwrite)
     slide = _slide_input(source)  # type: ignore[arg-type]
     with _opened(model, "segment") as finder:
-        segment_into(slide, finder.segmenter(config), Path(out), _watch(progress))
-    return _finished(Path(out) / slide.slide_id, slide)
+        return _run(slide, finder.segmenter(config), None, Path(out), progress)
 
 
-def segment_into(slide: SlideInput, segmenter: Segmenter, out: Path, watch: Watch = IDLE) -> RunRecord:
-    """Find the nuclei of one slide and say which tiles failed, if some did; raises as `pipeline.segment_slide`."""
-    from cellslide.pipeline import segment_slide
+def _run(
+    slide: SlideInput, segmenter: Segmenter, by: SlideClassifier | None, out: Path, progress: Progress | None
+) -> CellTable:
+    """Find the nuclei of one slide, type them where there is a classifier, and say which tiles failed, if some did."""
+    from cellslide.pipeline import run_slide
 
-    record = segment_slide(slide, segmenter, out, watch)
+    record, _ = run_slide(slide, segmenter, by, out, _watch(progress))
     if record.failed_tiles:
         first, counts = record.failed_tiles[0], record.counts
         log.warning("%s: %d of %d tiles failed: %s", slide.path, counts.tiles_failed, counts.tiles, first.error)
-    return record
+    return _finished(out / slide.slide_id, slide)
 
 
 def _segment_image(image: UInt8, mpp: float | None, model: ModelLike, asked: Sequence[object]) -> Cells:
@@ -353,6 +364,7 @@ def classify(
     A table that is given open is closed: go on with the one returned. Other files of its folder are written anew.
     Raises UsageError for settings that do not fit, SlideError where the slide is not that of the cells, WeightsError.
     """
+    from cellslide.pipeline import classify_slide
     from cellslide.types import Cells
 
     if isinstance(cells, Cells):
@@ -363,50 +375,18 @@ def classify(
     target = _target(cells, slide)
     config = ClassifyConfig(mpp=mpp, organ=organ, output=_kept_output(target.folder, overwrite))
     with _opened(model, "classify") as typing:
-        classify_into(target, typing.classifier(config), rule, abstain, organ, _watch(progress))
+        classify_slide(target, typing.slide_classifier(config, rule, abstain), _watch(progress))
     return _finished(target.folder, target.source)
-
-
-def classify_into(
-    target: Target,
-    classifier: Classifier,
-    rule: GateRule,
-    abstain: float | None,
-    organ: str | None,
-    watch: Watch = IDLE,
-) -> RunRecord:
-    """Type the cells in a slide's folder; raises as `batch.run.classify_target`."""
-    from cellslide.batch.run import classify_target
-    from cellslide.weights.organs import find_organ
-
-    decided_by, spec = _rule(classifier, rule, abstain), classifier.spec
-    decided_by.check()
-
-    def organ_of(listed: str | None) -> Organ:
-        return find_organ(spec, listed if organ is None else organ)
-
-    return classify_target(target, classifier, decided_by, organ_of, watch)[0]
-
-
-def _rule(classifier: Classifier, rule: GateRule, abstain: float | None = None) -> Rule:
-    from cellslide.classify.columns import Rule
-    from cellslide.classify.decision import DecisionConfig
-
-    names = tuple(c.name for c in classifier.spec.classes)
-    return Rule(DecisionConfig(rule, abstain=abstain), classifier.spec.calibration, names)
 
 
 def _classify_cells(cells: Cells, model: Model, pixels: Any, organ: str | None, rule: GateRule) -> Cells:
     from cellslide.classify.cells import gather
     from cellslide.classify.decision import decide
-    from cellslide.weights.organs import find_organ
 
     with pixels as slide:
-        classifier = model.classifier(ClassifyConfig())
-        decided_by = _rule(classifier, rule)
-        decided_by.check()
-        found = gather(slide, cells.centroid_xy, find_organ(classifier.spec, organ).index, classifier)
-    return replace(cells, class_prob=decide(found, decided_by.decision, decided_by.calibration).prob)
+        by = model.slide_classifier(ClassifyConfig(organ=organ), rule)
+        found = gather(slide, cells.centroid_xy, by.find_organ(None).index, by.classifier)
+    return replace(cells, class_prob=decide(found, by.rule.decision, by.rule.calibration).prob)
 
 
 def run(
@@ -435,12 +415,9 @@ def run(
         raise UsageError("run: takes a slide; for an image in memory call segment, then classify")
     config, slide = _segment_config(mpp, tissue, roi, tile_px, formats, overwrite), _slide_input(source)
     typing = ClassifyConfig(mpp=mpp, organ=organ, roi=config.tissue.roi, output=config.output)
-    target, watch = _target_of(slide, Path(out)), _watch(progress)
     with _opened(model, "segment") as finder, _opened(classifier, "classify") as typist:
-        ready = typist.classifier(typing)
-        segment_into(slide, finder.segmenter(config), Path(out), watch)
-        classify_into(target, ready, rule, abstain, organ, watch)
-    return _finished(target.folder, slide)
+        by = typist.slide_classifier(typing, rule, abstain)
+        return _run(slide, finder.segmenter(config), by, Path(out), progress)
 
 
 @overload
@@ -472,8 +449,7 @@ def embed(
 
     The arguments are those of `classify`, and so are the errors; a table that is given open is closed.
     """
-    from cellslide.batch.run import embed_target
-    from cellslide.embed import embed_places
+    from cellslide.embed import embed_places, embed_target
     from cellslide.types import Cells
 
     if isinstance(cells, Cells):
@@ -588,9 +564,9 @@ def _scores_of_classes(model: Model, data: Dataset, split: str | None, classes: 
 
     if not classes.names:
         raise UsageError(f"{data.root}: its points have no classes, which a classifier is compared with")
-    classifier = model.classifier(ClassifyConfig())
-    predict = path_predictor(classifier, organ_by_text(classifier.spec))
-    return score_given(model.name, data, split, classes, predict, _rule(classifier, "mix"))[0]
+    by = model.slide_classifier(ClassifyConfig())
+    predict = path_predictor(by.classifier, organ_by_text(by.classifier.spec))
+    return score_given(model.name, data, split, classes, predict, by.rule)[0]
 
 
 def list_models(task: Task | None = None) -> tuple[WeightsEntry, ...]:

@@ -1,165 +1,244 @@
 """A slide in, a cell table out: the whole flow.
 
-slide -> plane -> tissue -> tiles -> (read, network, decode) -> cells -> parts on disk -> merge -> table -> files
+slide -> tissue, tiles -> network -> cells of tiles, kept on disk -> merged -> classifier -> table -> other formats
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from cellslide import __version__
-from cellslide.config import OutputConfig, SegmentConfig, TissueConfig
-from cellslide.errors import CellslideError, Interrupted, SlideError, TileError, UsageError, in_words
-from cellslide.formats.registry import FORMATS, export_table, find_formats, present_formats
-from cellslide.inference.segmenter import Segmenter, Setup, open_segmenter, resolved
-from cellslide.inference.stream import TileResult
-from cellslide.nuclei.merge import merge_stream, same_point_um, to_cells
+from cellslide.classify.columns import DecidedColumns, Rule
+from cellslide.classify.slide import (
+    SlideClassifier,
+    Typing,
+    classify_table,
+    note,
+    note_typing,
+    type_cells,
+    typed_store,
+)
+from cellslide.classify.store import PartialProbs
+from cellslide.classify.targets import Target, check_slide, open_target, require_cells
+from cellslide.config import SegmentConfig, TissueConfig
+from cellslide.errors import Interrupted, SlideError, TileError
+from cellslide.formats.files import write_formats, write_missing
+from cellslide.inference.search import (
+    TISSUE_FILE,
+    Layout,
+    count_tiles,
+    detect_tiles,
+    lay_out,
+    merged_cells,
+    read_tile,
+    to_part,
+    write_searched,
+)
+from cellslide.inference.segmenter import Segmenter, Setup, begin_record, open_segmenter
+from cellslide.nuclei.merge import merge_stream, same_point_um
 from cellslide.progress import IDLE, Watch
 from cellslide.slides.inputs import SlideInput
-from cellslide.slides.missing import missing_tissue
 from cellslide.slides.slide import Slide, open_slide, slide_from_array
-from cellslide.slides.tiles import TileGrid, fitting_grid, select_tiles
-from cellslide.slides.tissue import TissueMask, find_tissue, write_tissue
-from cellslide.store.atomic import remove_folder
-from cellslide.store.cell_table import CellTableWriter, open_table
+from cellslide.store.cell_table import CellTableWriter
 from cellslide.store.file_list import changed_sizes
 from cellslide.store.foreign_files import is_plain
-from cellslide.store.lock import hold
-from cellslide.store.recovery import restore
-from cellslide.store.run_record import (
-    TABLE,
-    describe_slide,
-    differences,
-    fingerprint,
-    now_utc,
-    other_slide,
-    peak_rss_bytes,
-    read_record,
-    write_record,
-)
-from cellslide.store.tile_checkpoint import PARTS_FOLDER, Parts, TilePart
-from cellslide.types import (
-    Cells,
-    FailedTile,
-    ModelSpec,
-    Plane,
-    RunRecord,
-    Seconds,
-    SlideInfo,
-    Tile,
-    UInt8,
-    WeightsRef,
-    concat,
-)
+from cellslide.store.run_record import TABLE, describe_slide, fingerprint, read_record, write_record
+from cellslide.store.slide_folder import find_finished, held, recorded_run, refuse_other_slide
+from cellslide.store.tile_checkpoint import Parts
+from cellslide.types import Cells, ModelSpec, RunRecord, Seconds, UInt8, concat
 from cellslide.weights import LoadedModel
+from cellslide.weights.organs import Organ
 
-TISSUE_FILE = "tissue.geojson"
-# A part is written after so many tiles or seconds: a killed run loses little, and a slide is not a thousand files.
-PART_TILES = 64
-PART_SECONDS = 20.0
-# Why a tile of the file is listed as failed, though nothing went wrong with reading it.
-MISSING = "missing in the file, inside the tissue"
+# The record of a slide, and whether it was complete before.
+Done = tuple[RunRecord, bool]
 
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where a slide is searched: the plane, the grid over it, the tissue (None: everywhere), the tiles in order.
-
-    missing  level-0 boxes of tiles inside the tissue that the file leaves out.
-    """
-
-    plane: Plane
-    grid: TileGrid
-    mask: TissueMask | None
-    tiles: list[Tile]
-    missing: tuple[tuple[float, float, float, float], ...] = ()
-
-
-def segment_slide(source: SlideInput, segmenter: Segmenter, out_dir: Path, watch: Watch = IDLE) -> RunRecord:
+def segment_slide(source: SlideInput, segmenter: Segmenter, out_dir: Path, watch: Watch = IDLE) -> Done:
     """Find every nucleus of one slide and write its folder `out_dir/<slide_id>`; goes on from tiles that are finished.
 
     Raises UsageError when the folder holds work done with other settings, Interrupted when asked to stop, SlideError
     when the slide cannot be read.
     """
-    return run_slide(source, segmenter, out_dir, watch)[0]
+    return run_slide(source, segmenter, None, out_dir, watch)
+
+
+def classify_slide(target: Target, by: SlideClassifier, watch: Watch = IDLE) -> Done:
+    """Type the cells in a slide's folder and write its files anew; goes on from cells that are typed.
+
+    Raises UsageError where there are no cells or they were typed with other settings, SlideError without the slide.
+    """
+    require_cells(target)
+    config, organ = by.classifier.config, by.find_organ(target.source.organ)
+    with open_target(target, config.mpp, config.allow_fluorescence) as slide, held(target.folder, watch) as watch:
+        check_slide(target, slide)
+        return classify_table(target.folder, slide, by.classifier, by.rule, organ, watch)
 
 
 def run_slide(
-    source: SlideInput, segmenter: Segmenter, out_dir: Path, watch: Watch = IDLE, *, tiles_only: bool = False
-) -> tuple[RunRecord, bool]:
-    """Do what `segment_slide` does; also tell whether the slide was complete before.
+    source: SlideInput,
+    segmenter: Segmenter,
+    by: SlideClassifier | None,
+    out_dir: Path,
+    watch: Watch = IDLE,
+    *,
+    tiles_only: bool = False,
+) -> Done:
+    """Find the nuclei of one slide, type them where there is a classifier, and write each file of its folder once.
 
-    tiles_only  ends when the tiles are done and kept on disk; `write_slide` does the rest, in any process.
+    tiles_only  ends when the tiles are done and kept on disk; `type_slide` and `write_slide` do the rest, anywhere.
+    Nuclei that cannot be typed are written all the same, then the error is raised; others as `segment_slide`.
     """
-    folder, config, began = out_dir / source.slide_id, segmenter.config, time.perf_counter()
-    with open_source(source, config) as slide, held(folder, watch) as watch:
+    folder, setup, began = out_dir / source.slide_id, segmenter.setup, time.perf_counter()
+    organ = None if by is None else by.find_organ(source.organ)
+    with open_source(source, setup.config) as slide, held(folder, watch) as watch:
         record = begin_record(describe_slide(slide.info), segmenter)
-        refuse_other_slide(folder, record, config.output.overwrite)
-        if earlier := finished(folder, record, config.output, watch):
-            if TISSUE_FILE in changed_sizes(folder):
-                write_searched(folder, lay_out(slide, segmenter), slide, config)
-                write_record(folder, earlier)
+        refuse_other_slide(folder, record, setup.config.output.overwrite)
+        if earlier := finished(slide, folder, record, setup):
+            if by is not None and organ is not None:
+                return classify_table(folder, slide, by.classifier, by.rule, organ, watch)
+            write_missing(folder, setup.config.output, earlier, watch, changed_sizes(folder))
             return earlier, True
-        parts = Parts.open(folder, fingerprint(record), config.output.overwrite)
-        with recorded_run(record, folder, segmenter, began):
-            layout = lay_out(slide, segmenter)
-            write_searched(folder, layout, slide, config)
+        parts, typing = Parts.open(folder, fingerprint(record), setup.config.output.overwrite), None
+        with recorded_run(record, folder, segmenter.peak_device_bytes, began):
+            layout = lay_out(slide, setup)
+            record.searched_mm2 = write_searched(folder, layout, slide, setup.config)
+            found = Found(slide, folder, setup, layout, parts, record)
             detect_tiles(slide, layout, segmenter, parts, record, watch)
             if tiles_only:
                 return record, False
-            write_cells(folder, slide.info, layout, segmenter, parts, record, watch)
-            write_formats(folder, with_present(folder, config.output), record, watch)
-        if record.status == "done":
-            parts.remove()
+            if by is not None and organ is not None:
+                typing = found.type_or_error(by, organ, watch)
+            found.write(typing, None if by is None else by.rule, watch)
+        found.forget(typing)
+    if isinstance(typing, Exception):
+        raise typing
     return record, False
 
 
-def write_slide(source: SlideInput, setup: Setup, out_dir: Path, watch: Watch = IDLE) -> RunRecord:
-    """Write the cells of a slide whose tiles `run_slide` has done, here or on another machine; needs no network.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A slide whose nuclei are found: where it was searched, its tiles on disk, its record."""
 
-    Raises SlideError when the tiles are not there, Interrupted when asked to stop.
-    """
-    folder, config, began = out_dir / source.slide_id, setup.config, time.perf_counter()
-    record = read_record(folder)
-    if record is None:
-        raise SlideError(f"{folder}: no tiles are done here; run the same command again")
-    if record.status == "done":
-        return record  # Written by a process that died before it could tell.
-    record.status, record.error, record.counts.nuclei = "running", None, 0
-    with open_source(source, config) as slide, held(folder, watch) as watch:
-        parts = Parts.open(folder, fingerprint(record))
-        with recorded_run(record, folder, setup, began):
-            layout = lay_out(slide, setup)
-            count_tiles(layout, parts, record)
-            write_cells(folder, slide.info, layout, setup, parts, record, watch)
-            write_formats(folder, with_present(folder, config.output), record, watch)
-        if record.status == "done":
-            parts.remove()
-    return record
+    slide: Slide
+    folder: Path
+    setup: Setup
+    layout: Layout
+    parts: Parts
+    record: RunRecord
+
+    def merged(self) -> Iterator[Cells]:
+        """Yield the cells in their final order."""
+        return merged_cells(self.parts, self.layout, self.setup.spec)
+
+    def type(self, by: SlideClassifier, organ: Organ, watch: Watch) -> Typing:
+        """Run the classifier on the cells; what it says is kept on disk."""
+        places = [np.asarray(cells.centroid_xy, np.float64) for cells in self.merged()]
+        xy = np.concatenate([np.empty((0, 2)), *places])
+        return type_cells(self.folder, xy, self.slide, by.classifier, organ, watch)
+
+    def type_or_error(self, by: SlideClassifier, organ: Organ, watch: Watch) -> Typing | Exception:
+        """Return what `type` does, or why it cannot; raises Interrupted."""
+        try:
+            return self.type(by, organ, watch)
+        except Interrupted:
+            raise
+        except Exception as error:
+            return error
+
+    def write(self, typing: Typing | Exception | None, rule: Rule | None, watch: Watch) -> None:
+        """Merge the cells and write `cells.zarr`, in one pass and bounded memory, then the other formats."""
+        columns = None
+        if isinstance(typing, Typing) and rule is not None:
+            store, settings = typed_store(self.folder, typing), typing.settings
+            columns = DecidedColumns(store.block, rule.for_organ(settings["organ_trained"]), settings["organ"])
+            note_typing(self.record, typing)
+        watch.progress.stage("merge")
+        spec, classes = self.setup.spec, typing.spec.classes if isinstance(typing, Typing) else None
+        writer = CellTableWriter(
+            self.folder / TABLE, self.slide.info, spec, None if columns is None else columns.block, classes
+        )
+        seconds = self.record.seconds
+        try:
+            for cells in timed(self.merged(), seconds):
+                start = time.perf_counter()
+                writer.append(cells)
+                seconds.write += time.perf_counter() - start
+                self.record.counts.nuclei += len(cells)
+                watch.check()
+            start = time.perf_counter()
+            writer.flush()
+            self.record.status = "done_with_errors" if self.record.failed_tiles else "done"
+            if columns is not None and isinstance(typing, Typing):
+                note(self.record, columns, typing.settings)
+                columns.name_projected(writer.group)
+            writer.close(self.record)
+            seconds.write += time.perf_counter() - start
+        except BaseException:
+            writer.abort()
+            raise
+        write_formats(self.folder, self.setup.config.output, self.record, watch, "cells")
+
+    def forget(self, typing: Typing | Exception | None) -> None:
+        """Delete what was kept for a run that goes on; called when the record tells that the slide is complete."""
+        if isinstance(typing, Typing):
+            PartialProbs.discard(self.folder)
+        if self.record.status == "done":
+            self.parts.remove()
 
 
 @contextmanager
-def held(folder: Path, watch: Watch) -> Iterator[Watch]:
-    """Hold a slide's folder, put right what a killed run left in it, and yield the watch that also heeds the lock.
+def reopened(source: SlideInput, setup: Setup, out_dir: Path, watch: Watch) -> Iterator[tuple[Found, Watch]]:
+    """Yield a slide whose tiles `run_slide` has done, here or on another machine, and the watch of its folder.
 
-    Raises BusyError when another run works there.
+    Raises SlideError when the tiles are not there.
     """
-    with hold(folder, watch.check) as lock:
-        restore(folder)
-        yield replace(watch, lock=lock.check)
+    folder = out_dir / source.slide_id
+    record = read_record(folder)
+    if record is None:
+        raise SlideError(f"{folder}: no tiles are done here; run the same command again")
+    with open_source(source, setup.config) as slide, held(folder, watch) as watch:
+        parts = Parts.open(folder, fingerprint(record))
+        layout = lay_out(slide, setup)
+        count_tiles(layout, parts, record)
+        yield Found(slide, folder, setup, layout, parts, record), watch
+
+
+def type_slide(source: SlideInput, setup: Setup, by: SlideClassifier, out_dir: Path, watch: Watch = IDLE) -> Typing:
+    """Type the nuclei of a slide whose tiles `run_slide` has done; raises as `reopened` and `classify_slide`."""
+    organ = by.find_organ(source.organ)
+    with reopened(source, setup, out_dir, watch) as (found, watch):
+        return found.type(by, organ, watch)
+
+
+def write_slide(
+    source: SlideInput,
+    setup: Setup,
+    out_dir: Path,
+    watch: Watch = IDLE,
+    typing: Typing | None = None,
+    rule: Rule | None = None,
+) -> RunRecord:
+    """Write the files of a slide whose tiles `run_slide` has done, and `type_slide` has typed; needs no network.
+
+    Raises SlideError when the tiles are not there, Interrupted when asked to stop.
+    """
+    began, record = time.perf_counter(), read_record(out_dir / source.slide_id)
+    if record is not None and record.status == "done":
+        return record  # Written by a process that died before it could tell.
+    with reopened(source, setup, out_dir, watch) as (found, watch):
+        found.record.status, found.record.error = "running", None
+        found.record.counts.nuclei = found.record.counts.rejected = 0
+        with recorded_run(found.record, found.folder, lambda: 0, began):
+            found.write(typing, rule, watch)
+        found.forget(typing)
+    return found.record
 
 
 def segment_array(model: LoadedModel | Segmenter, image: UInt8, mpp: float, config: SegmentConfig) -> Cells:
@@ -174,7 +253,7 @@ def segment_array(model: LoadedModel | Segmenter, image: UInt8, mpp: float, conf
             return segment_array(segmenter, image, mpp, config)
     slide = slide_from_array(image, mpp)
     everywhere = replace(model, config=replace(model.config, tissue=TissueConfig(enabled=False)))
-    layout = lay_out(slide, everywhere)
+    layout = lay_out(slide, everywhere.setup)
     results = model.detector.run(partial(read_tile, slide, layout.plane), layout.tiles, Seconds())
     parts = [to_part(result, layout, slide.info) for result in results]
     for part in parts:
@@ -194,248 +273,16 @@ def open_source(source: SlideInput, config: SegmentConfig) -> Slide:
     return open_slide(source.path, given, how, source.slide_id, source.local, config.allow_fluorescence)
 
 
-def begin_record(slide: dict[str, Any], segmenter: Segmenter) -> RunRecord:
-    """Return the record of a run that starts now on a slide, as `describe_slide` tells of it, its settings resolved."""
-    spec, engine, config = segmenter.spec, segmenter.engine, segmenter.config
-    return RunRecord(
-        cellslide_version=__version__,
-        status="running",
-        slide=slide,
-        config=resolved(config, spec),
-        weights=[WeightsRef(spec.weights_id, spec.weights_sha256, spec.licence)],
-        device=engine.device,
-        engine=engine.name,
-        precision=engine.precision,
-        seed=config.infer.seed,
-        started=now_utc(),
-    )
-
-
-def refuse_other_slide(folder: Path, record: RunRecord, overwrite: bool) -> None:
-    """Raise UsageError where a folder holds the work of another slide of the same name; warn where that is given up."""
-    if not (folder / TABLE).is_dir() and not (folder / PARTS_FOLDER).is_dir():
-        return
-    try:
-        words = other_slide(read_record(folder), record.slide)
-    except SlideError:
-        return  # What is no record is answered where it is needed.
-    if words and overwrite:
-        log.warning("%s: %s; its results are replaced", folder, words)
-    elif words:
-        raise UsageError(f"{folder}: {words}; give another --output, or name both slides in one command")
-
-
-def finished(folder: Path, record: RunRecord, output: OutputConfig, watch: Watch = IDLE) -> RunRecord | None:
-    """Return the record of a slide that is complete, after making formats that are asked for and missing; else None.
+def finished(slide: Slide, folder: Path, record: RunRecord, setup: Setup) -> RunRecord | None:
+    """Return the record of a slide whose nuclei are complete; what was searched is written again where it is gone.
 
     Raises UsageError, naming the differences, when the slide was done with other settings.
     """
-    earlier = None if output.overwrite else read_record(folder)
-    if earlier is None or earlier.status != "done" or not (folder / TABLE).is_dir():
-        return None
-    if words := differences(fingerprint(earlier), fingerprint(record)):
-        raise UsageError(f"{folder}: done with other settings ({words}); --overwrite starts anew")
-    changed = changed_sizes(folder)
-    if TABLE in changed and not _replaced_since(folder, earlier):
-        log.warning("%s: %s is not as it was written; the slide is done again", folder, TABLE)
-        return None
-    write_missing(folder, output, earlier, watch, changed)
-    remove_folder(folder / PARTS_FOLDER)  # A run that was killed at its very end left it.
+    earlier = None if setup.config.output.overwrite else find_finished(folder, record)
+    if earlier is not None and TISSUE_FILE in changed_sizes(folder):
+        write_searched(folder, lay_out(slide, setup), slide, setup.config)
+        write_record(folder, earlier)
     return earlier
-
-
-def _replaced_since(folder: Path, record: RunRecord) -> bool:
-    """Tell whether a table is newer than its record: who typed or read its cells was killed before it wrote that."""
-    try:
-        with open_table(folder / TABLE) as table:
-            kept = table.run
-    except CellslideError:
-        return False
-    return any(kept.config.get(name) != record.config.get(name) for name in ("classify", "embed"))
-
-
-def write_missing(
-    folder: Path, output: OutputConfig, record: RunRecord, watch: Watch, damaged: Sequence[str] = ()
-) -> None:
-    """Write the formats that are asked for and not there, and anew those that other flags have made.
-
-    damaged  names of files that are not as they were written; they are made again, too.
-    """
-    missing = {format.name for format in find_formats(output.formats) if not format.is_in(folder)}
-    again = {format.name for format in FORMATS.values() for file in damaged if fnmatch(file, format.files)}
-    if again:
-        log.warning("%s: %s not as written; made again", folder, ", ".join(sorted(damaged)))
-        missing |= again
-    earlier = record.config.get("output", {})
-    asked = {flag: getattr(output, flag) for format in FORMATS.values() for flag in format.shaped_by}
-    changed = {flag for flag, value in asked.items() if earlier.get(flag, value) != value}
-    outdated = {format.name for format in present_formats(folder) if changed.intersection(format.shaped_by)}
-    wanted = tuple(name for name in FORMATS if name in missing | outdated)
-    if wanted:
-        write_formats(folder, replace(output, formats=wanted), record, watch)
-    if changed:
-        record.config = {**record.config, "output": {**earlier, **asked}}
-    if changed or wanted:
-        write_record(folder, record)
-
-
-@contextmanager
-def recorded_run(record: RunRecord, folder: Path, segmenter: Segmenter | Setup, began: float) -> Iterator[None]:
-    """Keep `run.json` true: "running" now, at the end complete, or how it stopped and why."""
-    write_record(folder, record)
-    try:
-        yield
-    except BaseException as error:
-        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
-        record.status = "interrupted" if stopped else "failed"
-        record.error = None if stopped else in_words(error)
-        # On a disk that is full or gone this fails too; what went wrong first is what counts.
-        with suppress(OSError):
-            close_record(record, folder, segmenter, began)
-        raise
-    close_record(record, folder, segmenter, began)
-
-
-def close_record(record: RunRecord, folder: Path, segmenter: Segmenter | Setup, began: float) -> None:
-    """Fill in what is known at the end, and write `run.json`."""
-    record.finished = now_utc()
-    record.seconds.total += time.perf_counter() - began
-    record.peak_rss_bytes = max(record.peak_rss_bytes, peak_rss_bytes())
-    record.peak_device_bytes = max(record.peak_device_bytes, segmenter.peak_device_bytes())
-    write_record(folder, record)
-
-
-def lay_out(slide: Slide, segmenter: Segmenter | Setup) -> Layout:
-    """Decide where to search: the plane at the model's pixel size, its tissue and the tiles that meet it."""
-    spec, config = segmenter.spec, segmenter.config
-    tissue, tiles = config.tissue, config.tiles
-    plane = Plane.of(slide.info, spec.mpp)
-    step = None if config.infer.engine == "onnx" else spec.multiple_px
-    grid = fitting_grid(plane, tiles.size_px or spec.tile_px, tiles.overlap_px or 0, step)
-    everywhere = not tissue.enabled and tissue.roi is None
-    mask = None if everywhere else find_tissue(slide, tissue)
-    return Layout(plane, grid, mask, select_tiles(grid, mask), _missing(slide, plane, mask, tissue))
-
-
-def _missing(
-    slide: Slide, plane: Plane, mask: TissueMask | None, tissue: TissueConfig
-) -> tuple[tuple[float, float, float, float], ...]:
-    """Return what the file leaves out of the tissue that is to be searched, on the level that is read."""
-    level, gaps = slide.best_level(plane), slide.reader.header.missing
-    if not gaps or not gaps[level].is_gap.any():
-        return ()
-    found = mask if mask is not None and tissue.enabled and tissue.mask is None else find_tissue(slide, TissueConfig())
-    return tuple(box for box in missing_tissue(slide, level, found) if mask is None or mask.near(box))
-
-
-def write_searched(folder: Path, layout: Layout, slide: Slide, config: SegmentConfig) -> None:
-    """Write `tissue.geojson`: the regions that are searched."""
-    mask = layout.mask or find_tissue(slide, replace(config.tissue, enabled=False))
-    write_tissue(mask, folder / TISSUE_FILE, slide.info, config.output.geojson_origin)
-
-
-def read_tile(slide: Slide, plane: Plane, tile: Tile) -> UInt8:
-    """Return the pixels of a tile's read box, uint8 (H, W, 3)."""
-    return slide.read_plane(plane, tile.read_xyxy)
-
-
-def to_part(result: TileResult, layout: Layout, info: SlideInfo) -> TilePart:
-    """Return what a tile gave in level-0 pixels: what it answers for, and only inside what is to be searched.
-
-    Without the second rule, how far beyond the tissue nuclei are found would depend on the tile size.
-    """
-    tile, instances = result.tile, result.instances
-    if instances is None:
-        return TilePart(tile.index, None, 0, result.error)
-    cells = to_cells(instances, tile, layout.plane, info)
-    if layout.mask is not None:
-        cells = cells.take(layout.mask.contains(cells.centroid_xy))
-    return TilePart(tile.index, cells, len(instances))
-
-
-def detect_tiles(
-    slide: Slide, layout: Layout, segmenter: Segmenter, parts: Parts, record: RunRecord, watch: Watch
-) -> None:
-    """Find the nuclei of all tiles that are not finished yet and keep them in `parts`; fills counts and failed tiles.
-
-    Raises Interrupted when asked to stop, SlideError when not one tile could be done.
-    """
-    done = parts.done()
-    todo = [tile for tile in layout.tiles if tile.index not in done]
-    watch.progress.begin(slide.info.slide_id, len(layout.tiles), len(layout.tiles) - len(todo))
-    results = segmenter.detector.run(partial(read_tile, slide, layout.plane), todo, record.seconds)
-    try:
-        with closing(results):
-            keep_parts(results, layout, slide.info, parts, watch)
-    except CellslideError:
-        watch.check()  # A signal to the whole group ends the decoding processes too; that is a stop, not a failure.
-        raise
-    finally:
-        count_tiles(layout, parts, record)
-    if layout.tiles and record.counts.tiles_failed == len(layout.tiles):
-        raise SlideError(
-            f"{slide.info.path}: not one of {len(layout.tiles)} tiles could be done; {record.failed_tiles[0].error}"
-        )
-
-
-def keep_parts(results: Iterator[TileResult], layout: Layout, info: SlideInfo, parts: Parts, watch: Watch) -> None:
-    """Write results to `parts` as they come, in groups; also those at hand when something stops the run."""
-    group: list[TilePart] = []
-    written = time.monotonic()
-    try:
-        for result in results:
-            group.append(to_part(result, layout, info))
-            watch.progress.advance(group[-1].n_raw)
-            watch.check()
-            if len(group) >= PART_TILES or time.monotonic() - written > PART_SECONDS:
-                parts.add(group)
-                group, written = [], time.monotonic()
-    finally:
-        parts.add(group)
-
-
-def count_tiles(layout: Layout, parts: Parts, record: RunRecord) -> None:
-    """Fill in the record what the tiles gave."""
-    failed = parts.failed()
-    corner = {
-        t.index: layout.plane.to_level0(np.array([t.read_xyxy[:2]]))[0] for t in layout.tiles if t.index in failed
-    }
-    record.failed_tiles = [FailedTile(int(corner[i][0]), int(corner[i][1]), error) for i, error in failed.items()]
-    record.failed_tiles += [FailedTile(int(box[0]), int(box[1]), MISSING) for box in layout.missing]
-    record.counts.tiles, record.counts.tiles_failed = len(layout.tiles), len(failed)
-    record.counts.tiles_missing = len(layout.missing)
-    record.counts.tiles_empty, record.counts.nuclei_raw = parts.n_empty, parts.n_raw
-
-
-def write_cells(
-    folder: Path,
-    info: SlideInfo,
-    layout: Layout,
-    segmenter: Segmenter | Setup,
-    parts: Parts,
-    record: RunRecord,
-    watch: Watch,
-) -> None:
-    """Merge the parts and write `cells.zarr`, in one pass and bounded memory."""
-    watch.progress.stage("merge")
-    if gone := {t.index for t in layout.tiles} - parts.done() - parts.failed().keys():
-        raise SlideError(f"{folder}: {len(gone)} finished tiles are not there any more; run the same command again")
-    writer = CellTableWriter(folder / TABLE, info, segmenter.spec)
-    merged = merge_stream(parts.stream(t.index for t in layout.tiles), layout.grid, same_point_um(segmenter.spec))
-    try:
-        for cells in timed(merged, record.seconds):
-            start = time.perf_counter()
-            writer.append(cells)
-            record.seconds.write += time.perf_counter() - start
-            record.counts.nuclei += len(cells)
-            watch.check()
-        record.status = "done_with_errors" if record.failed_tiles else "done"
-        start = time.perf_counter()
-        writer.close(record)
-        record.seconds.write += time.perf_counter() - start
-    except BaseException:
-        writer.abort()
-        raise
 
 
 def timed(cells: Iterator[Cells], seconds: Seconds) -> Iterator[Cells]:
@@ -446,23 +293,6 @@ def timed(cells: Iterator[Cells], seconds: Seconds) -> Iterator[Cells]:
         yield chunk
         start = time.perf_counter()
     seconds.merge += time.perf_counter() - start
-
-
-def with_present(folder: Path, output: OutputConfig) -> OutputConfig:
-    """Return the settings with the formats added that lie there already, which a new table makes outdated."""
-    there = (format.name for format in present_formats(folder))
-    return replace(output, formats=tuple(dict.fromkeys((*output.formats, *there))))
-
-
-def write_formats(folder: Path, output: OutputConfig, record: RunRecord, watch: Watch) -> None:
-    """Write the other formats from the table."""
-    watch.progress.stage("write")
-    start = time.perf_counter()
-    with open_table(folder / TABLE) as table:
-        for name in output.formats:
-            watch.check()
-            export_table(table, folder, [name], output.geojson_origin, output.profile)
-    record.seconds.write += time.perf_counter() - start
 
 
 def no_cells(spec: ModelSpec) -> Cells:

@@ -452,6 +452,15 @@ class Seconds:
     total: float = 0.0
 
 
+@dataclass(slots=True)
+class BatchSize:
+    """Items in one pass of a network, as really used: tiles, local crops, contexts; None where there were none."""
+
+    tiles: int | None = None
+    local: int | None = None
+    context: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class WeightsRef:
     """The weights a run used."""
@@ -486,6 +495,8 @@ class RunRecord:
     started: str
     finished: str | None = None
     counts: Counts = field(default_factory=Counts)
+    searched_mm2: float | None = None
+    batch_size: BatchSize = field(default_factory=BatchSize)
     failed_tiles: list[FailedTile] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)
     peak_rss_bytes: int = 0

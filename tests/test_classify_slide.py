@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellslide.classify import classify_cells, classify_slide, regate_slide
+from cellslide.classify import classify_cells, classify_table, regate_slide
 from cellslide.classify.decision import NOT_NUCLEUS, DecisionConfig, decide
 from cellslide.classify.slide import choose_cells, read_places, spec_of_record
 from cellslide.classify.store import FOLDER, PartialProbs
@@ -77,7 +77,7 @@ def stored(folder: Path) -> PathProbs:
 
 
 def test_the_table_says_what_was_decided_and_from_what(folder: Path, slide: Slide) -> None:
-    record, skipped = classify_slide(folder, slide, classifier(), rule(abstain=0.9), BREAST)
+    record, skipped = classify_table(folder, slide, classifier(), rule(abstain=0.9), BREAST)
     assert not skipped
     table = open_table(folder / "cells.zarr")
     assert table.class_names == NAMES
@@ -118,22 +118,22 @@ def typed_slide(table: CellTable, slide: Slide) -> PathProbs:
 def test_a_run_killed_when_the_table_was_replaced_needs_no_network_to_end(folder: Path, slide: Slide) -> None:
     names = ("run.json", "cells.geojson.gz", "cells.csv.gz")
     before = {name: (folder / name).read_bytes() for name in names}
-    ended, _ = classify_slide(folder, slide, classifier(), rule(), BREAST)
+    ended, _ = classify_table(folder, slide, classifier(), rule(), BREAST)
     typed = (folder / "cells.geojson.gz").read_bytes()
     for name, content in before.items():
         (folder / name).write_bytes(content)
     module = FakeNuClass()
-    record, skipped = classify_slide(folder, slide, classifier(module), rule(), BREAST)
+    record, skipped = classify_table(folder, slide, classifier(module), rule(), BREAST)
     assert not skipped and set(module.seen.values()) == {0}
     assert record.config["classify"] == ended.config["classify"] and record.weights == ended.weights
     assert (folder / "cells.geojson.gz").read_bytes() == typed != before["cells.geojson.gz"]
-    assert classify_slide(folder, slide, classifier(), rule(), BREAST)[1]
+    assert classify_table(folder, slide, classifier(), rule(), BREAST)[1]
 
 
 def test_the_record_names_the_classifier_and_segment_still_knows_its_work(folder: Path, slide: Slide) -> None:
     before = read_record(folder)
     assert before is not None
-    classify_slide(folder, slide, classifier(), rule(), BREAST)
+    classify_table(folder, slide, classifier(), rule(), BREAST)
     after = read_record(folder)
     assert after is not None and after.status == "done"
     assert [w.id for w in after.weights] == ["fake", "fake-classifier"]
@@ -149,7 +149,7 @@ def test_the_record_names_the_classifier_and_segment_still_knows_its_work(folder
 def test_other_formats_are_written_anew(folder: Path, slide: Slide) -> None:
     import gzip
 
-    classify_slide(folder, slide, classifier(), rule(), BREAST)
+    classify_table(folder, slide, classifier(), rule(), BREAST)
     regate_slide(folder, rule(abstain=float(np.median(obs(folder, "class_prob")))), OUTPUT)
     features = json.loads(gzip.decompress((folder / "cells.geojson.gz").read_bytes()))["features"]
     abstained, names = obs(folder, "abstained"), obs(folder, "class")
@@ -165,23 +165,23 @@ def test_other_formats_are_written_anew(folder: Path, slide: Slide) -> None:
 
 
 def test_the_same_again_is_skipped_and_other_settings_are_refused(folder: Path, slide: Slide) -> None:
-    classify_slide(folder, slide, classifier(), rule(), BREAST)
+    classify_table(folder, slide, classifier(), rule(), BREAST)
     c = classifier()
-    assert classify_slide(folder, slide, c, rule(), BREAST)[1]
+    assert classify_table(folder, slide, c, rule(), BREAST)[1]
     assert c.module.seen["local"] == 0
     with pytest.raises(UsageError, match=r"organ: breast then, lung now.*--overwrite"):
-        classify_slide(folder, slide, c, rule(), Organ("lung", 1))
+        classify_table(folder, slide, c, rule(), Organ("lung", 1))
     anew = classifier(output=replace(OUTPUT, overwrite=True))
-    assert not classify_slide(folder, slide, anew, rule(), Organ("lung", 1))[1]
+    assert not classify_table(folder, slide, anew, rule(), Organ("lung", 1))[1]
     record = read_record(folder)
     assert record is not None and [w.id for w in record.weights] == ["fake", "fake-classifier"]
 
 
 def test_another_rule_needs_no_network(folder: Path, slide: Slide) -> None:
-    classify_slide(folder, slide, classifier(), rule(), BREAST)
+    classify_table(folder, slide, classifier(), rule(), BREAST)
     before = stored(folder)
     c = classifier()
-    _, skipped = classify_slide(folder, slide, c, rule("safe"), BREAST)
+    _, skipped = classify_table(folder, slide, c, rule("safe"), BREAST)
     assert not skipped and c.module.seen["local"] == 0
     assert_same(before, stored(folder))
     decision = decide(before, DecisionConfig("safe"), SPEC.calibration)
@@ -200,7 +200,7 @@ def test_cells_that_are_not_typed_cannot_be_decided(folder: Path) -> None:
 def test_a_rule_that_cannot_be_is_refused_before_the_network(folder: Path, slide: Slide) -> None:
     c = classifier()
     with pytest.raises(UsageError, match="--gate safe"):
-        classify_slide(folder, slide, c, rule("safe", Calibration()), BREAST)
+        classify_table(folder, slide, c, rule("safe", Calibration()), BREAST)
     assert c.module.seen["local"] == 0
 
 
@@ -225,16 +225,16 @@ def test_a_stopped_slide_goes_on_to_the_same_bits(
     monkeypatch.setattr("cellslide.classify.engine.BATCHES_AT_ONCE", 2)
     whole = tmp_path / "whole"
     shutil.copytree(folder, whole)
-    classify_slide(whole, slide, classifier(), rule(), BREAST)
+    classify_table(whole, slide, classifier(), rule(), BREAST)
     run_json = (folder / "run.json").read_bytes()
     stop = StopAfter(3)
     with pytest.raises(Interrupted):
-        classify_slide(folder, slide, classifier(), rule(), BREAST, Watch(stop, stop))
+        classify_table(folder, slide, classifier(), rule(), BREAST, Watch(stop, stop))
     assert (folder / FOLDER).is_dir() and (folder / "run.json").read_bytes() == run_json
     with pytest.raises(UsageError, match="organ: breast then, lung now"):
-        classify_slide(folder, slide, classifier(), rule(), Organ("lung", 1))
+        classify_table(folder, slide, classifier(), rule(), Organ("lung", 1))
     c = classifier()
-    classify_slide(folder, slide, c, rule(), BREAST)
+    classify_table(folder, slide, c, rule(), BREAST)
     assert 0 < c.module.seen["local"] < len(obs(folder, "gate"))
     assert not (folder / FOLDER).exists()
     assert_same(stored(whole), stored(folder))
@@ -256,7 +256,7 @@ def test_only_some_cells(folder: Path, slide: Slide, tmp_path: Path) -> None:
         np.testing.assert_array_equal(few, choose_cells(xy, slide, config(sample=0.5, max_cells=5)))
         other = config(max_cells=5, infer=replace(INFER, seed=1))
         assert not np.array_equal(few, choose_cells(xy, slide, other))
-    classify_slide(folder, slide, classifier(max_cells=5), rule(), BREAST)
+    classify_table(folder, slide, classifier(max_cells=5), rule(), BREAST)
     chosen = obs(folder, "class") >= 0
     assert chosen.sum() == 5
     for name in ("class_prob", "gate"):
@@ -269,7 +269,7 @@ def test_only_some_cells(folder: Path, slide: Slide, tmp_path: Path) -> None:
 
 def test_classes_are_projected(folder: Path, slide: Slide) -> None:
     taxonomy = Taxonomy("t", np.array([[1], [0]], np.float32), ("Tumour",))
-    record, _ = classify_slide(folder, slide, classifier(), rule(taxonomy=taxonomy), BREAST)
+    record, _ = classify_table(folder, slide, classifier(), rule(taxonomy=taxonomy), BREAST)
     prob = obsm(folder, "prob")
     np.testing.assert_allclose(obs(folder, "mass_lost"), prob[:, 1], atol=1e-6)
     np.testing.assert_allclose(obsm(folder, "prob_projected")[:, 0], prob[:, 0], atol=1e-6)
@@ -282,7 +282,7 @@ def test_a_table_without_cells_is_typed(tmp_path: Path) -> None:
     with open_segmenter(fake_model(), settings) as segmenter:
         segment_slide(SlideInput(tmp_path / "e.tif", slide_id="e"), segmenter, tmp_path)
     with open_slide(tmp_path / "e.tif") as slide:
-        record, _ = classify_slide(tmp_path / "e", slide, classifier(), rule(), BREAST)
+        record, _ = classify_table(tmp_path / "e", slide, classifier(), rule(), BREAST)
     assert record.config["classify"]["counts"]["typed"] == 0
     assert obsm(tmp_path / "e", "prob_local").shape == (0, 2)
 
@@ -307,7 +307,7 @@ def test_the_store_keeps_rows_and_refuses_other_settings(tmp_path: Path) -> None
 def test_an_organ_that_was_not_trained_abstains_more_and_says_so(folder: Path, slide: Slide) -> None:
     strict = rule(calibration=Calibration(abstain_unseen=1.0, accuracy_unseen=0.7))
     kidney = Organ("kidney", -1, trained=False)
-    record, _ = classify_slide(folder, slide, classifier(), strict, kidney)
+    record, _ = classify_table(folder, slide, classifier(), strict, kidney)
     typing = record.config["classify"]
     assert (typing["organ"], typing["organ_trained"]) == ("kidney", False)
     assert typing["rule"]["calibration"]["abstain"] == 1.0
@@ -316,7 +316,7 @@ def test_an_organ_that_was_not_trained_abstains_more_and_says_so(folder: Path, s
         organ = table.column("organ")
     assert isinstance(organ, Categorical) and organ.names == ("kidney",)
     # The same again changes nothing, and another rule keeps the strictness.
-    assert classify_slide(folder, slide, classifier(), strict, kidney)[1]
+    assert classify_table(folder, slide, classifier(), strict, kidney)[1]
     again = regate_slide(folder, replace(strict, decision=DecisionConfig("local")), OUTPUT)
     assert again.config["classify"]["counts"]["abstained"] == again.config["classify"]["counts"]["typed"]
     # What the user asks for counts more.
@@ -326,14 +326,14 @@ def test_an_organ_that_was_not_trained_abstains_more_and_says_so(folder: Path, s
 
 def test_a_trained_organ_abstains_as_ever(folder: Path, slide: Slide) -> None:
     strict = rule(calibration=Calibration(abstain_unseen=1.0))
-    record, _ = classify_slide(folder, slide, classifier(), strict, BREAST)
+    record, _ = classify_table(folder, slide, classifier(), strict, BREAST)
     assert record.config["classify"]["organ_trained"] is True
     assert record.config["classify"]["counts"]["abstained"] == 0
 
 
 def test_what_is_no_nucleus_stays_in_the_table_and_in_no_count(folder: Path, slide: Slide) -> None:
     rejecting = replace(rule("local"), classes=("pink", NOT_NUCLEUS))
-    record, _ = classify_slide(folder, slide, classifier(), rejecting, BREAST)
+    record, _ = classify_table(folder, slide, classifier(), rejecting, BREAST)
     is_nucleus, n = obs(folder, "is_nucleus").astype(bool), len(obs(folder, "cell_id"))
     np.testing.assert_array_equal(is_nucleus, obs(folder, "class") == 0)
     wrong = int((~is_nucleus).sum())

@@ -24,10 +24,10 @@ from cellslide.batch.dask.paths import absolute
 from cellslide.batch.dask.retries import guarded
 from cellslide.batch.dask.scheduler import over_cluster
 from cellslide.batch.dask.stages import Handed, Job, Stage, StageEnd, do_stage
+from cellslide.batch.executor import Inline, choose_executor
 from cellslide.batch.run import STOPPING, SlideOutcome
-from cellslide.batch.worker_jobs import SegmentWork
+from cellslide.batch.work import SegmentWork, SlideWork
 from cellslide.classify.targets import Target
-from cellslide.cli.cluster import place_of
 from cellslide.cli.main import cli
 from cellslide.config import InferConfig, SegmentConfig, TissueConfig
 from cellslide.errors import CellslideError, Interrupted, SlideError, UsageError
@@ -47,7 +47,7 @@ distributed = pytest.importorskip("distributed", reason="Dask is not installed: 
 CONFIG = SegmentConfig(
     tissue=TissueConfig(enabled=False), infer=InferConfig(device="cpu", workers=0, precision="fp32", batch_size=1)
 )
-JOB = Job("run", SegmentWork(CONFIG, None, load_deadly))
+JOB = Job("run", SlideWork(SegmentWork(CONFIG, load_deadly)))
 CENTRES = [(60, 60), (180, 120), (300, 200)]
 
 
@@ -320,7 +320,7 @@ def test_a_stage_says_whose_fault_it_is(here: None, tmp_path: Path, monkeypatch:
     assert other.fatal[1] == 3 and "worker on" in other.fatal[0]
     unseen = do_stage(Stage.FIND, target(slide.path, tmp_path / "elsewhere"), JOB, Handed())
     assert unseen.fatal[1] == 3 and "--output" in unseen.fatal[0]
-    wrong = replace(JOB, run_id="wrong", segment=replace(JOB.segment, load=_no_weights))
+    wrong = replace(JOB, run_id="wrong", work=SlideWork(SegmentWork(CONFIG, _no_weights)))
     assert do_stage(Stage.FIND, there, wrong, Handed()).fatal == (f"no weights (worker on {os.uname().nodename})", 2)
     monkeypatch.setattr(stages, "run_slide", _hiccup)
     with pytest.raises(OSError, match="stale"):
@@ -383,11 +383,11 @@ def test_visible_devices_and_cores_are_those_granted(monkeypatch: pytest.MonkeyP
 
 
 def test_where_the_work_goes() -> None:
-    assert place_of(None, None, ("cpu",)) is None
-    with pytest.raises(UsageError, match="give one"):
-        place_of("tcp://a:1", 2, ("cpu",))
+    assert choose_executor(("cpu",)) == Inline("cpu")
+    with pytest.raises(UsageError, match="--jobs and --scheduler"):
+        choose_executor(("cpu",), "tcp://a:1", 2)
     with pytest.raises(UsageError, match="--device"):
-        place_of(None, 2, ("cuda:0", "cuda:1"))
+        choose_executor(("cuda:0", "cuda:1"), None, 2)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cellslide.classify import classify_slide
+from cellslide.classify import classify_table
 from cellslide.config import OutputConfig, SegmentConfig, TileConfig
 from cellslide.errors import Interrupted, UsageError
 from cellslide.inference.segmenter import open_segmenter
@@ -53,7 +53,7 @@ def run(
     slide: PaintedSlide, out: Path, kind: ModelKind, config: SegmentConfig = BASE, watch: Watch | None = None
 ) -> tuple[RunRecord, CellTable]:
     with open_segmenter(detector(kind), config) as segmenter:
-        record = segment_slide(SlideInput(slide.path, slide_id="s"), segmenter, out, watch or Watch())
+        record, _ = segment_slide(SlideInput(slide.path, slide_id="s"), segmenter, out, watch or Watch())
     return record, open_table(out / "s" / "cells.zarr")
 
 
@@ -189,7 +189,7 @@ def test_a_classifier_types_what_a_detector_found(slide: PaintedSlide, tmp_path:
     embedding, uuid = before.matrix("embedding"), before.vector("uuid")
     color = true_colors(slide, before)
     with open_slide(slide.path) as opened:
-        classify_slide(tmp_path / "s", opened, classifier(), rule(), BREAST)
+        classify_table(tmp_path / "s", opened, classifier(), rule(), BREAST)
     after = open_table(tmp_path / "s" / "cells.zarr")
     assert after.kind == kind
     np.testing.assert_array_equal(after.matrix("embedding"), embedding)

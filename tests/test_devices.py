@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from cellslide.batch.worker_jobs import SegmentWork, on_device
+from cellslide.batch.work import SegmentWork, on_device
 from cellslide.batch.workers import over_devices
 from cellslide.cli.main import cli
 from cellslide.config import InferConfig, parse_devices
@@ -43,7 +43,7 @@ def test_wrong_devices_are_usage(text: str) -> None:
 
 
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cellslide.batch.worker_jobs.available_cpus", lambda: 9)
+    monkeypatch.setattr("cellslide.batch.work.available_cpus", lambda: 9)
     assert on_device(InferConfig(), "cuda:1", 2) == InferConfig(device="cuda:1", workers=4)
     assert on_device(InferConfig(workers=3), "cpu", 16).workers == 3
 
@@ -54,7 +54,7 @@ def load_fake(*arguments: object) -> LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class FakeSegmentWork(SegmentWork):
-    """Segments with the fake network."""
+    """Segments with the fake network, also where another process opens it."""
 
     load: object = load_fake
 
@@ -64,7 +64,7 @@ def test_two_devices_give_the_bytes_of_one(tmp_path: Path, monkeypatch: pytest.M
         paint_slide(tmp_path / f"s{k}.tif", 200, 160, 0.5, [(50 + 20 * k, 60), (120, 90)], 7.0, (1,))
     (tmp_path / "bad.tif").write_bytes(b"no slide")
     monkeypatch.setattr("cellslide.weights.load_model", load_fake)
-    monkeypatch.setattr("cellslide.batch.worker_jobs.SegmentWork", FakeSegmentWork)
+    monkeypatch.setattr("cellslide.batch.work.SegmentWork", FakeSegmentWork)
     lines: dict[str, dict[str, object]] = {}
     for out, device in (("one", "cpu"), ("two", "cpu,cpu")):
         if out == "two":

@@ -14,17 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellslide import pipeline
-from cellslide.batch.run import SlideOutcome, StopOnSignal, segment_slides
+from cellslide.batch.run import SlideOutcome, StopOnSignal
 from cellslide.errors import UsageError, trouble
+from cellslide.inference import search
 from cellslide.inference.segmenter import open_segmenter
-from cellslide.pipeline import run_slide
+from cellslide.pipeline import segment_slide
 from cellslide.store.cell_table import CellTableWriter, open_table
 from cellslide.store.run_record import read_record
 from tests.conftest import CHECKOUT
 from tests.fakes import fake_model
 from tests.painted import PaintedSlide, grid_centres, paint_slide
-from tests.test_pipeline import BASE, assert_same, columns, segment, source
+from tests.test_pipeline import BASE, assert_same, columns, segment, segment_slides, source
 
 ROUNDS = os.environ.get("CELLSLIDE_KILL_RUNS", "6")
 
@@ -98,7 +98,7 @@ def test_a_disk_that_fails_is_told_in_words_and_what_was_done_stays(
             raise OSError(number, os.strerror(number))
         real(*args, **arrays)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline, "PART_TILES", 1)
+    monkeypatch.setattr(search, "PART_TILES", 1)
     monkeypatch.setattr(np, "savez", full)
     first = tried(slide, tmp_path)
     words = {errno.ENOSPC: "the disk is full", errno.EROFS: "--output", errno.EIO: "goes on from here"}[number]
@@ -174,12 +174,12 @@ def test_files_that_other_flags_shaped_are_made_anew(slide: PaintedSlide, tmp_pa
     for config, wanted in ((lean, False), (full, True), (full, False), (lean, True)):
         before = stamp(tmp_path / "s" / "cells.csv.gz")
         with open_segmenter(model, config) as segmenter:
-            run_slide(source(slide.path), segmenter, tmp_path)
+            segment_slide(source(slide.path), segmenter, tmp_path)
         after = stamp(tmp_path / "s" / "cells.csv.gz")
         assert before == 0 or (before != after) == wanted
     other = replace(BASE, tissue=replace(BASE.tissue, enabled=True))
     with open_segmenter(model, other) as segmenter, pytest.raises(UsageError, match="config.tissue.enabled"):
-        run_slide(source(slide.path), segmenter, tmp_path)
+        segment_slide(source(slide.path), segmenter, tmp_path)
 
 
 def stamp(path: Path) -> int:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from cellslide.config import InferConfig
 from cellslide.errors import MissingDependencyError, UsageError, WeightsError
-from cellslide.inference.device import available_cpus, batch_limit, resolve_device, resolve_precision
+from cellslide.inference.device import available_cpus, resolve_device, resolve_precision
+from cellslide.inference.micro_batches import auto_batch_size
 from cellslide.inference.torch_engine import TorchEngine, output_names
 from cellslide.models.cellvta import CellVTA, CellVTAConfig
 from cellslide.types import DetectDecode, HoverMaps, Instances, NoOutput, UInt8
@@ -234,7 +235,7 @@ def test_devices_that_are_not_there_and_names_that_are_none() -> None:
 def test_defaults_on_the_cpu() -> None:
     cpu = torch.device("cpu")
     assert resolve_precision("auto", cpu) == "fp32" and resolve_precision("bf16", cpu) == "bf16"
-    assert (batch_limit(256, cpu), batch_limit(1024, cpu)) == (2, 1)
+    assert (auto_batch_size("tile", 256, cpu), auto_batch_size("tile", 1024, cpu)) == (2, 1)
     assert available_cpus() >= 1
 
 

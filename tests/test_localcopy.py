@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from cellslide.batch.local_copy import PREFIX, LocalCopies, done_before, local_targets, pieces_of, remove_left
-from cellslide.batch.run import segment_slides
+from cellslide.batch.local_copy import PREFIX, LocalCopies, pieces_of, remove_left
+from cellslide.batch.work import SegmentWork, SlideWork, do_slide
 from cellslide.classify.targets import Target
 from cellslide.config import InferConfig, OutputConfig, SegmentConfig, TissueConfig
 from cellslide.errors import Interrupted
@@ -144,9 +144,9 @@ def test_copies_change_no_result_and_done_slides_are_not_copied(
     with open_segmenter(fake_model(), config) as segmenter:
         for out, copies in (("plain", None), ("staged", LocalCopies(tmp_path / "stage", 0))):
             for status in ("done", "skipped"):
-                targets = [Target(source, tmp_path / out / "s")]
-                with local_targets(targets, copies, Watch(), done_before("segment", False)) as stream:
-                    (outcome,) = segment_slides((t.source for t in stream), segmenter, tmp_path / out)
+                work = SlideWork(SegmentWork(config), copies=copies)
+                with work.local(Target(source, tmp_path / out / "s"), Watch()) as target:
+                    outcome = do_slide(target, segmenter, None)
                 assert (outcome.status, outcome.cells) == (status, 1)
         # The page of the run with a copy is made from the copy, while it is there.
         plain, staged = read_from

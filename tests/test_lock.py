@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from cellslide.batch.run import segment_slides
 from cellslide.errors import BusyError, CellslideError, Interrupted
 from cellslide.inference.segmenter import open_segmenter
 from cellslide.store import lock
@@ -22,7 +21,7 @@ from cellslide.store.recovery import put_back, restore
 from tests.conftest import CHECKOUT
 from tests.fakes import fake_model
 from tests.painted import paint_slide
-from tests.test_pipeline import BASE, source
+from tests.test_pipeline import BASE, segment_slides, source
 
 
 def files(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from cellslide import pipeline
-from cellslide.batch.run import SlideOutcome, StopOnSignal, exit_code, in_shard, plan, segment_slides
+from cellslide.batch.plan import plan
+from cellslide.batch.run import SlideOutcome, StopOnSignal, exit_code, in_shard
+from cellslide.batch.work import do_slide
+from cellslide.classify.targets import Target
 from cellslide.config import InferConfig, OutputConfig, SegmentConfig, TileConfig, TissueConfig
-from cellslide.errors import Interrupted, SlideError, TileError, UsageError
+from cellslide.errors import CellslideError, Interrupted, SlideError, TileError, UsageError
+from cellslide.inference.search import lay_out
 from cellslide.inference.segmenter import Segmenter, open_segmenter, resolve_tiles
 from cellslide.inference.torch_engine import TorchEngine
 from cellslide.models.cellvta import CellVTA
-from cellslide.pipeline import lay_out, segment_array, segment_slide
-from cellslide.progress import Silent, Watch
+from cellslide.pipeline import segment_array, segment_slide
+from cellslide.progress import IDLE, Silent, Watch
 from cellslide.slides.inputs import SlideInput
 from cellslide.slides.slide import Slide, slide_from_array
 from cellslide.store.cell_table import CellTable, open_table
@@ -72,11 +76,16 @@ def source(path: Path) -> SlideInput:
 
 
 def segment(
-    path: Path, out: Path, config: SegmentConfig = BASE, model: LoadedModel | None = None, watch: Watch = pipeline.IDLE
+    path: Path, out: Path, config: SegmentConfig = BASE, model: LoadedModel | None = None, watch: Watch = IDLE
 ) -> tuple[RunRecord, CellTable]:
     with open_segmenter(model or fake_model(), config) as segmenter:
-        record = segment_slide(source(path), segmenter, out, watch)
+        record, _ = segment_slide(source(path), segmenter, out, watch)
     return record, open_table(out / path.stem / "cells.zarr")
+
+
+def segment_slides(sources: list[SlideInput], segmenter: Segmenter, out: Path) -> Iterator[SlideOutcome]:
+    """Yield how each slide of a run ends."""
+    return (do_slide(Target(source, out / source.slide_id), segmenter, None) for source in sources)
 
 
 def columns(table: CellTable) -> dict[str, np.ndarray]:
@@ -252,7 +261,11 @@ def test_the_record_says_what_was_done(slide: PaintedSlide, tmp_path: Path) -> N
         "tiles_missing": 0,
         "nuclei_raw": record.counts.nuclei_raw,
         "nuclei": table.n,
+        "rejected": 0,
+        "abstained": 0,
     }
+    assert content["batch_size"] == {"tiles": 2, "local": None, "context": None}
+    assert content["searched_mm2"] == pytest.approx(1101 * 803 * 0.25 / 1e6, abs=1e-6)
     assert record.counts.nuclei_raw > table.n
     assert (content["slide"]["width"], content["slide"]["height"], content["slide"]["mpp"]) == (1101, 803, 0.5)
     assert content["config"]["tiles"] == {"size_px": 256, "overlap_px": 64}
@@ -460,7 +473,7 @@ class NoDevice(FakeMask):
     """A network whose device is gone."""
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        raise pipeline.CellslideError("device lost")
+        raise CellslideError("device lost")
 
 
 def test_an_error_of_the_network_fails_the_slide_with_its_words(slide: PaintedSlide, tmp_path: Path) -> None:
@@ -514,6 +527,6 @@ def test_segmenter_is_usable_twice(slide: PaintedSlide, tmp_path: Path) -> None:
     config = replace(BASE, infer=replace(BASE.infer, workers=1))
     with open_segmenter(fake_model(), config) as segmenter:
         assert isinstance(segmenter, Segmenter) and isinstance(segmenter.engine, TorchEngine)
-        a = segment_slide(source(slide.path), segmenter, tmp_path / "a")
-        b = segment_slide(source(slide.path), segmenter, tmp_path / "b")
+        a, _ = segment_slide(source(slide.path), segmenter, tmp_path / "a")
+        b, _ = segment_slide(source(slide.path), segmenter, tmp_path / "b")
     assert a.counts == b.counts

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cellslide.classify import classify_slide
+from cellslide.classify import classify_table
 from cellslide.cli.main import cli
 from cellslide.config import SegmentConfig, TissueConfig
 from cellslide.errors import UsageError
@@ -61,7 +61,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with open_segmenter(fake_model(), settings) as segmenter:
         segment_slide(SlideInput(root / "s.tif", slide_id="s"), segmenter, root)
     with open_slide(root / "s.tif") as slide:
-        classify_slide(root / "s", slide, classifier(), rule("local", abstain=0.7), BREAST)
+        classify_table(root / "s", slide, classifier(), rule("local", abstain=0.7), BREAST)
     write_report(root / "s")
     return root
 

@@ -15,7 +15,7 @@ import pytest
 import zarr
 from click.testing import CliRunner
 
-from cellslide.classify import classify_slide
+from cellslide.classify import classify_table
 from cellslide.cli.main import cli
 from cellslide.config import OutputConfig, SegmentConfig, TissueConfig
 from cellslide.errors import UsageError
@@ -69,7 +69,7 @@ def test_a_finished_slide_agrees(done: Path) -> None:
 
 def test_a_typed_slide_agrees(folder: Path, done: Path) -> None:
     with open_slide(done.parent.parent / "s.tif") as slide:
-        classify_slide(folder, slide, classifier(), rule(abstain=0.9), BREAST)
+        classify_table(folder, slide, classifier(), rule(abstain=0.9), BREAST)
     verdict = verify_folder(folder)
     assert verdict.faults == []
     assert "cells.csv.gz" in verdict.checked

@@ -45,7 +45,7 @@ def use_fakes() -> None:
     """Put the fake networks in place of those that ship, and write a part every second tile."""
     import torch
 
-    import cellslide.pipeline
+    import cellslide.inference.search
     import cellslide.weights
     import cellslide.weights.classifier
     from tests.fake_classifier import fake_loaded
@@ -54,7 +54,7 @@ def use_fakes() -> None:
     torch.set_num_threads(1)
     cellslide.weights.load_model = lambda *args: fake_model()
     cellslide.weights.classifier.load_classifier = lambda *args: fake_loaded()  # type: ignore[assignment,return-value]
-    cellslide.pipeline.PART_TILES = 2
+    cellslide.inference.search.PART_TILES = 2
     for name in ("segment", "classify", "export"):
         __import__(f"cellslide.cli.{name}")
 

@@ -11,11 +11,10 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
@@ -30,8 +29,6 @@ PREFIX = "cellslide-stage-"
 # Left free on the local disk, for what else needs it.
 RESERVE_BYTES = 1 << 30
 PIECE_BYTES = 16 << 20
-
-IsDone = Callable[[Target], bool]
 
 log = logging.getLogger(__name__)
 
@@ -130,38 +127,25 @@ def remove_left(folder: Path, is_running: Callable[[int], bool] = psutil.pid_exi
             shutil.rmtree(left, ignore_errors=True)
 
 
-def local_targets(
-    targets: Iterable[Target], copies: LocalCopies | None, watch: Watch, is_done: IsDone
-) -> AbstractContextManager[Iterator[Target]]:
-    """Give the slides one by one, each with its local copy while it is worked on; `copies` None changes nothing.
+@contextmanager
+def local_target(target: Target, copies: LocalCopies | None, watch: Watch) -> Iterator[Target]:
+    """Yield a slide with its local copy while it is worked on; `copies` None changes nothing. Raises Interrupted."""
+    if copies is None:
+        yield target
+        return
+    with copies.of(target.source, watch) as source:
+        yield replace(target, source=source)
 
-    A slide that is done is not copied: opening it where it lies is quicker. Raises Interrupted when asked to stop.
+
+def is_done(target: Target, typed: bool) -> bool:
+    """Tell whether nothing is left to do on a slide, as far as its folder shows: opening it where it lies is quicker.
+
+    Errors cost time only.
     """
-    return closing(_one_by_one(targets, copies, watch, is_done))
-
-
-def _one_by_one(
-    targets: Iterable[Target], copies: LocalCopies | None, watch: Watch, is_done: IsDone
-) -> Generator[Target, None, None]:
-    for target in targets:
-        if copies is None or is_done(target):
-            yield target
-            continue
-        with copies.of(target.source, watch) as source:
-            yield replace(target, source=source)
-
-
-def done_before(what: Literal["segment", "classify"], overwrite: bool) -> IsDone:
-    """Return what tells whether nothing is left to do on a slide, as far as its folder shows; errors cost time only."""
-
-    def is_done(target: Target) -> bool:
-        try:
-            record = read_record(target.folder)
-        except (CellslideError, OSError):
-            return False
-        found = record is not None and record.status in ("done", "done_with_errors")
-        if record is None or not found or overwrite:
-            return False
-        return "classify" in record.config if what == "classify" else record.status == "done"
-
-    return is_done
+    try:
+        record = read_record(target.folder)
+    except (CellslideError, OSError):
+        return False
+    if record is None or record.status not in ("done", "done_with_errors"):
+        return False
+    return "classify" in record.config if typed else record.status == "done"

@@ -128,7 +128,7 @@ def _described(row: Row, record: RunRecord, folder: Path) -> Row:
     return replace(
         row,
         cells=counts.nuclei if found else None,
-        tissue_mm2=_tissue_mm2(folder),
+        tissue_mm2=record.searched_mm2,
         tiles=counts.tiles,
         tiles_failed=counts.tiles_failed + counts.tiles_missing,
         typed=tally.get("typed"),
@@ -150,16 +150,6 @@ def _described(row: Row, record: RunRecord, folder: Path) -> Row:
 def _organ(typing: Mapping[str, Any]) -> str:
     organ = str(typing.get("organ") or "")
     return f"{organ} (not trained)" if typing.get("organ_trained") is False else organ
-
-
-def _tissue_mm2(folder: Path) -> float | None:
-    """Return the area that was searched, as `tissue.geojson` states it (mm²); None where it does not."""
-    try:
-        features = read_json(folder / "tissue.geojson")["features"]
-        areas = [float(f["properties"]["measurements"]["area mm2"]) for f in features]
-    except (OSError, CellslideError, ValueError, KeyError, TypeError):
-        return None
-    return round(sum(areas), 6)
 
 
 def write_row(out_dir: Path, row: Row) -> None:

@@ -40,6 +40,10 @@ log = logging.getLogger(__name__)
 class Work(Protocol):
     """What is done with each slide; pickled, then opened in each process."""
 
+    @property
+    def stages(self) -> int:
+        """How often the progress of a slide begins."""
+
     def open(self, device: str, processes: int) -> AbstractContextManager[Handle]:
         """Open the model on a device, one of so many processes, and give what does one slide."""
 

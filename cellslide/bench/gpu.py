@@ -23,10 +23,10 @@ from cellslide.bench.read import write_tiled
 from cellslide.bench.rows import BenchOptions, Row, Target, row, timed
 from cellslide.config import ClassifyConfig, InferConfig
 from cellslide.inference.device import available_cpus, resolve_device
+from cellslide.inference.search import read_tile
 from cellslide.inference.stream import Detector, default_workers
 from cellslide.inference.torch_engine import Engine, TileOutput, TorchEngine
 from cellslide.models import layers
-from cellslide.pipeline import read_tile
 from cellslide.slides.slide import Slide, open_slide
 from cellslide.slides.tiles import tile_grid
 from cellslide.types import Float64, HoverDecode, ModelSpec, Plane, Seconds, UInt8

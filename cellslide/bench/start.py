@@ -17,8 +17,8 @@ from pathlib import Path
 from cellslide.bench.read import tissue
 from cellslide.bench.rows import Row, Target, row
 from cellslide.config import SegmentConfig, TissueConfig
+from cellslide.inference.search import lay_out, read_tile
 from cellslide.inference.segmenter import load_segmenter
-from cellslide.pipeline import lay_out, read_tile
 from cellslide.slides.slide import slide_from_array
 from cellslide.types import Seconds
 from cellslide.weights import LoadedModel, load_model

@@ -96,7 +96,7 @@ def segmented(maps: HoverMaps, size_px: int, folder: Path, workers: int = 1) -> 
     model = LoadedModel(SPEC, nn.Identity(), WeightsEntry("drawn", "segment", "drawn", file="none"))
     begin = cpu_seconds()
     with Segmenter(model, config, Detector(DrawnMaps(SPEC, maps), workers)) as segmenter:
-        record = segment_slide(SlideInput(file, slide_id=file.stem), segmenter, folder / "out")
+        record, _ = segment_slide(SlideInput(file, slide_id=file.stem), segmenter, folder / "out")
     return record.counts.tiles, cpu_seconds() - begin
 
 

@@ -6,14 +6,15 @@ writes the table, effects.py measures what each saving costs and changes.
 
 from cellslide.classify.cells import Work, classify_array, classify_cells, prepare
 from cellslide.classify.engine import Classifier, open_classifier
-from cellslide.classify.slide import classify_slide, regate_slide
+from cellslide.classify.slide import SlideClassifier, classify_table, regate_slide
 
 __all__ = [
     "Classifier",
+    "SlideClassifier",
     "Work",
     "classify_array",
     "classify_cells",
-    "classify_slide",
+    "classify_table",
     "open_classifier",
     "prepare",
     "regate_slide",

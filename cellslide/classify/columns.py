@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import zarr
 from numpy.typing import NDArray
 
 from cellslide.classify.decision import NOT_NUCLEUS, PATHS, Decision, DecisionConfig, decide
 from cellslide.classify.taxonomy import Taxonomy, project
-from cellslide.store.anndata_columns import Categorical, Column, Columns
+from cellslide.store.anndata_columns import Categorical, Column, Columns, write_values
 from cellslide.types import Bool, Calibration, Float32, Int64, PathProbs
 
 
@@ -71,6 +73,29 @@ def is_rejected(decision: Decision, names: tuple[str, ...]) -> Bool:
     if NOT_NUCLEUS not in names:
         return np.zeros(len(decision.class_index), np.bool_)
     return np.asarray((decision.class_index == names.index(NOT_NUCLEUS)) & ~decision.abstained, np.bool_)
+
+
+class DecidedColumns:
+    """What a rule makes of typed cells, as columns of the table, block by block; `tally` counts what came.
+
+    read   gives the probabilities of rows [start, stop), and which rows are known.
+    organ  word of the column `organ`.
+    """
+
+    def __init__(self, read: Callable[[int, int], tuple[PathProbs, Bool]], rule: Rule, organ: str) -> None:
+        self.read, self.rule, self.organ, self.tally = read, rule, organ, Tally()
+
+    def block(self, start: int, stop: int) -> Columns:
+        """Return the columns of rows [start, stop); each row is to be asked for once."""
+        probs, known = self.read(start, stop)
+        columns = decided(probs, known, self.rule, self.tally)
+        organ = Categorical(np.where(known, 0, -1).astype(np.int8), (self.organ,))
+        return Columns({**columns.obs, "organ": organ}, columns.obsm)
+
+    def name_projected(self, group: zarr.Group) -> None:
+        """Write the names of the classes that were projected to, where there are such."""
+        if self.rule.taxonomy is not None:
+            write_values(group, "uns/projected_names", self.rule.taxonomy.names)
 
 
 def decided(probs: PathProbs, known: Bool, rule: Rule, tally: Tally) -> Columns:

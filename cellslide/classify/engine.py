@@ -21,15 +21,13 @@ from cellslide.classify.decision import temper
 from cellslide.config import ClassifyConfig
 from cellslide.errors import UsageError
 from cellslide.inference.crops import CropCutter, RegionRead, read_region
-from cellslide.inference.micro_batches import OnDevice
+from cellslide.inference.micro_batches import OnDevice, auto_batch_size
 from cellslide.slides.slide import Slide
 from cellslide.types import ClassifierSpec, CropSpec, Float32, Int64, PathProbs, Plane
 
 if TYPE_CHECKING:
     from cellslide.weights.classifier import LoadedClassifier
 
-CUDA_BATCH = 128
-CPU_BATCH_PX = 8 * 128 * 128
 # So many batches are one piece of work: little is lost when a run is killed, and the last batch fills up rarely.
 BATCHES_AT_ONCE = 8
 
@@ -64,7 +62,7 @@ class Classifier(OnDevice):
         super().__init__(config.infer, self.spec.mean, self.spec.std)
         module: Any = loaded.module.eval().to(self._device)
         self.module = module if self._device.type == "mps" else module.to(memory_format=torch.channels_last)
-        self.batch_size = config.infer.batch_size or _auto_batch(self.spec.local, self._device)
+        self.batch_size = config.infer.batch_size or auto_batch_size("crop", self.spec.local.input_px, self._device)
         self.has_global = config.paths == "both" and self.module.has_global
         self._local_path, self._context, self._fuse = self.module.local_path, self._context_vector, self._fusion
         if config.infer.compile:
@@ -247,12 +245,6 @@ def resolved_spec(loaded: LoadedClassifier, config: ClassifyConfig) -> Classifie
             f"--context-grid {config.context_grid}: must be a multiple of {step:g} px, the patch of {spec.name}"
         )
     return spec
-
-
-def _auto_batch(spec: CropSpec, device: torch.device) -> int:
-    if device.type == "cpu":
-        return max(1, min(8, CPU_BATCH_PX // spec.input_px**2))
-    return CUDA_BATCH if device.type == "cuda" else 8
 
 
 def _take(first: _Local, rows: Int64) -> _Local:

@@ -9,9 +9,9 @@ from cellslide.classify.targets import Target, open_target
 from cellslide.config import ClassifyConfig
 from cellslide.errors import UsageError
 from cellslide.formats.importers import Source, import_nuclei, load_alignment
-from cellslide.pipeline import held
 from cellslide.progress import IDLE
 from cellslide.store.run_record import differences, flatten, head_sha256, other_slide, plain, read_record
+from cellslide.store.slide_folder import held
 
 
 def import_cells(target: Target, config: ClassifyConfig) -> str:

@@ -5,29 +5,29 @@ table -> chosen cells -> regions, crops, network -> probabilities kept on disk -
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cellslide.classify.cells import Work, classify_cells, prepare
-from cellslide.classify.columns import Rule, Tally, decided
+from cellslide.classify.columns import DecidedColumns, Rule
 from cellslide.classify.engine import Classifier
 from cellslide.classify.store import PartialProbs
 from cellslide.config import ClassifyConfig, OutputConfig, TissueConfig
 from cellslide.errors import SlideError, UsageError
-from cellslide.formats.registry import present_formats
+from cellslide.formats.files import write_formats, write_missing
 from cellslide.inference.finite import NOT_FINITE
-from cellslide.pipeline import write_formats, write_missing
 from cellslide.progress import IDLE, Watch
 from cellslide.slides.slide import Slide
 from cellslide.slides.tissue import find_tissue
-from cellslide.store.anndata_columns import Categorical, Columns, write_values
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable, TableExtender, open_table
 from cellslide.store.file_list import changed_sizes
 from cellslide.store.run_record import (
@@ -35,12 +35,10 @@ from cellslide.store.run_record import (
     differences,
     flatten,
     head_sha256,
-    now_utc,
-    peak_rss_bytes,
     plain,
     read_record,
-    write_record,
 )
+from cellslide.store.slide_folder import close_record
 from cellslide.types import (
     Bool,
     Calibration,
@@ -63,15 +61,34 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Typing:
-    """What the network did on a slide's cells: its spec, its settings as `run.json` holds them, time and memory."""
+    """What the network did on a slide's cells: its spec, settings as `run.json` holds them, time, memory, batches.
+
+    batch_size  local crops and contexts in one pass, at the end.
+    """
 
     spec: ClassifierSpec
     settings: dict[str, Any]
     seconds: float
     peak_device_bytes: int
+    batch_size: tuple[int, int | None]
 
 
-def classify_slide(
+@dataclass(frozen=True, slots=True)
+class SlideClassifier:
+    """A classifier, the rule that decides from what it says, and what gives a slide's organ for the list's word."""
+
+    classifier: Classifier
+    rule: Rule
+    organ_of: Callable[[str | None], Organ]
+
+    def find_organ(self, listed: str | None) -> Organ:
+        """Return a slide's organ; raises UsageError for a word that is none, and for a rule that does not suit it."""
+        organ = self.organ_of(listed)
+        self.rule.for_organ(organ.trained).check()
+        return organ
+
+
+def classify_table(
     folder: Path, slide: Slide, classifier: Classifier, rule: Rule, organ: Organ, watch: Watch = IDLE
 ) -> tuple[RunRecord, bool]:
     """Type the cells of `folder/cells.zarr` from the pixels of `slide`; tells whether they were typed so before.
@@ -79,37 +96,48 @@ def classify_slide(
     Where the network's part is done, only the rule is applied anew. Raises UsageError when the folder holds work done
     with other settings, Interrupted when asked to stop (what is done is kept).
     """
-    typed = type_slide(folder, slide, classifier, rule, organ, watch)
+    typed = type_table(folder, slide, classifier, rule, organ, watch)
     if isinstance(typed, Typing):
         return write_typed(folder, typed, rule, classifier.config.output, watch), False
     return typed
 
 
-def type_slide(
+def type_table(
     folder: Path, slide: Slide, classifier: Classifier, rule: Rule, organ: Organ, watch: Watch = IDLE
 ) -> Typing | tuple[RunRecord, bool]:
-    """Do the network's part of `classify_slide` and keep what it says on disk; `write_typed` does the rest.
+    """Do the network's part of `classify_table` and keep what it says on disk; `write_typed` does the rest.
 
-    Where that part is done, return what `classify_slide` does.
+    Where that part is done, return what `classify_table` does.
     """
     rule = rule.for_organ(organ.trained)
     rule.check()
     with open_table(folder / TABLE) as table:
         record, settled = known_record(folder, table)
-        network = network_settings(table, classifier, organ)
+        xy = read_places(table)
+        network = network_settings(xy, classifier, organ)
         if not classifier.config.output.overwrite and (earlier := record.config.get("classify")):
             if words := differences(earlier["network"], network):
                 raise UsageError(f"{folder}: typed with other settings ({words}); --overwrite types it anew")
             return _decide_again(folder, record, rule, classifier.config.output, watch, settled)
-        xy = read_places(table)
+    return type_cells(folder, xy, slide, classifier, organ, watch)
+
+
+def type_cells(
+    folder: Path, xy: Float64, slide: Slide, classifier: Classifier, organ: Organ, watch: Watch = IDLE
+) -> Typing:
+    """Run the network on cells `xy` (N, 2), level-0 pixels, that it has not seen yet; keep in `folder` what it says.
+
+    Raises UsageError where other settings began it, Interrupted when asked to stop, SlideError without any number.
+    """
     began, config, spec = time.perf_counter(), classifier.config, classifier.spec
-    rows = choose_cells(xy, slide, config)
+    network, rows = network_settings(xy, classifier, organ), choose_cells(xy, slide, config)
     store = PartialProbs.open(folder, network, len(xy), len(spec.classes), config.output.overwrite)
     broken = run_network(slide, xy, rows, store, classifier, organ, watch)
     settings = {**describe(classifier, organ), "network": network}
     if broken:
         settings["not_finite"] = broken
-    return Typing(spec, settings, time.perf_counter() - began, classifier.peak_device_bytes())
+    batch_size = classifier.batch_size, classifier.context_batch if classifier.has_global else None
+    return Typing(spec, settings, time.perf_counter() - began, classifier.peak_device_bytes(), batch_size)
 
 
 def write_typed(folder: Path, typing: Typing, rule: Rule, output: OutputConfig, watch: Watch = IDLE) -> RunRecord:
@@ -125,14 +153,27 @@ def write_typed(folder: Path, typing: Typing, rule: Rule, output: OutputConfig, 
             if settled and record.config.get("classify", {}).get("network") == network:
                 return record  # Written by a process that died before it could tell.
             raise SlideError(f"{folder}: no typed cells are kept here; run the same command again")
-        store = PartialProbs.open(folder, network, len(table), len(typing.spec.classes))
-        record.seconds.classify = typing.seconds
+        store = typed_store(folder, typing)
+        note_typing(record, typing)
         watch.progress.stage("write")
-        write_columns(table, record, rule, _from_store(store, len(table)), typing.settings, typing.spec.classes)
+        columns = DecidedColumns(store.block, rule, typing.settings["organ"])
+        write_columns(table, record, columns, typing.settings, typing.spec.classes)
     finish(folder, record, output, began - typing.seconds, watch, typing.peak_device_bytes)
     # Last: until the record tells of it, a killed run needs what the network said.
     store.remove()
     return record
+
+
+def typed_store(folder: Path, typing: Typing) -> PartialProbs:
+    """Open what `type_cells` kept."""
+    network = typing.settings["network"]
+    return PartialProbs.open(folder, network, int(network["cells.n"]), len(typing.spec.classes))
+
+
+def note_typing(record: RunRecord, typing: Typing) -> None:
+    """Put into the record how long the network took and in what batches."""
+    record.seconds.classify = typing.seconds
+    record.batch_size.local, record.batch_size.context = typing.batch_size
 
 
 def known_record(folder: Path, table: CellTable) -> tuple[RunRecord, bool]:
@@ -158,7 +199,8 @@ def regate_slide(folder: Path, rule: Rule, output: OutputConfig, watch: Watch = 
         rule = rule.for_organ(settings.get("organ_trained"))
         rule.check()
         watch.progress.stage("write")
-        write_columns(table, record, rule, _from_table(table), settings, spec_of_record(folder, record).classes)
+        columns = DecidedColumns(partial(_from_table, table), rule, str(settings["organ"]))
+        write_columns(table, record, columns, settings, spec_of_record(folder, record).classes)
     finish(folder, record, output, began, watch, 0)
     return record
 
@@ -173,8 +215,8 @@ def _decide_again(
     return regate_slide(folder, rule, output, watch), False
 
 
-def network_settings(table: CellTable, classifier: Classifier, organ: Organ) -> dict[str, str]:
-    """Return what decides the stored probabilities, as flat text; equal settings may share typed cells."""
+def network_settings(xy: Float64, classifier: Classifier, organ: Organ) -> dict[str, str]:
+    """Return what decides the probabilities of cells `xy` (N, 2), as flat text; equal settings may share them."""
     config, spec = classifier.config, classifier.spec
     settings: dict[str, Any] = {
         name: getattr(config, name) for name in ("paths", "context_grid", "adaptive", "max_cells", "sample")
@@ -186,7 +228,7 @@ def network_settings(table: CellTable, classifier: Classifier, organ: Organ) -> 
     if config.adaptive is not None:
         settings["temperature_local"] = spec.calibration.temperature_local
     settings["roi"] = None if config.roi is None else head_sha256(config.roi)
-    settings["cells"] = {"n": len(table), "found": table.run.started}
+    settings["cells"] = {"n": len(xy), "found": hashlib.sha256(np.ascontiguousarray(xy).tobytes()).hexdigest()[:16]}
     return flatten(settings)
 
 
@@ -262,44 +304,35 @@ def in_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _from_store(store: PartialProbs, n: int) -> Iterator[tuple[PathProbs, Bool]]:
-    for start in range(0, max(n, 1), BLOCK_ROWS):
-        yield store.block(start, min(start + BLOCK_ROWS, n))
-
-
-def _from_table(table: CellTable) -> Iterator[tuple[PathProbs, Bool]]:
-    for start in range(0, max(len(table), 1), BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, len(table))
-        local, global_ = (table.matrix(name, start, stop) for name in ("prob_local", "prob_global"))
-        yield PathProbs(local, global_, table.vector("gate", start, stop)), ~np.isnan(local).any(axis=1)
+def _from_table(table: CellTable, start: int, stop: int) -> tuple[PathProbs, Bool]:
+    local, global_ = (table.matrix(name, start, stop) for name in ("prob_local", "prob_global"))
+    return PathProbs(local, global_, table.vector("gate", start, stop)), ~np.isnan(local).any(axis=1)
 
 
 def write_columns(
     table: CellTable,
     record: RunRecord,
-    rule: Rule,
-    blocks: Iterator[tuple[PathProbs, Bool]],
+    columns: DecidedColumns,
     settings: Mapping[str, Any],
     classes: tuple[ClassSpec, ...],
 ) -> None:
-    """Write the table anew with what `rule` decides of `blocks`; fills `record.config["classify"]` and the weights."""
-    tally, extender, organ = Tally(), TableExtender(table), str(settings["organ"])
+    """Write the table anew with what was decided; fills `record.config["classify"]` and the weights."""
+    extender, n = TableExtender(table), len(table)
     try:
-        for probs, known in blocks:
-            columns = decided(probs, known, rule, tally)
-            code = np.where(known, 0, -1).astype(np.int8)
-            extender.append(Columns({**columns.obs, "organ": Categorical(code, (organ,))}, columns.obsm))
-        note(record, rule, tally, settings)
-        if rule.taxonomy is not None:
-            write_values(extender.group, "uns/projected_names", rule.taxonomy.names)
+        # One block at least: a slide without cells has these columns too.
+        for start in range(0, max(n, 1), BLOCK_ROWS):
+            extender.append(columns.block(start, min(start + BLOCK_ROWS, n)))
+        note(record, columns, settings)
+        columns.name_projected(extender.group)
         extender.close(record, classes)
     except BaseException:
         extender.abort()
         raise
 
 
-def note(record: RunRecord, rule: Rule, tally: Tally, settings: Mapping[str, Any]) -> None:
+def note(record: RunRecord, columns: DecidedColumns, settings: Mapping[str, Any]) -> None:
     """Put into the record how cells were typed, and what came of it."""
+    rule, tally = columns.rule, columns.tally
     before = record.config.get("classify", {}).get("spec", {}).get("weights_id")
     spec = settings["spec"]
     kept = [ref for ref in record.weights if ref.id not in (before, spec["weights_id"])]
@@ -333,16 +366,10 @@ def described(rule: Rule) -> dict[str, Any]:
 
 def finish(folder: Path, record: RunRecord, output: OutputConfig, began: float, watch: Watch, peak: int) -> None:
     """Write the other formats anew, those that are there and those asked for, then `run.json`."""
-    there = (format.name for format in present_formats(folder) if format.typed)
-    formats: Any = tuple(dict.fromkeys([*output.formats, *there]))
-    write_formats(folder, replace(output, formats=formats), record, watch)
+    write_formats(folder, output, record, watch, "classes")
     shaped = {"geojson_origin": output.geojson_origin, "profile": output.profile}
     record.config = {**record.config, "output": {**record.config.get("output", {}), **shaped}}
-    record.seconds.total += time.perf_counter() - began
-    record.finished = now_utc()
-    record.peak_rss_bytes = max(record.peak_rss_bytes, peak_rss_bytes())
-    record.peak_device_bytes = max(record.peak_device_bytes, peak)
-    write_record(folder, record)
+    close_record(record, folder, peak, began)
 
 
 def typed_settings(folder: Path, record: RunRecord) -> dict[str, Any]:

@@ -62,7 +62,7 @@ FOLDER_IN = click.Path(exists=True, file_okay=False, path_type=Path)
 def command(
     dataset: Path, model: str | None, weights: Path | None, split: str, organ: str | None, mpp: float | None,
     class_map: dict[str, str], target: float, unseen: bool, output: Path | None, reliability: Path | None,
-    no_progress: bool, compile_: bool, **infer: Any,
+    no_progress: bool, **infer: Any,
 ) -> None:  # fmt: skip
     """Fit temperatures, the safe gate and thresholds of a classifier on the typed nuclei of DATASET_DIR.
 
@@ -92,7 +92,7 @@ def command(
     typed.require_classes(data, classes.names)
     loaded = load_classifier(model, weights)
     place = place_of(loaded.entry, output)
-    infer_config = InferConfig(compile=compile_, **infer)
+    infer_config = InferConfig(**infer)
     classifier = open_classifier(loaded, ClassifyConfig(model, weights, organ=organ, infer=infer_config))
     typed.warn_of_unknown_organs(data, loaded.spec, organ)
     cells = typed.gather_cells(data, classes, typed.predictor(classifier, organ), mpp, no_progress)

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from cellslide.cli.many import choose_slides, do_slides
 from cellslide.cli.options import FOLDER, device_option, run_options
-
-if TYPE_CHECKING:
-    from cellslide.batch.run import SlideOutcome
-    from cellslide.classify.targets import Target
-    from cellslide.cli.many import RunOutput
-    from cellslide.config import SegmentConfig
 
 DETAIL_PX = 800
 
@@ -59,32 +53,20 @@ def get_slide(output: Path, download: bool) -> Path:
 
 
 def process(path: Path, output: Path, device: str, no_progress: bool, log_json: bool) -> int:
-    """Segment the slide with the model that ships, and type its nuclei if a classifier ships; return the exit code."""
-    from cellslide.cli.many import finish, ledger_for, telling, to_targets
-    from cellslide.cli.segment import run
-    from cellslide.config import InferConfig, OutputConfig, SegmentConfig
-    from cellslide.slides.inputs import expand_slides
+    """Find and type the nuclei with the networks that ship, for the classifier's first organ; return the exit code."""
+    from cellslide.batch.executor import Inline
+    from cellslide.batch.work import ClassifyWork, SegmentWork, SlideWork
+    from cellslide.config import ClassifyConfig, InferConfig, OutputConfig, SegmentConfig
     from cellslide.weights import Manifest
 
-    config = SegmentConfig(infer=InferConfig(device=device), output=OutputConfig(overwrite=True))
-    targets = to_targets(expand_slides([path]), output)
-    tell = telling(log_json, no_progress, ledger_for(targets, output))
-    typed = "classify" in Manifest.load().defaults
-    return finish(run_both(targets, config, tell) if typed else run(targets, config, [device], None, tell), tell)
-
-
-def run_both(targets: list[Target], config: SegmentConfig, tell: RunOutput) -> list[SlideOutcome]:
-    """Segment the slide and type its nuclei with the classifier that ships, for its first organ."""
-    from cellslide.classify.columns import Rule
-    from cellslide.classify.decision import DecisionConfig
-    from cellslide.cli import classify, run
-    from cellslide.config import ClassifyConfig
-
-    classifier = classify.load(ClassifyConfig(infer=config.infer, output=config.output))
-    spec = classifier.spec
-    rule = Rule(DecisionConfig(), spec.calibration, tuple(c.name for c in spec.classes))
-    organ_of = classify.organ_finder(spec, spec.organs[0] if spec.organs else None)
-    return run.run(targets, config, classifier, rule, organ_of, None, tell)
+    infer, written, shipped = InferConfig(device=device), OutputConfig(overwrite=True), Manifest.load()
+    typed = None
+    if (name := shipped.defaults.get("classify")) is not None:
+        organs = shipped.entry(name).organs
+        typed = ClassifyWork(ClassifyConfig(organ=organs[0] if organs else None, infer=infer, output=written))
+    work = SlideWork(SegmentWork(SegmentConfig(infer=infer, output=written)), typed)
+    targets = choose_slides([str(path)], output)
+    return do_slides(work, targets, Inline(device), output, log_json=log_json, no_progress=no_progress)
 
 
 def point_out(path: Path, folder: Path, to_stderr: bool) -> None:

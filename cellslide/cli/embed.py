@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from cellslide.cli.classify import cells_options
+from cellslide.cli.many import do_slides
 from cellslide.cli.options import (
     batch_size_option,
     chain,
@@ -18,17 +19,8 @@ from cellslide.cli.options import (
     precision_option,
     run_options,
     seed_option,
+    settings_of,
 )
-
-if TYPE_CHECKING:
-    from cellslide.batch.run import SlideOutcome
-    from cellslide.classify.targets import Target
-    from cellslide.config import EmbedConfig
-    from cellslide.embed import Embedder
-    from cellslide.progress import Watch
-
-from cellslide.cli.classify import bring_cells, cells_options
-from cellslide.cli.many import RunOutput, finish, ledger_for, one_by_one, telling
 
 reading_options = chain(
     click.option(
@@ -74,47 +66,15 @@ def command(
       cellslide embed slides/ -o out --weights backbone.pth --to parquet
       cellslide embed slide.svs -o out --cells nuclei.csv
     """
+    from cellslide.batch.executor import Inline
+    from cellslide.batch.work import EmbedWork, bring_cells
     from cellslide.classify.targets import expand_targets
+    from cellslide.config import ClassifyConfig, EmbedConfig, InferConfig, OutputConfig
 
-    config = to_config(settings)
+    config = settings_of(EmbedConfig, settings, infer=settings_of(InferConfig, settings))
     targets = expand_targets(slides, output)
-    embedder = load(config)
     if settings["cells"] is not None:
-        targets = [_with_cells(targets, settings)]
-    tell = telling(log_json, no_progress, ledger_for(targets, output, slides))
-    return finish(_run(targets, embedder, tell), tell)
-
-
-def to_config(flags: dict[str, Any]) -> EmbedConfig:
-    """Return the settings that the flags give; raises UsageError for values out of range."""
-    from cellslide.config import EmbedConfig, InferConfig
-
-    infer = InferConfig(**{name: flags[name] for name in ("device", "batch_size", "precision", "seed")})
-    names = ("model", "weights", "mpp", "allow_fluorescence", "read_mpp", "field_px", "to", "overwrite")
-    return EmbedConfig(**{name: flags[name] for name in names if name in flags}, infer=infer)
-
-
-def load(config: EmbedConfig) -> Embedder:
-    """Return the backbone that the flags name, on its device."""
-    from cellslide.embed import open_embedder
-    from cellslide.weights.muse import load_muse
-
-    return open_embedder(load_muse(config.model, config.weights), config)
-
-
-def _with_cells(targets: list[Target], flags: dict[str, Any]) -> Target:
-    """Make the cell table of the one slide from `--cells`; returns the slide."""
-    from cellslide.config import ClassifyConfig, OutputConfig
-
-    names = ("mpp", "allow_fluorescence", "cells", "cells_unit", "cells_mpp", "alignment", "alignment_direction")
-    output = OutputConfig(overwrite=flags["overwrite"])
-    return bring_cells(targets, ClassifyConfig(**{name: flags[name] for name in names}, output=output))
-
-
-def _run(targets: list[Target], embedder: Embedder, tell: RunOutput) -> list[SlideOutcome]:
-    from cellslide.batch.run import embed_slides
-
-    def work(stream: Iterator[Target], watch: Watch) -> Iterator[SlideOutcome]:
-        return embed_slides(stream, embedder, watch)
-
-    return one_by_one(targets, work, tell, None, lambda _: True)
+        own = {"model": None, "weights": None, "output": OutputConfig(overwrite=config.overwrite)}
+        targets = [bring_cells(targets, settings_of(ClassifyConfig, {**settings, **own}))]
+    executor = Inline(config.infer.device)
+    return do_slides(EmbedWork(config), targets, executor, output, slides, log_json=log_json, no_progress=no_progress)

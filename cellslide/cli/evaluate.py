@@ -85,7 +85,7 @@ def command(
     dataset: Path, model: str | None, weights: Path | None, predictions: Path | None, split: str | None,
     protocol: str | None, limit: int | None, mpp: float | None, class_map: dict[str, str],
     nuclei: Literal["given", "detected"] | None, json_file: Path | None, per_image: Path | None,
-    reliability: Path | None, tile_size: int | None, overlap: int | None, compile_: bool, no_progress: bool,
+    reliability: Path | None, tile_size: int | None, overlap: int | None, no_progress: bool,
     **flags: Any,
 ) -> None:  # fmt: skip
     """Score a model or its predictions on the labelled images in DATASET_DIR.
@@ -121,7 +121,7 @@ def command(
         pixel_size(sample, mpp)
     typing = {name: flags.pop(name) for name in TYPING_FLAGS}
     tta, tiles = flags.pop("tta"), TileConfig(tile_size, overlap)
-    infer = InferConfig(compile=compile_, **flags)
+    infer = InferConfig(**flags)
     if predictions is None and (nuclei is not None or is_classifier(model, weights)):
         if tta:
             raise UsageError("--tta: scores a model of outlines alone; leave it out with a classifier")

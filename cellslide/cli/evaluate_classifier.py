@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cellslide.cli import typed
-from cellslide.cli.classify import to_rule
+from cellslide.cli.options import settings_of
 from cellslide.config import ClassifyConfig, InferConfig, SegmentConfig, TileConfig, TissueConfig
 from cellslide.errors import UsageError
 
@@ -62,13 +62,13 @@ def evaluate_classifier(
 ) -> Scored:  # fmt: skip
     """Score the classifier that `model` and `weights` name; raises UsageError for settings that do not suit it."""
     from cellslide.classify import open_classifier
+    from cellslide.classify.rule_settings import RuleSettings
     from cellslide.weights.classifier import load_classifier
 
     typed.require_classes(data, classes.names)
     config = ClassifyConfig(model, weights, organ=how.organ, infer=how.infer)
     classifier = open_classifier(load_classifier(model, weights), config)
-    rule = to_rule(classifier.spec, how.decision)
-    rule.check()
+    rule = settings_of(RuleSettings, how.decision).rule(classifier.spec)
     typed.warn_of_unknown_organs(data, classifier.spec, how.organ)
     score = _score_given if how.nuclei == "given" else _score_detected
     return score(data, split, classes, mpp, classifier, rule, how)

@@ -1,52 +1,60 @@
-"""What commands over many slides share: where each goes, who hears of it, what is told of it, how it all ended."""
+"""What commands over many slides share: options, how a run is shown and noted, and how it all ended."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from cellslide.cli.options import FOLDER
+from cellslide.cli.options import FOLDER, chain
 
 if TYPE_CHECKING:
     from cellslide.batch import Ledger
+    from cellslide.batch.executor import Ended, SlideExecutor
     from cellslide.batch.local_copy import LocalCopies
     from cellslide.batch.run import SlideOutcome
+    from cellslide.batch.work import SlideWork
     from cellslide.batch.workers import Work
     from cellslide.classify.targets import Target
-    from cellslide.cli.progress import RunProgress
-    from cellslide.progress import StopCheck, Watch
     from cellslide.slides.inputs import SlideInput
 
+# So long (s) the command may take to end when all is done; Dask now and then never does.
+END_S = 30.0
+
 log = logging.getLogger(__name__)
+
+
+def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    number, _, count = value.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise click.BadParameter(f"{value!r}: must be I/N with I from 1 to N, such as 2/8")
+    return int(number), int(count)
+
+
+shard_option = click.option("--shard", metavar="I/N", callback=_shard, help="Only part I of N of the slides, I from 1.")
 
 stage_option = click.option(
     "--stage-dir", type=FOLDER, metavar="DIR",
     help="Copy each slide to this local folder first, as far as it fits, and remove it after.",
 )  # fmt: skip
 
-Pairs = Iterable[tuple["Target", "SlideOutcome"]]
-
-
-@dataclass(frozen=True, slots=True)
-class RunOutput:
-    """What is told of a run: a JSON line per slide, a bar or lines, and the summary in the output folder."""
-
-    log_json: bool
-    shown: bool
-    ledger: Ledger
-
-
-def telling(log_json: bool, no_progress: bool, ledger: Ledger) -> RunOutput:
-    """Return what the flags ask to be told; -q silences all but errors."""
-    shown = not no_progress and logging.getLogger("cellslide").isEnabledFor(logging.INFO)
-    return RunOutput(log_json, shown, ledger)
+cluster_options = chain(
+    click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Slides at once on this machine, by Dask."),
+    click.option(
+        "--scheduler", metavar="ADDRESS_OR_FILE",
+        help="Give the work to this Dask scheduler (tcp://host:8786, or its scheduler file).",
+    ),
+)  # fmt: skip
 
 
 def copies_in(stage_dir: Path | None) -> LocalCopies | None:
@@ -56,86 +64,97 @@ def copies_in(stage_dir: Path | None) -> LocalCopies | None:
     return None if stage_dir is None else LocalCopies(stage_dir)
 
 
-def to_targets(sources: Sequence[SlideInput], output: Path) -> list[Target]:
-    """Return slides with the folders of their results."""
+def choose_slides(args: Sequence[str], output: Path, shard: tuple[int, int] | None = None) -> list[Target]:
+    """Return the slides that the arguments name, of one shard if asked, with the folders of their results.
+
+    Raises UsageError when they name none.
+    """
+    from cellslide.batch.run import in_shard
     from cellslide.classify.targets import Target
+    from cellslide.slides.inputs import expand_slides
 
-    return [Target(source, output / source.slide_id) for source in sources]
+    def chosen(source: SlideInput) -> bool:
+        return shard is None or in_shard(source.slide_id, shard)
+
+    targets = [Target(source, output / source.slide_id) for source in expand_slides(args) if chosen(source)]
+    if not targets:
+        click.echo("no slide falls into this shard", err=True)
+    return targets
 
 
-def ledger_for(targets: Sequence[Target], output: Path, named: Sequence[str] = ()) -> Ledger:
-    """Return what keeps how the slides end, in the output folder and in folders of results that were named."""
+def do_slides(
+    work: SlideWork | Work,
+    targets: Sequence[Target],
+    executor: SlideExecutor,
+    output: Path,
+    named: Iterable[str] = (),
+    *,
+    log_json: bool,
+    no_progress: bool,
+) -> int:
+    """Do slides and tell how they end: on the terminal, as lines of JSON, in summaries; return the exit code.
+
+    named  folders of results that get a summary too.
+    """
     from cellslide.batch import Ledger, summary_folders
-
-    return Ledger(summary_folders(targets, output, map(Path, named)))
-
-
-@contextmanager
-def watched(slides: int, shown: bool, stages: int = 1) -> Iterator[tuple[RunProgress, StopCheck]]:
-    """Yield the progress of a run over so many slides, and what says whether to stop."""
+    from cellslide.batch.executor import DaskWorkers
     from cellslide.batch.run import StopOnSignal
     from cellslide.cli.progress import progress_bar
 
-    with StopOnSignal() as stop, progress_bar(slides, shown, stages) as progress:
-        yield progress, stop
+    ledger = Ledger(summary_folders(targets, output, map(Path, named)))
+    shown = not no_progress and logging.getLogger("cellslide").isEnabledFor(logging.INFO)
+    with StopOnSignal() as stop, progress_bar(len(targets), shown, work.stages) as progress:
+        ended = executor.run(work, targets, progress.lane, stop)
+        outcomes = _noted(ended, ledger, progress.ended, log_json)
+    order = {target.source.slide_id: k for k, target in enumerate(targets)}
+    code = _finish(sorted(outcomes, key=lambda outcome: order[outcome.slide]), ledger, log_json)
+    if isinstance(executor, DaskWorkers):
+        _end_in_time(code)
+    return code
 
 
-def one_by_one(
-    targets: Sequence[Target],
-    work: Callable[[Iterator[Target], Watch], Iterator[SlideOutcome]],
-    tell: RunOutput,
-    copies: LocalCopies | None,
-    is_done: Callable[[Target], bool],
-    stages: int = 1,
+def _noted(
+    ended: Iterable[Ended], ledger: Ledger, show: Callable[[SlideOutcome], None], log_json: bool
 ) -> list[SlideOutcome]:
-    """Do slides one after another in this process; each is copied first if `copies` says where, unless it is done."""
-    from cellslide.batch.local_copy import local_targets
-    from cellslide.progress import Watch
-
-    with watched(len(targets), tell.shown, stages) as (progress, stop):
-        watch = Watch(progress, stop)
-        with local_targets(targets, copies, watch, is_done) as stream:
-            return told(zip(targets, work(stream, watch), strict=False), tell, progress)
-
-
-def on_devices(
-    work: Work, targets: Sequence[Target], devices: Sequence[str], tell: RunOutput, stages: int = 1
-) -> list[SlideOutcome]:
-    """Do slides on several devices, a process each."""
-    from cellslide.batch.workers import over_devices
-
-    with watched(len(targets), tell.shown, stages) as (progress, stop):
-        return told(over_devices(work, targets, devices, progress.lane, stop), tell, progress)
-
-
-def told(pairs: Pairs, tell: RunOutput, progress: RunProgress) -> list[SlideOutcome]:
-    """Tell of slides as they end; the summary is written at the end, also of a run that was stopped."""
+    """Note slides as they end; the summary is written at the end, also of a run that was stopped."""
     outcomes = []
     try:
-        for target, outcome in pairs:
+        for target, outcome in ended:
             outcomes.append(outcome)
-            tell.ledger.keep(target, outcome)
-            progress.ended(outcome)
-            if tell.log_json:
+            ledger.keep(target, outcome)
+            show(outcome)
+            if log_json:
                 click.echo(json.dumps({**outcome.to_json(), "seconds": round(outcome.seconds, 2)}))
             elif outcome.cells == 0 and outcome.status == "done":
                 log.warning("%s: no nuclei; see tissue.geojson for what was searched", outcome.slide)
     finally:
-        tell.ledger.write()
+        ledger.write()
     return outcomes
 
 
-def finish(outcomes: list[SlideOutcome], tell: RunOutput) -> int:
+def _finish(outcomes: list[SlideOutcome], ledger: Ledger, log_json: bool) -> int:
     """Show the summary and the errors; return the exit code."""
     from cellslide.batch import PAGE_FILE
     from cellslide.batch.run import exit_code
     from cellslide.cli.progress import summary
 
     if logging.getLogger("cellslide").isEnabledFor(logging.INFO):
-        summary(outcomes, to_stderr=tell.log_json)
-        for folder in tell.ledger.folders if len(outcomes) > 1 else ():
-            click.echo(f"all slides at a glance: {folder / PAGE_FILE}", err=tell.log_json)
+        summary(outcomes, to_stderr=log_json)
+        for folder in ledger.folders if len(outcomes) > 1 else ():
+            click.echo(f"all slides at a glance: {folder / PAGE_FILE}", err=log_json)
     for outcome in outcomes:
         if outcome.error is not None:
             click.echo(f"cellslide: {' '.join(outcome.slide.splitlines())}: {outcome.error}", err=True)
     return exit_code(outcomes)
+
+
+def _end_in_time(code: int) -> None:
+    """See to it that the command ends with its exit code even where Dask's threads do not end."""
+
+    def end() -> None:
+        threading.main_thread().join()
+        time.sleep(END_S)
+        os._exit(code)
+
+    sys.stdout.flush()
+    threading.Thread(target=end, daemon=True).start()

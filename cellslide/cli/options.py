@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from cellslide.errors import UsageError, one_line
 from cellslide.formats.registry import FORMATS
 
 F = TypeVar("F", bound=Callable[..., Any])
+S = TypeVar("S")
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -27,6 +29,11 @@ def chain(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
         return function
 
     return apply
+
+
+def settings_of(kind: type[S], flags: Mapping[str, Any], **more: Any) -> S:
+    """Return settings from the flags of their names; raises UsageError for values out of range."""
+    return kind(**{field.name: flags[field.name] for field in fields(kind) if field.name in flags} | more)  # type: ignore[arg-type]
 
 
 def slides_argument(function: F) -> F:
@@ -121,14 +128,14 @@ seed_option = click.option("--seed", type=int, default=0, show_default=True, hel
 
 infer_options = chain(
     devices_option,
-    batch_size_option("Tiles per forward pass."),
+    batch_size_option("Tiles per forward pass, and crops of a classifier."),
     precision_option,
     click.option(
         "--engine", type=click.Choice(["torch", "onnx"]), default="torch", show_default=True,
         help="What runs the network.",
     ),
     click.option("--workers", type=int, help="Processes that decode.  [default: by the cores granted]"),
-    click.option("--compile", "compile_", is_flag=True, help="Compile the network first (torch)."),
+    click.option("--compile", is_flag=True, help="Compile the network first (torch)."),
     seed_option,
 )  # fmt: skip
 

@@ -4,6 +4,6 @@ engine.py runs the network over windows, store.py keeps what is done, slide.py w
 """
 
 from cellslide.embed.engine import Embedder, embed_array, embed_cells, embed_places, open_embedder
-from cellslide.embed.slide import embed_slide
+from cellslide.embed.slide import embed_slide, embed_target
 
-__all__ = ["Embedder", "embed_array", "embed_cells", "embed_places", "embed_slide", "open_embedder"]
+__all__ = ["Embedder", "embed_array", "embed_cells", "embed_places", "embed_slide", "embed_target", "open_embedder"]

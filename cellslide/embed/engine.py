@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cellslide.config import EmbedConfig
 from cellslide.inference.crops import CropCutter, Region, crop_corners, plan_regions, read_ahead
-from cellslide.inference.micro_batches import OnDevice
+from cellslide.inference.micro_batches import OnDevice, auto_batch_size
 from cellslide.slides.slide import Slide, slide_from_array
 from cellslide.types import CropSpec, Float32, Float64, Int64, Plane, UInt8
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 DEFAULT_FIELD_PX = 512
 # Backbones take edges that are multiples of this.
 MULTIPLE_PX = 32
-CUDA_BATCH_PX = 64 * 512 * 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ class Embedder(OnDevice):
         # Half a window on each axis is its own; the other half is what surrounds the nuclei there.
         self.stride_px = self.field_px // 2
         self.crop = CropSpec(self.field_px, self.field_px, "reflect")
-        self.batch_size = config.infer.batch_size or _auto_batch(self.field_px, self._device)
+        self.batch_size = config.infer.batch_size or auto_batch_size("window", self.field_px, self._device)
 
     @property
     def weights_id(self) -> str:
@@ -147,7 +146,3 @@ def embed_places(embedder: Embedder, slide: Slide, xy_level0: Float64) -> Float3
 
 def _own_field(tile_px: int | None) -> int:
     return max(MULTIPLE_PX, (tile_px or DEFAULT_FIELD_PX) // MULTIPLE_PX * MULTIPLE_PX)
-
-
-def _auto_batch(field_px: int, device: torch.device) -> int:
-    return max(1, CUDA_BATCH_PX // field_px**2) if device.type == "cuda" else max(1, 512**2 // field_px**2)

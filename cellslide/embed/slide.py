@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cellslide.classify.slide import read_places
+from cellslide.classify.targets import Target, check_slide, open_target, require_cells
 from cellslide.embed.engine import Embedder, Windows, embed_cells
 from cellslide.embed.store import PartialVectors
 from cellslide.errors import SlideError, UsageError
@@ -24,7 +25,8 @@ from cellslide.slides.slide import Slide
 from cellslide.store.anndata_columns import Columns
 from cellslide.store.atomic import beside
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable, TableExtender, open_table
-from cellslide.store.run_record import TABLE, differences, flatten, now_utc, peak_rss_bytes, read_record, write_record
+from cellslide.store.run_record import TABLE, differences, flatten, read_record
+from cellslide.store.slide_folder import close_record, held
 from cellslide.types import Float32, RunRecord, WeightsRef
 
 NAME = "embedding"
@@ -33,6 +35,15 @@ FILES = {"parquet": "embedding.parquet", "npz": "embedding.npz"}
 FLUSH_WINDOWS = 64
 
 log = logging.getLogger(__name__)
+
+
+def embed_target(target: Target, embedder: Embedder, watch: Watch = IDLE) -> tuple[RunRecord, bool]:
+    """Read the vectors of the cells in a slide's folder, which is held; raises as `pipeline.classify_slide`."""
+    require_cells(target)
+    mpp, allowed = embedder.config.mpp, embedder.config.allow_fluorescence
+    with open_target(target, mpp, allowed) as slide, held(target.folder, watch) as watch:
+        check_slide(target, slide)
+        return embed_slide(target.folder, slide, embedder, watch)
 
 
 def embed_slide(folder: Path, slide: Slide, embedder: Embedder, watch: Watch = IDLE) -> tuple[RunRecord, bool]:
@@ -53,11 +64,7 @@ def embed_slide(folder: Path, slide: Slide, embedder: Embedder, watch: Watch = I
         _note(record, embedder, settings)
         _write(folder, table, store, record, config.to)
     store.remove()
-    record.seconds.total += time.perf_counter() - began
-    record.finished = now_utc()
-    record.peak_rss_bytes = max(record.peak_rss_bytes, peak_rss_bytes())
-    record.peak_device_bytes = max(record.peak_device_bytes, embedder.peak_device_bytes())
-    write_record(folder, record)
+    close_record(record, folder, embedder.peak_device_bytes(), began)
     return record, False
 
 

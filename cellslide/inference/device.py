@@ -1,4 +1,4 @@
-"""Choice of device and number format, and what memory allows."""
+"""Choice of device and number format."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from cellslide.config import Precision, parse_device
 from cellslide.errors import MissingDependencyError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Past this many pixels in a batch a GPU gains nothing, and the host would hold gigabytes of maps.
-MAX_BATCH_PX = 16 * 1024 * 1024
-MAX_BATCH = 64
 
 
 def resolve_device(name: str) -> torch.device:
@@ -78,12 +75,3 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     """Tell whether torch ran out of memory; only CUDA has a type of its own for it."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
-def batch_limit(tile_px: int, device: torch.device) -> int:
-    """Return the largest batch worth trying for tiles of this edge (px)."""
-    if device.type == "cpu":
-        return 2 if tile_px <= 256 else 1
-    if device.type == "mps":
-        return max(1, min(4, (1024 * 1024) // tile_px**2))
-    return max(1, min(MAX_BATCH, MAX_BATCH_PX // tile_px**2))

@@ -24,8 +24,9 @@ from torch import nn
 from cellslide import __version__
 from cellslide.config import InferConfig
 from cellslide.errors import MissingDependencyError, UsageError
-from cellslide.inference.device import available_cpus, batch_limit, resolve_device
-from cellslide.inference.torch_engine import TileNet, TileOutput, in_steps, no_room, output_names, unpack
+from cellslide.inference.device import available_cpus, resolve_device
+from cellslide.inference.micro_batches import auto_batch_size, in_steps
+from cellslide.inference.torch_engine import TileNet, TileOutput, no_room, output_names, unpack
 from cellslide.types import ModelSpec, UInt8
 from cellslide.weights import cache_dir
 
@@ -120,7 +121,7 @@ class OnnxEngine:
         device = resolve_device(config.device)
         if device.type == "mps":
             raise UsageError("--engine onnx runs on cpu or cuda, not on mps: add --device cpu")
-        self.batch_size = config.batch_size or min(8, batch_limit(tile_px, device))
+        self.batch_size = config.batch_size or min(8, auto_batch_size("tile", tile_px, device))
         self._session = open_session(exported(module, spec, tile_px), device)
         self.device = f"{device} ({self._session.get_providers()[0]})"
 

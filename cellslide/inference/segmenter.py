@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cellslide import __version__
 from cellslide.config import InferConfig, SegmentConfig, TileConfig
 from cellslide.errors import UsageError
 from cellslide.formats.registry import find_formats
@@ -21,8 +22,8 @@ from cellslide.inference.onnx_engine import OnnxEngine
 from cellslide.inference.stream import Detector, default_workers, start_processes
 from cellslide.inference.torch_engine import Engine, TorchEngine
 from cellslide.models import layers
-from cellslide.store.run_record import head_sha256, plain
-from cellslide.types import ModelSpec
+from cellslide.store.run_record import head_sha256, now_utc, plain
+from cellslide.types import ModelSpec, RunRecord, WeightsRef
 from cellslide.weights import LoadedModel, Manifest
 
 Load = Callable[..., LoadedModel]
@@ -34,10 +35,6 @@ class Setup:
 
     spec: ModelSpec
     config: SegmentConfig
-
-    def peak_device_bytes(self) -> int:
-        """Return 0: nothing runs on a device."""
-        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,3 +160,20 @@ def resolved(config: SegmentConfig, spec: ModelSpec) -> dict[str, Any]:
     for name, path in (("mask", config.tissue.mask), ("roi", config.tissue.roi)):
         settings["tissue"][f"{name}_sha256_head"] = None if path is None else head_sha256(path)
     return settings
+
+
+def begin_record(slide: dict[str, Any], segmenter: Segmenter) -> RunRecord:
+    """Return the record of a run that starts now on a slide, as `describe_slide` tells of it, its settings resolved."""
+    spec, engine, config = segmenter.spec, segmenter.engine, segmenter.config
+    return RunRecord(
+        cellslide_version=__version__,
+        status="running",
+        slide=slide,
+        config=resolved(config, spec),
+        weights=[WeightsRef(spec.weights_id, spec.weights_sha256, spec.licence)],
+        device=engine.device,
+        engine=engine.name,
+        precision=engine.precision,
+        seed=config.infer.seed,
+        started=now_utc(),
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from cellslide.errors import CellslideError, WeightsError
 from cellslide.inference.cpu_memory import keep_freed_memory
 from cellslide.inference.device import (
     DTYPES,
-    batch_limit,
     device_name,
     is_out_of_memory,
     peak_device_bytes,
@@ -29,13 +28,12 @@ from cellslide.inference.device import (
     resolve_precision,
 )
 from cellslide.inference.finite import NOT_FINITE, is_finite
-from cellslide.inference.micro_batches import halve_batch
+from cellslide.inference.micro_batches import auto_batch_size, fitting_batch_size, in_steps
 from cellslide.models.folding import folded
 from cellslide.nuclei.nms import point_nms
 from cellslide.types import HoverMaps, Instances, ModelSpec, NoOutput, UInt8
 
 TileOutput = HoverMaps | Instances | NoOutput
-Step = TypeVar("Step")
 Arrays = Mapping[str, NDArray[Any]]
 
 # A box that ends so near to the tile's edge may go on behind it.
@@ -58,30 +56,6 @@ class Engine(Protocol):
     def peak_device_bytes(self) -> int:
         """Return the most device memory held so far."""
         ...
-
-
-def in_steps(
-    engine: Engine, images: UInt8, attempt: Callable[[UInt8], Step | None], free: Callable[[], None]
-) -> list[Step | None]:
-    """Run images in micro-batches of at most `engine.batch_size`, which is halved where memory runs out.
-
-    attempt  runs a micro-batch; None where memory ran out.
-    free     waits for what is under way and gives memory back.
-    Gives None for a tile that does not fit alone either.
-    """
-    steps: list[Step | None] = []
-    first = 0
-    while first < len(images):
-        size = min(engine.batch_size, len(images) - first)
-        step = attempt(images[first : first + size])
-        if step is None:
-            free()
-            if halve_batch(engine):
-                continue
-            step = attempt(images[first : first + 1])
-        steps.append(step)
-        first += size
-    return steps
 
 
 def no_room(tile_px: int, device: str) -> NoOutput:
@@ -215,20 +189,15 @@ class TorchEngine:
             self._net = torch.compile(net)
 
     def _auto_batch(self) -> int:
-        limit = batch_limit(self.tile_px, self._device)
-        if self._device.type != "cuda":
-            return limit
-        # One tile is tried, since what a tile takes depends on the model, its size and the number format.
-        torch.cuda.reset_peak_memory_stats(self._device)
-        before = torch.cuda.memory_allocated(self._device)
-        self.batch_size = 1
-        (tried,) = self.launch(np.zeros((1, self.tile_px, self.tile_px, 3), np.uint8))()
-        if isinstance(tried, NoOutput):
-            raise CellslideError(tried.error)
-        per_tile = max(torch.cuda.max_memory_allocated(self._device) - before, 1)
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(self._device)
-        return max(1, min(limit, int(0.6 * free / per_tile)))
+        """Try one tile on a GPU: what it takes depends on the model, its size and the number format."""
+
+        def run_one() -> None:
+            self.batch_size = 1
+            (tried,) = self.launch(np.zeros((1, self.tile_px, self.tile_px, 3), np.uint8))()
+            if isinstance(tried, NoOutput):
+                raise CellslideError(tried.error)
+
+        return fitting_batch_size(auto_batch_size("tile", self.tile_px, self._device), self._device, run_one)
 
     def launch(self, images: UInt8) -> Callable[[], list[TileOutput]]:
         """Start on uint8 RGB tiles (B, H, W, 3), in micro-batches of at most `batch_size`."""

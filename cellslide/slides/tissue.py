@@ -186,12 +186,13 @@ def _tell_share(tissue: TissueMask, config: TissueConfig) -> None:
         _log.info("%s %s: %s of the slide is searched", flag, file, words)
 
 
-def write_tissue(tissue: TissueMask, path: Path, info: SlideInfo, origin: Origin = "bounds") -> None:
-    """Write the searched regions as QuPath annotations, one Feature per polygon, in one step."""
+def write_tissue(tissue: TissueMask, path: Path, info: SlideInfo, origin: Origin = "bounds") -> float:
+    """Write the searched regions as QuPath annotations, a Feature a polygon, in one step; return their area (mm²)."""
     dx, dy = origin_offset(info, origin)
     polygons = [p for q in tissue.polygons() for p in on_grid(shapely.affinity.translate(q, -dx, -dy))]
     features = [_feature(polygon, number, info) for number, polygon in enumerate(polygons, 1)]
     write_text(path, json.dumps({"type": "FeatureCollection", "features": features}))
+    return round(float(sum(polygon.area for polygon in polygons)) * info.mpp_x * info.mpp_y / 1e6, 6)
 
 
 def _feature(polygon: shapely.Polygon, number: int, info: SlideInfo) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -85,11 +85,22 @@ def output_classes(spec: ModelSpec) -> tuple[ClassSpec, ...]:
 
 
 class CellTableWriter:
-    """Writes cells, in their final order, to `path` through a temporary folder beside it."""
+    """Writes cells, in their final order, to `path` through a temporary folder beside it.
 
-    def __init__(self, path: Path, slide: SlideInfo, spec: ModelSpec) -> None:
-        self.slide, self.spec = slide, spec
-        self.classes = output_classes(spec)
+    further  gives more columns of rows [start, stop), over those of the same name; `classes` are what they name.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        slide: SlideInfo,
+        spec: ModelSpec,
+        further: Callable[[int, int], Columns] | None = None,
+        classes: Sequence[ClassSpec] | None = None,
+    ) -> None:
+        self.slide, self.spec, self.further = slide, spec, further
+        self.classes = output_classes(spec) if classes is None else tuple(classes)
+        self.own_classes = output_classes(spec)
         self.mpp = (slide.mpp_x + slide.mpp_y) / 2
         self.staging = Staging(path)
         self.root = zarr.open_group(self.staging.folder, mode="w", zarr_format=3)
@@ -107,9 +118,16 @@ class CellTableWriter:
         self._check(cells)
         self.pending.append(cells)
         if sum(map(len, self.pending)) >= BLOCK_ROWS:
-            self._flush(keep_rest=True)
+            self._write(keep_rest=True)
 
-    def _flush(self, keep_rest: bool) -> None:
+    def flush(self) -> None:
+        """Write the cells that wait; nothing may be appended after it."""
+        if self.pending:
+            self._write(keep_rest=False)
+        if self.n == 0:
+            self.columns.append(self._block(_no_cells(len(self.spec.classes))))
+
+    def _write(self, keep_rest: bool) -> None:
         # Whole blocks only: however the cells come, the files are the same.
         n = sum(map(len, self.pending))
         stop = n // BLOCK_ROWS * BLOCK_ROWS if keep_rest else n
@@ -136,11 +154,13 @@ class CellTableWriter:
             obsm["prob"] = cells.class_prob.astype(np.float32)
         if cells.embedding is not None:
             obsm["embedding"] = cells.embedding
-        return Columns({"_index": ids.astype(np.str_), **self._obs(cells, ids)}, obsm, self._features(cells))
+        more = Columns() if self.further is None else self.further(self.n, self.n + n)
+        obs = {"_index": ids.astype(np.str_), **self._obs(cells, ids), **more.obs}
+        return Columns(obs, {**obsm, **more.obsm}, self._features(cells))
 
     def _obs(self, cells: Cells, ids: Int64) -> dict[str, Column]:
         index, prob = _top_class(cells)
-        names = tuple(c.name for c in self.classes)
+        names = tuple(c.name for c in self.own_classes)
         return {
             "cell_id": ids,
             "x": np.ascontiguousarray(cells.centroid_xy[:, 0], np.float64),
@@ -167,10 +187,8 @@ class CellTableWriter:
         `given` are further columns of all rows; a `uuid` among them goes before the one made here, save where "".
         """
         given = dict(given or {})
-        if self.pending:
-            self._flush(keep_rest=False)
-        if self.n == 0:
-            self.columns.append(self._block(_no_cells(len(self.spec.classes))))
+        if not self.columns.n or self.pending:
+            self.flush()
         has_shapes = self.shapes.close()
         self.columns.close()
         key = f"{run.slide.get('sha256_head') or self.slide.slide_id}/{self.spec.weights_sha256}"

@@ -16,6 +16,7 @@ from numpy.lib.format import open_memmap
 
 from cellslide.errors import SlideError, UsageError, short
 from cellslide.store.atomic import new_array, remove_folder, write_json
+from cellslide.store.foreign_files import read_json
 from cellslide.store.run_record import FINGERPRINT_FILE, changed_since
 from cellslide.types import Bool, Float32, Int64
 
@@ -62,6 +63,10 @@ class PartialRows:
                 store = cls._mapped(folder, max(n, 1), width)
             except (SlideError, OSError, ValueError, EOFError) as error:
                 log.warning("%s: what was kept is damaged (%s) and done again", folder, short(error))
+                return cls._open(slide_folder, fingerprint, n, width, overwrite=True)
+            if words and _of_other_cells(folder, fingerprint):
+                log.info("%s: kept for cells that have changed since; done again", folder)
+                del store
                 return cls._open(slide_folder, fingerprint, n, width, overwrite=True)
             if words:
                 raise UsageError(f"{slide_folder}: {cls.before} in part with other settings ({words}); --overwrite")
@@ -125,3 +130,9 @@ class PartialRows:
         """Delete the store; called when the slide is complete."""
         del self._values, self._done
         remove_folder(self.folder)
+
+
+def _of_other_cells(folder: Path, fingerprint: Mapping[str, str]) -> bool:
+    """Tell whether the cells are not those that a store was begun for, whatever its settings."""
+    kept = read_json(folder / FINGERPRINT_FILE)
+    return any(kept.get(name) != value for name, value in fingerprint.items() if name.startswith("cells."))

@@ -17,7 +17,7 @@ from cellslide.errors import SlideError, short
 from cellslide.store import file_list
 from cellslide.store.atomic import write_json
 from cellslide.store.foreign_files import is_plain, read_json
-from cellslide.types import Counts, FailedTile, RunRecord, Seconds, SlideInfo, WeightsRef
+from cellslide.types import BatchSize, Counts, FailedTile, RunRecord, Seconds, SlideInfo, WeightsRef
 
 # The two that every finished slide's folder holds.
 RUN_FILE, TABLE = "run.json", "cells.zarr"
@@ -115,6 +115,8 @@ def from_dict(content: Mapping[str, Any]) -> RunRecord:
         values = {k: v for k, v in content.items() if k in known}
         values["weights"] = [WeightsRef(**w) for w in content["weights"]]
         values["counts"] = Counts(**content["counts"])
+        # Records of earlier versions have none.
+        values["batch_size"] = BatchSize(**content.get("batch_size") or {})
         values["failed_tiles"] = [FailedTile(**t) for t in content["failed_tiles"]]
         values["seconds"] = Seconds(**content["seconds"])
         record = RunRecord(**values)
@@ -142,10 +144,13 @@ def _check_values(record: RunRecord) -> None:
     counts = [getattr(record.counts, f.name) for f in fields(Counts)]
     counts += [record.peak_rss_bytes, record.peak_device_bytes]
     counts += [place for tile in record.failed_tiles for place in (abs(tile.x), abs(tile.y))]
+    counts += [n for n in plain(record.batch_size).values() if n is not None]
     if not all(isinstance(n, int) and 0 <= n < 1 << 60 for n in counts):
         raise ValueError("a count is none")
     if not all(0 <= float(getattr(record.seconds, f.name)) < 1e12 for f in fields(Seconds)):
         raise ValueError("a time is none")
+    if not 0 <= float(record.searched_mm2 or 0) < 1e12:
+        raise ValueError("searched_mm2 is none")
     _check_slide(record.slide)
     for name in ("classify", "embed", "output", "spec", "tissue"):
         if not isinstance(record.config.get(name) or {}, dict):

@@ -13,32 +13,32 @@ from enum import Enum
 from cellslide import __version__
 from cellslide.batch.dask.events import telling
 from cellslide.batch.dask.retries import MOST, guarded
-from cellslide.batch.local_copy import done_before, local_targets
-from cellslide.batch.run import ENVIRONMENT, SlideOutcome, joined, outcome_of, reported, write_failure
-from cellslide.batch.worker_jobs import ClassifyWork, SegmentWork
-from cellslide.classify import Classifier, open_classifier
-from cellslide.classify.slide import Typing, type_slide, write_typed
+from cellslide.batch.run import ENVIRONMENT, SlideOutcome, outcome_of, reported, write_failure
+from cellslide.batch.work import SlideWork
+from cellslide.classify import SlideClassifier
+from cellslide.classify.slide import Typing, type_table, write_typed
 from cellslide.classify.targets import Target, check_slide, open_target, require_cells
 from cellslide.errors import BusyError, CellslideError, Interrupted, MissingDependencyError, in_words
-from cellslide.inference.segmenter import Segmenter, Setup, load_segmenter
-from cellslide.pipeline import held, run_slide, write_slide
+from cellslide.inference.segmenter import Segmenter, Setup
+from cellslide.pipeline import run_slide, type_slide, write_slide
 from cellslide.progress import Watch
+from cellslide.store.slide_folder import held
+from cellslide.types import RunRecord
 
 log = logging.getLogger(__name__)
 
 
 class Stage(Enum):
-    """A stage of a slide: nuclei found, their table written, nuclei typed, what was decided written."""
+    """A stage of a slide: nuclei found, nuclei typed, the files written."""
 
     FIND = "find"
-    WRITE = "write"
     TYPE = "type"
-    DECIDE = "decide"
+    WRITE = "write"
 
     @property
     def tag(self) -> str:
         """Return the resource of a worker that the stage asks for."""
-        return "GPU" if self in (Stage.FIND, Stage.TYPE) else "CPU"
+        return "CPU" if self is Stage.WRITE else "GPU"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,7 @@ class Job:
     """
 
     run_id: str
-    segment: SegmentWork | None = None
-    classify: ClassifyWork | None = None
+    work: SlideWork
     threads: int | None = None
     deaths: int = MOST
     version: str = __version__
@@ -59,16 +58,20 @@ class Job:
     @property
     def first(self) -> Stage:
         """The stage that a slide begins with."""
-        return Stage.TYPE if self.segment is None else Stage.FIND
+        return Stage.TYPE if self.work.segment is None else Stage.FIND
 
 
 @dataclass(frozen=True, slots=True)
 class Handed:
-    """What the stages of a slide hand on; what they found lies on disk."""
+    """What the stages of a slide hand on; what they found lies on disk.
+
+    setup   how its nuclei were found; None where its table was there already.
+    failed  why they could not be typed: they are written all the same.
+    """
 
     setup: Setup | None = None
     typing: Typing | None = None
-    found: SlideOutcome | None = None
+    failed: SlideOutcome | None = None
     seconds: float = 0.0
 
 
@@ -98,7 +101,7 @@ class _Networks:
     def __init__(self) -> None:
         self._run_id = ""
         self._segmenter: Segmenter | None = None
-        self._classifier: Classifier | None = None
+        self._classifier: SlideClassifier | None = None
 
     def _of_run(self, job: Job) -> None:
         if job.run_id == self._run_id:
@@ -125,21 +128,20 @@ class _Networks:
         """Return the model of a run on this worker's device."""
         self._of_run(job)
         if self._segmenter is None:
-            assert job.segment is not None
-            config = job.segment.config
+            work = job.work.segment
+            assert work is not None
             if multiprocessing.current_process().daemon:
                 # Dask's usual worker process may have no children.
-                config = replace(config, infer=replace(config.infer, workers=0))
-            self._segmenter = load_segmenter(job.segment.load, config)
+                work = replace(work, config=replace(work.config, infer=replace(work.config.infer, workers=0)))
+            self._segmenter = work.open()
         return self._segmenter
 
-    def classifier(self, job: Job) -> Classifier:
-        """Return the classifier of a run on this worker's device."""
+    def classifier(self, job: Job) -> SlideClassifier:
+        """Return the classifier of a run on this worker's device, with its rule."""
         self._of_run(job)
         if self._classifier is None:
-            assert job.classify is not None
-            config = job.classify.config
-            self._classifier = open_classifier(job.classify.load(config.model, config.weights), config)
+            assert job.work.classify is not None
+            self._classifier = job.work.classify.open()
         return self._classifier
 
 
@@ -207,59 +209,53 @@ def _failed(stage: Stage, target: Target, error: Exception, job: Job) -> SlideOu
 
 
 def _find(target: Target, job: Job, handed: Handed, watch: Watch) -> StageEnd:
-    assert job.segment is not None
     segmenter = _networks.segmenter(job)
-    is_done = done_before("segment", segmenter.config.output.overwrite)
-    with local_targets([target], job.segment.copies, watch, is_done) as targets:
-        record, complete = run_slide(next(targets).source, segmenter, target.folder.parent, watch, tiles_only=True)
-    if complete:
-        return _found(job, outcome_of(target.source, record, True, 0.0), handed)
-    return StageEnd(replace(handed, setup=segmenter.setup), Stage.WRITE)
-
-
-def _write(target: Target, job: Job, handed: Handed, watch: Watch) -> StageEnd:
-    assert handed.setup is not None
-    record = write_slide(target.source, handed.setup, target.folder.parent, watch)
-    return _found(job, outcome_of(target.source, record, False, 0.0), handed)
-
-
-def _found(job: Job, found: SlideOutcome, handed: Handed) -> StageEnd:
-    if job.classify is None:
-        return StageEnd(handed, outcome=found)
-    return StageEnd(replace(handed, setup=None, found=found), Stage.TYPE)
+    with job.work.local(target, watch) as local:
+        record, complete = run_slide(local.source, segmenter, None, target.folder.parent, watch, tiles_only=True)
+    following = Stage.WRITE if job.work.classify is None else Stage.TYPE
+    if complete and following is Stage.WRITE:
+        return StageEnd(handed, outcome=outcome_of(target.source, record, True, 0.0))
+    return StageEnd(handed if complete else replace(handed, setup=segmenter.setup), following)
 
 
 def _type(target: Target, job: Job, handed: Handed, watch: Watch) -> StageEnd:
-    assert job.classify is not None
-    classifier = _networks.classifier(job)
-    organ = job.classify.organ_of(classifier.spec)(target.source.organ)
-    require_cells(target)
-    is_done = done_before("classify", classifier.config.output.overwrite)
-    with (
-        local_targets([target], job.classify.copies, watch, is_done) as targets,
-        open_target(next(targets), classifier.config.mpp, classifier.config.allow_fluorescence) as slide,
-        held(target.folder, watch) as watch,
-    ):
-        check_slide(target, slide)
-        typed = type_slide(target.folder, slide, classifier, job.classify.rule, organ, watch)
+    by = _networks.classifier(job)
+    with job.work.local(target, watch) as local:
+        if handed.setup is None:
+            typed = _type_table(local, by, watch)
+        else:
+            try:
+                typed = type_slide(local.source, handed.setup, by, target.folder.parent, watch)
+            except CellslideError as error:
+                if isinstance(error, (Interrupted, BusyError)):
+                    raise
+                return StageEnd(replace(handed, failed=_failed(Stage.TYPE, target, error, job)), Stage.WRITE)
     if isinstance(typed, Typing):
-        return StageEnd(replace(handed, typing=typed), Stage.DECIDE)
-    return _typed(outcome_of(target.source, *typed, 0.0), handed)
+        return StageEnd(replace(handed, typing=typed), Stage.WRITE)
+    return StageEnd(handed, outcome=outcome_of(target.source, *typed, 0.0))
 
 
-def _decide(target: Target, job: Job, handed: Handed, watch: Watch) -> StageEnd:
-    assert job.classify is not None and handed.typing is not None
-    work = job.classify
-    with held(target.folder, watch) as watch:
-        record = write_typed(target.folder, handed.typing, work.rule, work.config.output, watch)
-    return _typed(outcome_of(target.source, record, False, 0.0), handed)
+def _type_table(target: Target, by: SlideClassifier, watch: Watch) -> Typing | tuple[RunRecord, bool]:
+    require_cells(target)
+    config, organ = by.classifier.config, by.find_organ(target.source.organ)
+    with open_target(target, config.mpp, config.allow_fluorescence) as slide, held(target.folder, watch) as watch:
+        check_slide(target, slide)
+        return type_table(target.folder, slide, by.classifier, by.rule, organ, watch)
 
 
-def _typed(typed: SlideOutcome, handed: Handed) -> StageEnd:
-    return StageEnd(handed, outcome=typed if handed.found is None else joined(handed.found, typed))
+def _write(target: Target, job: Job, handed: Handed, watch: Watch) -> StageEnd:
+    classify, typing = job.work.classify, handed.typing
+    rule = None if classify is None or typing is None else classify.rule.rule(typing.spec)
+    if handed.setup is not None:
+        record = write_slide(target.source, handed.setup, target.folder.parent, watch, typing, rule)
+    else:
+        assert classify is not None and typing is not None and rule is not None
+        with held(target.folder, watch) as watch:
+            record = write_typed(target.folder, typing, rule, classify.config.output, watch)
+    return StageEnd(handed, outcome=handed.failed or outcome_of(target.source, record, False, 0.0))
 
 
-_STAGES = {Stage.FIND: _find, Stage.WRITE: _write, Stage.TYPE: _type, Stage.DECIDE: _decide}
+_STAGES = {Stage.FIND: _find, Stage.TYPE: _type, Stage.WRITE: _write}
 
 
 def watching(target: Target, job: Job) -> Watch:

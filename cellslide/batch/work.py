@@ -1,0 +1,224 @@
+"""What is done with each slide of a run: nuclei found, typed or both, read for their vectors, or decided anew.
+
+Settings are pickled, networks are not: each process opens its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
+
+from cellslide import weights
+from cellslide.batch.local_copy import LocalCopies, is_done, local_target
+from cellslide.batch.run import SlideOutcome, reported, tried, write_failure
+from cellslide.batch.workers import Handle
+from cellslide.classify import SlideClassifier, open_classifier, regate_slide
+from cellslide.classify.foreign import import_cells
+from cellslide.classify.rule_settings import RuleSettings
+from cellslide.classify.slide import typed_by
+from cellslide.classify.targets import Target, require_cells
+from cellslide.config import ClassifyConfig, EmbedConfig, InferConfig, SegmentConfig
+from cellslide.embed import Embedder, embed_target, open_embedder
+from cellslide.errors import UsageError
+from cellslide.inference.device import available_cpus
+from cellslide.inference.segmenter import Segmenter, load_segmenter
+from cellslide.inference.stream import default_workers
+from cellslide.pipeline import classify_slide, run_slide
+from cellslide.progress import IDLE, Progress, StopCheck, Watch
+from cellslide.store.slide_folder import held
+from cellslide.types import Calibration, ClassifierSpec, RunRecord
+from cellslide.weights import LoadedModel
+from cellslide.weights import classifier as classifier_weights
+from cellslide.weights.classifier import LoadedClassifier, calibration_of, classifier_entry
+from cellslide.weights.muse import load_muse
+from cellslide.weights.organs import Organ, find_organ
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentWork:
+    """How nuclei are found; `load` gives the model in place of the one that the settings name."""
+
+    config: SegmentConfig
+    load: Callable[..., LoadedModel] | None = None
+
+    def open(self) -> Segmenter:
+        """Put the model on its device."""
+        return load_segmenter(self.load or weights.load_model, self.config)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifyWork:
+    """How nuclei are typed; `load` gives the classifier in place of the one that the settings name."""
+
+    config: ClassifyConfig
+    rule: RuleSettings = RuleSettings()
+    load: Callable[..., LoadedClassifier] | None = None
+
+    def check(self) -> None:
+        """Raise UsageError for a rule or an organ that does not suit the classifier; needs no device."""
+        spec = self._loaded().spec
+        self.rule.rule(spec)
+        organ_finder(spec, self.config.organ)
+
+    def open(self) -> SlideClassifier:
+        """Put the classifier on its device."""
+        classifier = open_classifier(self._loaded(), self.config)
+        spec = classifier.spec
+        return SlideClassifier(classifier, self.rule.rule(spec), organ_finder(spec, self.config.organ))
+
+    def _loaded(self) -> LoadedClassifier:
+        return (self.load or classifier_weights.load_classifier)(self.config.model, self.config.weights)
+
+
+def organ_finder(spec: ClassifierSpec, given: str | None) -> Callable[[str | None], Organ]:
+    """Return what gives the organ for the list's word; checks the one that is given for all slides now."""
+    if given is None:
+        return partial(find_organ, spec)
+    organ = find_organ(spec, given)
+    return lambda _: organ
+
+
+@dataclass(frozen=True, slots=True)
+class SlideWork:
+    """Find the nuclei of slides, type them, or both; `copies` says where slides are copied to first."""
+
+    segment: SegmentWork | None = None
+    classify: ClassifyWork | None = None
+    copies: LocalCopies | None = None
+
+    @property
+    def stages(self) -> int:
+        """How often the progress of a slide begins."""
+        return (self.segment is not None) + (self.classify is not None)
+
+    def check(self) -> None:
+        """Raise UsageError for a rule or an organ that the classifier cannot take, before other processes start."""
+        if self.classify is not None:
+            self.classify.check()
+
+    def on(self, device: str | None, processes: int) -> SlideWork:
+        """Return the work of one of so many processes: on a device, if named, with its share of the cores."""
+        segment, classify = (
+            work and replace(work, config=replace(work.config, infer=on_device(work.config.infer, device, processes)))
+            for work in (self.segment, self.classify)
+        )
+        return replace(self, segment=segment, classify=classify)
+
+    @contextmanager
+    def open(self, device: str, processes: int) -> Iterator[Handle]:
+        """Open the networks and give what does one slide."""
+        work = self.on(device, processes)
+        with ExitStack() as stack:
+            # A classifier that is refused must not wait for the model before it.
+            by = None if work.classify is None else work.classify.open()
+            segmenter = None if work.segment is None else stack.enter_context(work.segment.open())
+            yield partial(self._one, segmenter, by)
+
+    def _one(
+        self,
+        segmenter: Segmenter | None,
+        by: SlideClassifier | None,
+        target: Target,
+        progress: Progress,
+        stop: StopCheck,
+    ) -> SlideOutcome:
+        watch = Watch(progress, stop)
+        with self.local(target, watch) as target:
+            return do_slide(target, segmenter, by, watch)
+
+    @contextmanager
+    def local(self, target: Target, watch: Watch) -> Iterator[Target]:
+        """Yield a slide with its copy on a local disk."""
+        last = self.classify or self.segment
+        anew = last is not None and last.config.output.overwrite
+        done = not anew and is_done(target, typed=self.classify is not None)
+        with local_target(target, None if done else self.copies, watch) as copied:
+            yield copied
+
+
+def do_slide(
+    target: Target, segmenter: Segmenter | None, by: SlideClassifier | None, watch: Watch = IDLE
+) -> SlideOutcome:
+    """Find the nuclei of a slide, type them, or both, write its page, and return how it ended.
+
+    A slide of which some tiles failed is typed all the same, and counts as failed. Raises Interrupted when asked to
+    stop, and errors of environment or weights, which no other slide would escape.
+    """
+    watch.check()
+    source, folder = target.source, target.folder
+    if segmenter is not None:
+        work = partial(run_slide, source, segmenter, by, folder.parent, watch)
+        return reported(target, tried(source, work, partial(write_failure, source, segmenter, folder)))
+    if by is None:
+        raise ValueError("nothing to do")
+    return reported(target, tried(source, partial(classify_slide, target, by, watch)))
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedWork:
+    """Read the vectors of the cells of slides."""
+
+    config: EmbedConfig
+    stages: ClassVar[int] = 1
+
+    @contextmanager
+    def open(self, device: str, processes: int) -> Iterator[Handle]:
+        """Open the backbone and give what does one slide."""
+        config = replace(self.config, infer=on_device(self.config.infer, device, processes))
+        yield partial(self._one, open_embedder(load_muse(config.model, config.weights), config))
+
+    def _one(self, embedder: Embedder, target: Target, progress: Progress, stop: StopCheck) -> SlideOutcome:
+        return reported(target, tried(target.source, partial(embed_target, target, embedder, Watch(progress, stop))))
+
+
+@dataclass(frozen=True, slots=True)
+class RegateWork:
+    """Apply another rule to the typed cells of slides, without the network.
+
+    config  names other weights where their calibration is to stand for that of those the cells were typed with.
+    """
+
+    config: ClassifyConfig
+    rule: RuleSettings
+    stages: ClassVar[int] = 1
+
+    @contextmanager
+    def open(self, device: str, processes: int) -> Iterator[Handle]:
+        """Give what does one slide."""
+        model, file = self.config.model, self.config.weights
+        named = model is not None or file is not None
+        yield partial(self._one, calibration_of(classifier_entry(model, file)) if named else None)
+
+    def _one(
+        self, calibration: Calibration | None, target: Target, progress: Progress, stop: StopCheck
+    ) -> SlideOutcome:
+        work = partial(self._regate, target, calibration, Watch(progress, stop))
+        return reported(target, tried(target.source, work))
+
+    def _regate(self, target: Target, calibration: Calibration | None, watch: Watch) -> tuple[RunRecord, bool]:
+        require_cells(target)
+        with held(target.folder, watch) as watch:
+            rule = self.rule.rule(typed_by(target.folder), calibration)
+            return regate_slide(target.folder, rule, self.config.output, watch), False
+
+
+def on_device(config: InferConfig, device: str | None, processes: int) -> InferConfig:
+    """Return the settings for one of so many processes: its device, and its share of the cores to decode with."""
+    config = config if device is None else replace(config, device=device)
+    if config.workers is None and processes > 1:
+        config = replace(config, workers=max(1, default_workers(available_cpus()) // processes))
+    return config
+
+
+def bring_cells(targets: Sequence[Target], config: ClassifyConfig) -> Target:
+    """Make the cell table of the one slide from `--cells`; returns the slide. Raises UsageError for more slides."""
+    if len(targets) != 1:
+        raise UsageError(f"--cells {config.cells}: name the one slide that they lie on, not {len(targets)}")
+    log.info("%s", import_cells(targets[0], config))
+    return targets[0]
