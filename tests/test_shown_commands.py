@@ -71,8 +71,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "nuclei.csv").write_text("x,y\n" + points)
     square = '{"type":"Polygon","coordinates":[[[%d,%d],[%d,%d],[%d,%d],[%d,%d],[%d,%d]]]}'
     feature = '{"type":"Feature","geometry":%s,"properties":{"objectType":"%s"}}'
-    nuclei = [square % tuple(int(v) for dx, dy in ((-8, -8), (8, -8), (8, 8), (-8, 8), (-8, -8)) for v in (x + dx, y + dy))
-              for x, y in grid_centres(160, 120, 40)]  # fmt: skip
+    corners = ((-8, -8), (8, -8), (8, 8), (-8, 8), (-8, -8))
+    nuclei = [
+        square % tuple(int(v) for dx, dy in corners for v in (x + dx, y + dy)) for x, y in grid_centres(160, 120, 40)
+    ]
     collection = '{"type":"FeatureCollection","features":[%s]}'
     (root / "qupath.geojson").write_text(collection % ",".join(feature % (n, "detection") for n in nuclei))
     roi = square % (0, 0, 150, 0, 150, 110, 0, 110, 0, 0)
