@@ -12,12 +12,17 @@ import reprlib
 import shutil
 
 # Control characters, line breaks, marks that turn the direction of what follows, and bytes that are no text.
+MOST_LINE = 8_000
 HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def one_line(text: str) -> str:
-    """Return a text as one line that a terminal shows as it is: control characters of foreign names are spelled out."""
-    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), " ".join(text.split()))
+    """Return a text as one line that a terminal shows as it is: control characters of foreign names are spelled out.
+
+    What no message needs is cut: foreign names may have any length.
+    """
+    line = HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), " ".join(text[:MOST_LINE].split()))
+    return line + " ..." * (len(text) > MOST_LINE)
 
 
 _CUT = reprlib.Repr()

@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 from numcodecs.zstd import Zstd
 
-from cellslide.errors import CellslideError, SlideError, UsageError, WeightsError, in_words, short
+from cellslide.errors import CellslideError, SlideError, UsageError, WeightsError, in_words, one_line, short
 from cellslide.inference.finite import checked, is_finite
+from cellslide.slides.lists import read_table
+from cellslide.slides.regions import load_roi
 from cellslide.store import file_list, lock
 from cellslide.store.foreign_files import parse_json, parse_yaml, read_text
 from cellslide.store.run_record import RUN_FILE, from_dict, head_sha256, other_slide, read_record
@@ -29,6 +31,7 @@ from cellslide.store.tile_checkpoint import Parts, TilePart
 from cellslide.types import Cells, HoverMaps, Instances, NoOutput
 from cellslide.weights.cache import file_sha256
 from cellslide.weights.manifest import parse_entry
+from tests.random_cells import slide_info
 
 GOOD = {
     "cellslide_version": "1", "status": "done", "slide": {"path": "/a.svs", "sha256_head": "0", "mpp": 0.5},
@@ -341,3 +344,24 @@ def test_a_full_disk_while_a_folder_is_copied_and_too_many_files_are_one_line() 
 def test_python_without_assertions_is_refused() -> None:
     done = subprocess.run([sys.executable, "-O", "-m", "cellslide", "--version"], capture_output=True, text=True)
     assert done.returncode == 3 and "python -O" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_lists_regions_and_notes_go_through_the_same_gate(tmp_path: Path) -> None:
+    for name in ("pipe.csv", "pipe.json"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\0")
+    for name in ("pipe.csv", "bytes.csv"):
+        with pytest.raises(UsageError, match=name):
+            read_table(tmp_path / name)
+    for name in ("pipe.json", "deep.json"):
+        with pytest.raises(UsageError, match=f"--roi .*{name}"):
+            load_roi(tmp_path / name, slide_info(None))
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "zarr.json").write_text("[]")
+    with pytest.raises(CellslideError, match="zarr.json"):
+        check_store(tmp_path / "store")
+
+
+def test_a_message_has_an_end() -> None:
+    assert len(one_line("x" * 10**6)) < 10_000

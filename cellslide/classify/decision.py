@@ -280,7 +280,7 @@ def _threshold(raw: object, name: str, path: Path) -> float:
     except ValueError:
         value = float("nan")
     if not 0 <= value <= 1:
-        raise UsageError(f"--thresholds {path}: {name} has {raw!r}, must be a number from 0 to 1")
+        raise UsageError(f"--thresholds {path}: {name} has {short(raw)}, must be a number from 0 to 1")
     return value
 
 

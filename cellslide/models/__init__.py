@@ -108,7 +108,7 @@ def canonical_arch(name: str) -> str:
     short = PUBLISHED_NAMES.get(name, name.lower().replace("-", "_"))
     if short not in ARCHITECTURES:
         known = ", ".join([*ARCHITECTURES, *PUBLISHED_NAMES])
-        raise WeightsError(f"architecture {name!r} is not part of this version of cellslide; it has {known}")
+        raise WeightsError(f"architecture {name[:60]!r} is not part of this version of cellslide; it has {known}")
     return short
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from cellslide.errors import MissingDependencyError
+from cellslide.errors import MissingDependencyError, short
 from cellslide.models.torchvision_ops import declare_torchvision_operators
 
 declare_torchvision_operators()
@@ -49,7 +49,7 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         if self.pool is not None and self.pool not in get_args(Pool):
-            raise ValueError(f"pool {self.pool!r}: must be one of {', '.join(get_args(Pool))}")
+            raise ValueError(f"pool {short(self.pool)}: must be one of {', '.join(get_args(Pool))}")
 
     @property
     def resolved_pool(self) -> Pool:
@@ -93,7 +93,7 @@ def create_backbone(name: str, args: Mapping[str, Any] | None = None, pool: Pool
     if not timm.is_model(preset.timm_name):
         near = get_close_matches(name, [*PRESETS, *timm.list_models()], n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(f"backbone {name!r}: neither {', '.join(PRESETS)} nor an architecture of timm{hint}")
+        raise ValueError(f"backbone {short(name)}: neither {', '.join(PRESETS)} nor an architecture of timm{hint}")
     wanted = {"global_pool": _TIMM_POOL[config.resolved_pool], **preset.args, **config.args}
     if isinstance(wanted.get("mlp_layer"), str):
         wanted["mlp_layer"] = _mlp_layer(wanted["mlp_layer"])
@@ -111,7 +111,7 @@ def create_backbone(name: str, args: Mapping[str, Any] | None = None, pool: Pool
 
 def _mlp_layer(name: str) -> type[nn.Module]:
     if name not in _MLP_LAYERS:
-        raise ValueError(f"mlp_layer {name!r}: must be one of {', '.join(_MLP_LAYERS)}")
+        raise ValueError(f"mlp_layer {short(name)}: must be one of {', '.join(_MLP_LAYERS)}")
     layer: type[nn.Module] = getattr(timm.layers, _MLP_LAYERS[name])
     return layer
 

@@ -70,7 +70,7 @@ class CellDETRConfig:
         if self.n_levels < len(self.strides):
             raise ValueError(f"n_levels {self.n_levels}: fewer than the {len(self.strides)} maps of the backbone")
         if self.mode not in ("sequential", "parallel"):
-            raise ValueError(f"mode {self.mode!r}: must be sequential or parallel")
+            raise ValueError(f"mode {str(self.mode)[:60]!r}: must be sequential or parallel")
         if self.mode == "parallel" and self.repr_layers and self.global_boxes < 1:
             raise ValueError("global_boxes 0: must be at least 1 in parallel mode, an image may have no box of its own")
         if not 0 <= self.first_class < self.det_classes:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cellslide.errors import WeightsError
+from cellslide.errors import WeightsError, short
 from cellslide.models import build_model, canonical_arch, celldetr_layout, muse_layout
 from cellslide.models.cellvit import PUBLISHED
 from cellslide.types import ClassSpec
@@ -92,8 +92,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             meta = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return {"model_state_dict": state, "arch": meta.get("arch"), "config": json.loads(meta.get("config", "{}"))}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({short(error)})") from error
 
 
 def _numpy_scalars() -> list[Any]:

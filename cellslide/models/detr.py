@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # backbones makes timm importable, so it stands first.
+from cellslide.errors import short
 from cellslide.models.backbones import restore_constants, timm
 from cellslide.models.celldetr_config import CellDETRConfig
 from cellslide.models.detr_layers import (
@@ -113,7 +114,7 @@ class DetrBackbone(nn.Module):
 
 def _timm_args(config: CellDETRConfig) -> dict[str, Any]:
     if not timm.is_model(config.backbone):
-        raise ValueError(f"backbone {config.backbone!r}: not an architecture of timm")
+        raise ValueError(f"backbone {short(config.backbone)}: not an architecture of timm")
     args: dict[str, Any] = {"features_only": True, "pretrained": False}
     if config.norm == "frozen":
         args["norm_layer"] = FrozenBatchNorm2d

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cellslide.errors import short
 from cellslide.models.layers import Block, PatchEmbed, enlarged
 from cellslide.models.pyramid import conv_network
 
@@ -48,7 +49,7 @@ class MuseConfig:
 
     def __post_init__(self) -> None:
         if self.aligned not in get_args(Aligned):
-            raise ValueError(f"aligned {self.aligned!r} must be one of {', '.join(get_args(Aligned))}")
+            raise ValueError(f"aligned {short(self.aligned)} must be one of {', '.join(get_args(Aligned))}")
         object.__setattr__(self, "extract_layers", tuple(int(i) for i in self.extract_layers))
         if self.widths is not None:
             object.__setattr__(self, "widths", tuple(int(n) for n in self.widths))

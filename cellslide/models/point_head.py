@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from cellslide.errors import short
 from cellslide.models.muse import STRIDE_PX, Aligned, MuseBackbone, MuseConfig, MuseFeatures, sample_points
 
 Keep = Literal["argmax", "all"]
@@ -37,7 +38,7 @@ class PointHeadConfig:
 
     def __post_init__(self) -> None:
         if self.keep not in get_args(Keep):
-            raise ValueError(f"head: keep {self.keep!r} must be one of {', '.join(get_args(Keep))}")
+            raise ValueError(f"head: keep {short(self.keep)} must be one of {', '.join(get_args(Keep))}")
         if self.n_classes < 1 or self.hidden < 1 or self.space_px < 1:
             raise ValueError("head: n_classes, hidden and space_px must be at least 1")
 

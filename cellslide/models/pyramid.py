@@ -21,7 +21,7 @@ def conv_network(name: str, strides: Sequence[int]) -> tuple[nn.Module, list[int
     place = {level["reduction"]: i for i, level in enumerate(info)}
     if not set(strides) <= set(place) or not hasattr(network, "forward_intermediates"):
         *first, last = map(str, strides)
-        raise ValueError(f"encoder {name!r}: has no maps at strides {', '.join(first)} and {last}")
+        raise ValueError(f"encoder {str(name)[:60]!r}: has no maps at strides {', '.join(first)} and {last}")
     indices = [place[stride] for stride in strides]
     network.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)
     return network, indices, tuple(int(info[i]["num_chs"]) for i in indices)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from cellslide.errors import UsageError
+from cellslide.errors import UsageError, short
 from cellslide.slides.pixel_size import LARGEST_UM, SMALLEST_UM
+from cellslide.store.foreign_files import read_text
 
 PATH_HEADERS = ("path", "slide", "wsi")
 # Names as `_plain` makes them; each may also end in _x and _y.
@@ -136,8 +137,6 @@ def _mpp(path: Path, line: int, text: str) -> float:
 
 def _text(path: Path) -> str:
     try:
-        if path.stat().st_size > MOST_LIST_BYTES:
-            raise UsageError(f"{path}: more than {MOST_LIST_BYTES >> 20} MB; not a list of slides")
-        return path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path}: not a readable list: {error}") from error
+        return read_text(path, UsageError, MOST_LIST_BYTES)
+    except OSError as error:
+        raise UsageError(f"{path}: not a readable list of slides: {short(error)}") from error

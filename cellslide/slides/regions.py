@@ -6,7 +6,6 @@ Frames: level-0 pixels; a file's zero point is that of the slide's bounds, as Qu
 from __future__ import annotations
 
 import gzip
-import json
 import logging
 import zlib
 from collections import Counter
@@ -21,6 +20,7 @@ from shapely.geometry.base import BaseGeometry
 
 from cellslide.errors import UsageError
 from cellslide.geometry.outlines import is_tangled
+from cellslide.store.foreign_files import is_plain, parse_json
 from cellslide.types import SlideInfo
 
 Origin = Literal["bounds", "level0"]
@@ -42,10 +42,10 @@ def load_roi(path: Path, info: SlideInfo, origin: Origin = "bounds") -> BaseGeom
     "Ignore*" is cut out. Raises UsageError where there is no polygon, and where all lie beside the slide.
     """
     try:
-        roi, left_out = _union(list(_objects(json.loads(unpacked(path)))), path)
+        roi, left_out = _union(list(_objects(parse_json(unpacked(path), "the text", UsageError))), path)
     except (
-        OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, EOFError, RecursionError, zlib.error,
-        OverflowError, MemoryError, shapely.errors.ShapelyError,
+        UsageError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, EOFError, RecursionError,
+        OverflowError, MemoryError, zlib.error, shapely.errors.ShapelyError,
     ) as error:  # fmt: skip
         raise UsageError(f"--roi {path}: not GeoJSON: {str(error)[:200]}") from error
     dx, dy = origin_offset(info, origin)
@@ -73,7 +73,9 @@ def simple_polygons(geometry: BaseGeometry) -> Iterator[shapely.Polygon]:
 
 
 def unpacked(path: Path) -> bytes:
-    """Return the content of a file, plain or gzip; raises ValueError for more than regions need."""
+    """Return the content of a file, plain or gzip; raises ValueError for more than regions need, or no plain file."""
+    if not is_plain(path):
+        raise ValueError("not a plain file, or not there")
     with path.open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
     with gzip.open(path) if packed else path.open("rb") as stream:

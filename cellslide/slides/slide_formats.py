@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _HEAD_BYTES = 1 << 16
 _SERIES_UID = b"\x20\x00\x0e\x00UI"
+MOST_INDEX_BYTES = 1 << 20
 _OME_FILE = re.compile(r'FileName="([^"]+)"')
 
 
@@ -71,7 +72,8 @@ def _mirax_files(path: Path) -> list[Path]:
 def _hamamatsu_files(index: Path) -> list[Path]:
     parser = configparser.ConfigParser(interpolation=None, strict=False)
     try:
-        parser.read_string(index.read_text(encoding="utf-8", errors="replace"))
+        with index.open("rb") as stream:
+            parser.read_string(stream.read(MOST_INDEX_BYTES).decode("utf-8", "replace"))
     except configparser.Error:
         return [index]
     return [index, *_beside(index, [value for section in parser.sections() for value in parser[section].values()])]

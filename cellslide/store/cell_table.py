@@ -430,7 +430,7 @@ def _optional(package: str) -> Any:
 def _read_kind(text: str) -> ModelKind:
     kinds: dict[str, Literal["mask", "box", "point"]] = {"mask": "mask", "box": "box", "point": "point"}
     if text not in kinds:
-        raise TableError(f"unknown kind of outline {text!r} in the table")
+        raise TableError(f"unknown kind of outline {short(text)} in the table")
     return kinds[text]
 
 

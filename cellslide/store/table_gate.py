@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cellslide.errors import CellslideError
+from cellslide.store.foreign_files import read_json
 
 MOST_ROWS = 1 << 31
 # A chunk of texts, and the least that is allowed for numbers.
@@ -42,7 +42,9 @@ def check_store(path: Path) -> None:
 def _check_node(path: Path, size: int) -> None:
     if size > MOST_NODE_BYTES:
         raise CellslideError(f"{path}: {size} bytes are no description of an array")
-    node = json.loads(path.read_text(encoding="utf-8"))
+    node = read_json(path, CellslideError)
+    if not isinstance(node, dict):
+        raise CellslideError(f"{path}: no description of an array")
     shape = node.get("shape") or []
     grid = (node.get("chunk_grid") or {}).get("configuration") or {}
     for name, counts in (("shape", shape), ("chunks", grid.get("chunk_shape") or [])):

@@ -16,6 +16,7 @@ from platformdirs import user_cache_dir
 
 from cellslide.errors import WeightsError
 from cellslide.store.atomic import write_text
+from cellslide.store.foreign_files import read_json
 from cellslide.weights.manifest import ENTRY_FILE, WeightsEntry
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -162,11 +163,11 @@ def forget_trust(entry: WeightsEntry) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, WeightsError)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except ValueError as error:
-        raise WeightsError(f"{path}: damaged ({error}); remove it") from error
+    except WeightsError as error:
+        raise WeightsError(f"{error}; remove it") from error
     return content if isinstance(content, dict) else {}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from cellslide.errors import WeightsError
+from cellslide.errors import WeightsError, short
 from cellslide.types import Calibration, ClassifierSpec, ClassSpec, CropSpec
 from cellslide.weights.cache import file_sha256, require_file, verify_file
 from cellslide.weights.load import DEFAULT_MPP, check_task, entry_beside, resolve_path, slug
@@ -234,11 +234,11 @@ def _crop(entry: WeightsEntry, name: str, raw: Any) -> CropSpec:
     for key in ("field_px", "input_px"):
         value = getattr(crop, key)
         if not isinstance(value, int) or value < 1:
-            raise WeightsError(f"{where}.{key} {value!r}: must be a number of pixels")
+            raise WeightsError(f"{where}.{key} {short(value)}: must be a number of pixels")
     for key, kind in get_type_hints(CropSpec).items():
         legal = get_args(kind)
         if legal and getattr(crop, key) not in legal:
-            raise WeightsError(f"{where}.{key} {getattr(crop, key)!r}: must be {' or '.join(legal)}")
+            raise WeightsError(f"{where}.{key} {short(getattr(crop, key))}: must be {' or '.join(legal)}")
     return crop
 
 

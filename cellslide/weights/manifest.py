@@ -121,7 +121,7 @@ class WeightsEntry:
         _check_numbers(self)
         _check_inside(self.file, "file")
         if self.published_as is not None and PurePosixPath(self.published_as).name != self.published_as:
-            raise ValueError(f"published_as {self.published_as!r}: must be a file name")
+            raise ValueError(f"published_as {short(self.published_as)}: must be a file name")
 
     @property
     def in_package(self) -> bool:

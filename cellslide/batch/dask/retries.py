@@ -6,7 +6,6 @@ when a stage really begins and removed when it ends, however it ends: one that i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from cellslide.classify.store import PartialProbs
 from cellslide.errors import CellslideError, SlideError
 from cellslide.store.atomic import write_json
+from cellslide.store.foreign_files import read_json
 from cellslide.store.run_record import read_record, write_record
 from cellslide.store.tile_checkpoint import PARTS_FOLDER
 
@@ -58,8 +58,8 @@ def guarded(folder: Path, run_id: str, stage: str, most: int = MOST) -> Iterator
 def read_begun(path: Path) -> Attempts | None:
     """Return what a stage left that did not end, or None."""
     try:
-        return Attempts(**json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+        return Attempts(**read_json(path))
+    except (CellslideError, FileNotFoundError, TypeError):
         return None
 
 

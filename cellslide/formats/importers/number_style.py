@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cellslide.errors import UsageError
+from cellslide.errors import UsageError, short
 from cellslide.types import Float64
 
 Style = Literal["plain", "decimal comma", "comma groups", "point groups"]
@@ -72,20 +72,22 @@ class NumberSurvey:
             self._refuse(where, "point groups", "decimal point", "ungrouped")
             return "point groups"
         if "either comma" in seen:
-            raise UsageError(f"{where}: {seen['either comma']!r} may be two numbers; write decimals with a point")
+            raise UsageError(f"{where}: {short(seen['either comma'])} may be two numbers; write decimals with a point")
         if (
             separator == ";"
             and {"either point", "small"} <= seen.keys()
             and not {"decimal point", "ungrouped"} & seen.keys()
         ):
-            raise UsageError(f"{where}: {seen['either point']!r} may be two numbers; write thousands without a point")
+            raise UsageError(
+                f"{where}: {short(seen['either point'])} may be two numbers; write thousands without a point"
+            )
         return "plain"
 
     def _refuse(self, where: str, one: str, *others: str) -> None:
         """Raise UsageError where numbers are written in two ways that exclude each other."""
         other = next((name for name in others if name in self.example), None)
         if other is not None:
-            pair = f"{self.example[one]!r} and {self.example[other]!r}"
+            pair = f"{short(self.example[one])} and {short(self.example[other])}"
             raise UsageError(f"{where}: writes numbers in two ways, {pair}; write decimals with a point")
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from cellslide.formats.importers.number_style import NumberSurvey, Style, is_tex
 from cellslide.formats.importers.records import NUCLEUS, Block, NucleiReport, Source, Unit
 from cellslide.store.anndata_columns import TableError
 from cellslide.store.cell_table import Categorical, CellChunk, open_table
+from cellslide.store.foreign_files import read_json
 from cellslide.store.shapes import polygons_from_wkb
 from cellslide.types import Float64, Int64, SlideInfo
 
@@ -204,8 +204,8 @@ class TableReader:
         if self.source.mpp is not None or self.source.alignment is None or not manifest.is_file():
             return self.source
         try:
-            return replace(self.source, mpp=float(json.loads(manifest.read_text("utf-8"))["pixel_size"]))
-        except (ValueError, KeyError, TypeError) as error:
+            return replace(self.source, mpp=float(read_json(manifest, UsageError)["pixel_size"]))
+        except (UsageError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise UsageError(f"{manifest}: no pixel_size ({_line(error)}); give --cells-mpp") from error
 
     def _is_parquet(self) -> bool:
