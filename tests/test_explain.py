@@ -22,10 +22,11 @@ from cellslide.cli.explain import command, parse_ids
 from cellslide.errors import UsageError
 from cellslide.report.explain import Selection, explain_slide, select_cells
 from cellslide.report.explain.gallery import Bars, Card, Heading, Picture, overlay_heat, scale_bar_um, write_gallery
+from cellslide.slides.identity import describe_slide
 from cellslide.slides.slide import open_slide
 from cellslide.store.anndata_columns import Categorical, Columns
 from cellslide.store.cell_table import CellTable, CellTableWriter, TableExtender, open_table
-from cellslide.store.run_record import describe_slide, plain, write_record
+from cellslide.store.run_record import plain, write_record
 from cellslide.types import Cells, ClassSpec, ModelSpec, RunRecord, SlideInfo
 from tests.fake_paths import CLASSES, SPEC, fake_classifier
 from tests.painted import paint_slide

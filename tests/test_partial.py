@@ -47,3 +47,33 @@ def test_what_is_there_is_found_refused_and_deleted(tmp_path: Path, caplog: pyte
     _store(tmp_path, overwrite=True).remove()
     assert not (tmp_path / PartialVectors.folder_name).exists()
     PartialVectors.discard(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "checks.npy"])
+@pytest.mark.parametrize("bit", [0x01, 0x80])
+def test_a_kept_row_with_a_flipped_bit_is_done_again(
+    name: str, bit: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, rng = _store(tmp_path), np.random.default_rng(0)
+    values = rng.random((4, 3), np.float32)
+    store.put(np.arange(4), values)
+    store.flush()
+    del store
+    path = tmp_path / PartialVectors.folder_name / name
+    data = bytearray(path.read_bytes())
+    data[-1] ^= bit
+    path.write_bytes(bytes(data))
+    again = _store(tmp_path)
+    assert again.missing(np.arange(4)).tolist() == [3] and PartialVectors.count_done(tmp_path) == 3
+    np.testing.assert_array_equal(again.block(0, 3), values[:3])
+    assert len(caplog.records) == 1 and "done again" in caplog.text
+    again.put(np.array([3]), values[3:])
+    again.flush()
+    assert len(_store(tmp_path).missing(np.arange(4))) == 0 and len(caplog.records) == 1
+
+
+def test_a_fingerprint_with_a_flipped_bit_is_no_other_setting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _store(tmp_path)
+    path = tmp_path / PartialVectors.folder_name / FINGERPRINT_FILE
+    path.write_text(path.read_text().replace("0.5", "0.4"))
+    assert len(_store(tmp_path).missing(np.arange(4))) == 4 and "done again" in caplog.text

@@ -363,9 +363,9 @@ def test_a_region_of_interest_holds_exactly_its_nuclei(half: PaintedSlide, tmp_p
     record, table = segment(half.path, tmp_path, config)
     x, y = half.centres_xy.T
     assert table.n == ((x > 190) & (x < 650) & (y > 110) & (y < 490)).sum() > 50
-    assert record.config["tissue"]["roi_sha256_head"] is not None
+    assert record.config["tissue"]["roi_sha256"] is not None
     roi.write_text(json.dumps({"type": "Polygon", "coordinates": [[[0, 0], [400, 0], [400, 300], [0, 300], [0, 0]]]}))
-    with pytest.raises(UsageError, match="roi_sha256_head"):
+    with pytest.raises(UsageError, match="roi_sha256"):
         segment(half.path, tmp_path, config)
 
 

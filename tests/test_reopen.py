@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from cellslide.errors import SlideError, UsageError
+from cellslide.slides.identity import describe_slide
 from cellslide.slides.reopen import reopen, reopen_or_why
 from cellslide.slides.slide import open_slide
 from cellslide.store.cell_table import CellTable, CellTableWriter, open_table
-from cellslide.store.run_record import describe_slide
 from tests.painted import paint_slide
 from tests.random_cells import ellipses, model_spec, run_record
 

@@ -21,11 +21,12 @@ from numcodecs.zstd import Zstd
 
 from cellslide.errors import CellslideError, SlideError, UsageError, WeightsError, in_words, one_line, short
 from cellslide.inference.finite import checked, is_finite
+from cellslide.slides.identity import slide_sha256
 from cellslide.slides.lists import read_table
 from cellslide.slides.regions import load_roi
 from cellslide.store import file_list, lock
 from cellslide.store.foreign_files import parse_json, parse_yaml, read_text
-from cellslide.store.run_record import RUN_FILE, from_dict, head_sha256, other_slide, read_record
+from cellslide.store.run_record import RUN_FILE, from_dict, read_record
 from cellslide.store.table_gate import check_rows, check_size, check_store
 from cellslide.store.tile_checkpoint import Parts, TilePart
 from cellslide.types import Cells, HoverMaps, Instances, NoOutput
@@ -131,7 +132,7 @@ def test_json_and_texts_of_strangers(tmp_path: Path) -> None:
         with pytest.raises(SlideError):
             read_text(tmp_path / name, SlideError, 1000)
     with pytest.raises(SlideError, match="not a plain file"):
-        head_sha256(tmp_path / "pipe")
+        slide_sha256(tmp_path / "pipe")
     assert len(short({"a": ["b" * 9999] * 9999})) <= 200
 
 
@@ -158,15 +159,6 @@ def test_what_is_no_record_at_all(text: str, tmp_path: Path) -> None:
     (tmp_path / RUN_FILE).write_text(text)
     with pytest.raises(SlideError, match=r"run\.json: not a run record"):
         read_record(tmp_path)
-
-
-def test_another_slide_is_told_by_both_paths() -> None:
-    record = from_dict(GOOD)
-    assert other_slide(None, {"path": "/b", "sha256_head": "1"}) == ""
-    assert other_slide(record, {"path": "/b.svs", "sha256_head": "0"}) == ""
-    words = other_slide(record, {"path": "/b.svs", "sha256_head": "1"})
-    assert words == "another slide of this name was done here: /a.svs then, /b.svs now"
-    assert "changed" in other_slide(record, {"path": "/a.svs", "sha256_head": "1"})
 
 
 def test_a_lock_with_a_date_ahead_grows_old_by_our_own_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,8 +279,12 @@ def test_a_damaged_part_is_done_again(
 def test_a_damaged_fingerprint_begins_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     parts = Parts.open(tmp_path, {"a": "1"})
     parts.add([part(0)])
-    (parts.folder / "fingerprint.json").write_bytes(b"\x00\xff{")
-    assert Parts.open(tmp_path, {"a": "1"}).done() == set() and "done again" in caplog.text
+    path = parts.folder / "fingerprint.json"
+    whole = path.read_bytes()
+    for damaged in (b"\x00\xff{", whole.replace(b'"1"', b'"0"'), whole[: len(whole) // 2], b"", b"[]"):
+        path.write_bytes(damaged)
+        assert Parts.open(tmp_path, {"a": "1"}).done() == set() and "done again" in caplog.text
+        caplog.clear()
 
 
 def test_kept_rows_of_another_size_begin_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -298,7 +294,7 @@ def test_kept_rows_of_another_size_begin_anew(tmp_path: Path, caplog: pytest.Log
     store.put(np.arange(3), np.ones((3, 4), np.float32))
     store.flush()
     assert len(PartialVectors.open(tmp_path, {"a": "1"}, 10, 4).missing(np.arange(10))) == 7
-    (tmp_path / ".embed" / "done.npy").write_bytes(b"\x93NUMPY cut")
+    (tmp_path / ".embed" / "checks.npy").write_bytes(b"\x93NUMPY cut")
     assert len(PartialVectors.open(tmp_path, {"a": "1"}, 10, 4).missing(np.arange(10))) == 10
     assert "done again" in caplog.text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +30,7 @@ from cellslide.weights import (
     verify_file,
 )
 from cellslide.weights import fetch as fetch_entry
-from cellslide.weights.cache import HASHES, TRUST, require_file
+from cellslide.weights.cache import HASHES, TRUST, WeightsBytes, require_file
 from cellslide.weights.manifest import PACKAGE, WeightsEntry, parse_entry
 from tests.conftest import CHECKOUT
 from tests.test_checkpoint import MODELS, model_of, publish
@@ -360,6 +361,39 @@ def test_training_output_loads_by_folder_or_file(named: str, tmp_path: Path) -> 
 
 def test_training_output_with_other_weights_is_refused(tmp_path: Path) -> None:
     folder = train_output(tmp_path / "run", sha256=ZEROS)
+    with pytest.raises(WeightsError, match="another file or damaged"):
+        load_model(weights=folder)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_what_is_hashed_is_what_is_loaded(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is exchanged after it was hashed: neither its tensors nor its hash are taken."""
+    first, second = model_of("CellViT256"), model_of("CellViT256")
+    torch.nn.init.ones_(next(second.parameters()))
+    paths = [tmp_path / f"{name}{suffix}" for name in ("first", "second")]
+    for path, module in zip(paths, (first, second), strict=True):
+        publish(path, "CellViT256", module) if suffix == ".pth" else save_file(module.state_dict(), path)
+    sha256, read = file_sha256(paths[0], fresh=True), WeightsBytes.read
+
+    def exchanged(path: Path, entry: Any = None) -> WeightsBytes:
+        file = read(path, entry)
+        shutil.copy(paths[1], path)
+        return file
+
+    monkeypatch.setattr(WeightsBytes, "read", exchanged)
+    loaded = load_model(weights=paths[0])
+    assert loaded.spec.weights_sha256 == loaded.entry.sha256 == sha256
+    assert torch.equal(next(loaded.module.parameters()), next(first.parameters()))
+
+
+def test_weights_of_the_same_size_and_time_are_refused(tmp_path: Path) -> None:
+    folder = train_output(tmp_path / "run")
+    load_model(weights=folder)
+    path = folder / "model.safetensors"
+    stat, data = path.stat(), bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(WeightsError, match="another file or damaged"):
         load_model(weights=folder)
 

@@ -18,8 +18,9 @@ from cellslide.classify.targets import Target
 from cellslide.errors import BusyError, CellslideError, Interrupted, in_words
 from cellslide.inference.segmenter import Segmenter, begin_record
 from cellslide.report import keep_report
+from cellslide.slides.identity import slide_sha256
 from cellslide.slides.inputs import SlideInput
-from cellslide.store.run_record import head_sha256, read_record, write_record
+from cellslide.store.run_record import read_record, write_record
 from cellslide.types import RunRecord
 
 # Broken weights or a missing device would fail every slide in the same way.
@@ -97,7 +98,7 @@ def write_failure(source: SlideInput, segmenter: Segmenter, folder: Path, words:
     if earlier is not None and not (earlier.status == "failed" and earlier.slide["vendor"] is None):
         return
     unknown = dict.fromkeys(("mpp", "mpp_source", "width", "height", "vendor"))
-    head = head_sha256(source.path) if source.path.exists() else None
+    head = slide_sha256(source.path) if source.path.exists() else None
     record = begin_record({"path": os.path.abspath(source.path), "sha256_head": head, **unknown}, segmenter)
     record.status, record.finished, record.error = "failed", record.started, words
     # Where the folder cannot be written, the line on the screen has to do.

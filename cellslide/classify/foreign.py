@@ -10,7 +10,7 @@ from cellslide.config import ClassifyConfig
 from cellslide.errors import UsageError
 from cellslide.formats.importers import Source, import_nuclei, load_alignment
 from cellslide.progress import IDLE
-from cellslide.store.run_record import differences, flatten, head_sha256, other_slide, plain, read_record
+from cellslide.store.run_record import differences, flatten, plain, read_record
 from cellslide.store.slide_folder import held
 
 
@@ -44,15 +44,14 @@ def _check_same(target: Target, path: Path, config: ClassifyConfig) -> None:
     """Raise UsageError unless the folder's cells came from this file, read in this way, for this slide."""
     folder = target.folder
     record = read_record(folder)
-    slide = target.source.path
-    if slide.exists() and (words := other_slide(record, {"path": slide, "sha256_head": head_sha256(slide)})):
+    if words := other_slide(record, target.source.path):
         raise UsageError(f"{folder}: {words}; give another --output")
     found = dict(record.config.get("cells") or {}) if record is not None else {}
     if not found:
         raise UsageError(f"{folder}: holds cells that did not come from --cells; --overwrite replaces them")
     source = _source(config)
     matrix = None if source.alignment is None else source.alignment.tolist()
-    asked = {"sha256_head": head_sha256(path), **plain(replace(source, alignment=None)), "alignment": matrix}
+    asked = {"sha256": content_sha256(path), **plain(replace(source, alignment=None)), "alignment": matrix}
     found.pop("path", None)
     if words := differences(flatten(found), flatten(asked)):
         raise UsageError(f"{folder}: holds other cells ({words}); --overwrite replaces them")

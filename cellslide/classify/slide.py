@@ -26,6 +26,7 @@ from cellslide.errors import SlideError, UsageError
 from cellslide.formats.files import write_formats, write_missing
 from cellslide.inference.finite import NOT_FINITE
 from cellslide.progress import IDLE, Watch
+from cellslide.slides.identity import content_sha256
 from cellslide.slides.slide import Slide
 from cellslide.slides.tissue import find_tissue
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable, TableExtender, open_table
@@ -34,7 +35,6 @@ from cellslide.store.run_record import (
     TABLE,
     differences,
     flatten,
-    head_sha256,
     plain,
     read_record,
 )
@@ -227,7 +227,7 @@ def network_settings(xy: Float64, classifier: Classifier, organ: Organ) -> dict[
         settings["seed"] = config.infer.seed
     if config.adaptive is not None:
         settings["temperature_local"] = spec.calibration.temperature_local
-    settings["roi"] = None if config.roi is None else head_sha256(config.roi)
+    settings["roi"] = None if config.roi is None else content_sha256(config.roi)
     settings["cells"] = {"n": len(xy), "found": hashlib.sha256(np.ascontiguousarray(xy).tobytes()).hexdigest()[:16]}
     return flatten(settings)
 

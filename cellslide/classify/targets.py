@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cellslide.errors import SlideError, UsageError, in_words
+from cellslide.slides.identity import other_slide
 from cellslide.slides.inputs import SlideInput, expand_slides
 from cellslide.slides.reopen import slide_path
 from cellslide.slides.slide import Slide, open_slide
 from cellslide.store.cell_table import open_table
 from cellslide.store.foreign_files import is_plain
 from cellslide.store.recovery import put_back, tables_below
-from cellslide.store.run_record import TABLE, describe_slide, other_slide, read_record
+from cellslide.store.run_record import TABLE, read_record
 from cellslide.types import SlideInfo
 
 log = logging.getLogger(__name__)
@@ -111,5 +112,5 @@ def check_slide(target: Target, slide: Slide) -> None:
         raise SlideError(
             f"{slide.info.path}: {sizes[1]} pixels, the cells in {target.folder} lie on {sizes[0]}; use another -o"
         )
-    if words := other_slide(read_record(target.folder), describe_slide(slide.info)):
+    if words := other_slide(read_record(target.folder), slide.info.path):
         raise SlideError(f"{target.folder}: {words}; use another -o")

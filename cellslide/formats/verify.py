@@ -25,11 +25,12 @@ from cellslide.errors import UsageError, one_line, short
 from cellslide.formats.arrow_files import CSV_NAME, PARQUET_NAME, arrow_blocks
 from cellslide.formats.geojson import GZ_NAME, PROBABILITIES, ZIP_NAME, Profile
 from cellslide.formats.verify_geojson import compare_geojson
+from cellslide.slides.identity import is_slide
 from cellslide.store.anndata_columns import Categorical
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable, open_table
 from cellslide.store.file_list import changed_bytes
 from cellslide.store.foreign_files import is_plain
-from cellslide.store.run_record import RUN_FILE, TABLE, differences, flatten, head_sha256, read_record, to_dict
+from cellslide.store.run_record import RUN_FILE, TABLE, differences, flatten, read_record, to_dict
 from cellslide.store.uuids import SeenPlaces, make_uuids, pack_places
 from cellslide.types import RunRecord
 
@@ -145,8 +146,8 @@ def _record_faults(folder: Path, found: list[RunRecord]) -> Iterator[str]:
 
 def _slide_faults(record: RunRecord) -> Iterator[str]:
     path, known = Path(record.slide["path"]), record.slide.get("sha256_head")
-    if known is not None and head_sha256(path) != known:
-        yield f"{path}: another slide than the one that was read, by size or by its first MiB"
+    if known is not None and not is_slide(path, known):
+        yield f"{path}: another slide than the one that was read, by size or content"
 
 
 def _notes(folder: Path, record: RunRecord | None) -> Iterator[str]:

@@ -22,7 +22,8 @@ from cellslide.inference.onnx_engine import OnnxEngine
 from cellslide.inference.stream import Detector, default_workers, start_processes
 from cellslide.inference.torch_engine import Engine, TorchEngine
 from cellslide.models import layers
-from cellslide.store.run_record import head_sha256, now_utc, plain
+from cellslide.slides.identity import content_sha256
+from cellslide.store.run_record import now_utc, plain
 from cellslide.types import ModelSpec, RunRecord, WeightsRef
 from cellslide.weights import LoadedModel, Manifest
 
@@ -158,7 +159,7 @@ def resolved(config: SegmentConfig, spec: ModelSpec) -> dict[str, Any]:
     for name in (*unused, "bf16_on_cpu"):
         del settings["spec"][name]
     for name, path in (("mask", config.tissue.mask), ("roi", config.tissue.roi)):
-        settings["tissue"][f"{name}_sha256_head"] = None if path is None else head_sha256(path)
+        settings["tissue"][f"{name}_sha256"] = None if path is None else content_sha256(path)
     return settings
 
 

@@ -7,12 +7,12 @@ else in it is ignored. Only tensors and plain values are unpickled. Sizes are re
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import pathlib
 import pickle
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +56,14 @@ class Checkpoint:
     state: State
 
 
-def read_checkpoint(path: Path, arch: str | None = None) -> Checkpoint:
-    """Read a `.pth` or `.safetensors` file on the CPU; `arch` is used where the file names none.
+def read_checkpoint(path: Path, arch: str | None = None, data: bytes | None = None) -> Checkpoint:
+    """Read a `.pth` or `.safetensors` file on the CPU.
 
+    arch  used where the file names none.
+    data  its bytes, where they were read already.
     Raises WeightsError when the file is not a checkpoint or would run code when unpickled.
     """
-    state, content = read_tensors(path)
+    state, content = read_tensors(path, data)
     config = _flatten(content.get("config") or {})
     name = content.get("arch") or arch or guess_arch(state)
     if not isinstance(name, str):
@@ -75,24 +77,31 @@ def read_checkpoint(path: Path, arch: str | None = None) -> Checkpoint:
     return Checkpoint(_sam_size(state) if name == "CellViTSAM" else short, config, state)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path, data: bytes | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a file's tensors by name on the CPU, and all that it holds; Lightning's `.ckpt` and plain files too.
 
+    data  its bytes, where they were read already.
     Raises WeightsError when the file holds no tensors or would run code when unpickled.
     """
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    try:
+        data = path.read_bytes() if data is None else data
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from error
+    content = _read_safetensors(path, data) if path.suffix == ".safetensors" else _read_pickle(path, data)
     return _strip_parallel(_find_state(content, path)), content
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
+def _read_safetensors(path: Path, data: bytes) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     try:
-        with safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state = load(data)
+        # The header, whose length stands first, was checked by then.
+        header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+        meta = json.loads(header).get("__metadata__") or {}
         return {"model_state_dict": state, "arch": meta.get("arch"), "config": json.loads(meta.get("config", "{}"))}
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({short(error)})") from error
 
 
@@ -112,14 +121,13 @@ def _numpy_scalars() -> list[Any]:
 _SETTINGS = (argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath)
 
 
-def _read_pickle(path: Path) -> dict[str, Any]:
+def _read_pickle(path: Path, data: bytes) -> dict[str, Any]:
     allowed = [*_numpy_scalars(), *_SETTINGS]
     try:
         with torch.serialization.safe_globals(allowed):
-            # Mapped, since the optimiser's state may be twice the size of the model and is not wanted.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise WeightsError(_blocked(path, allowed, error)) from error
+        raise WeightsError(_blocked(path, data, allowed, error)) from error
     except Exception as error:
         # torch.load fails in many ways on a damaged file; all of them mean the same here.
         raise WeightsError(
@@ -130,10 +138,10 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _blocked(path: Path, allowed: list[Any], error: Exception) -> str:
+def _blocked(path: Path, data: bytes, allowed: list[Any], error: Exception) -> str:
     try:
         with torch.serialization.safe_globals(allowed):
-            names = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+            names = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
     except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError):
         # Files of the old format cannot be listed; the message of the first refusal names the object.
         names = ""

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from cellslide.errors import CellslideError, UsageError
+from cellslide.slides.identity import is_slide
 from cellslide.slides.readers import open_reader
 from cellslide.slides.slide import Slide
 from cellslide.store.cell_table import CellTable
 from cellslide.store.foreign_files import is_plain
-from cellslide.store.run_record import head_sha256
 
 
 def slide_path(table: CellTable) -> Path:
@@ -19,7 +19,7 @@ def slide_path(table: CellTable) -> Path:
     if not full.is_absolute() or typed == full:
         return typed
     known = table.run.slide.get("sha256_head")
-    if is_plain(typed) and (known is None or not is_plain(full) or head_sha256(typed) == known):
+    if is_plain(typed) and (known is None or not is_plain(full) or is_slide(typed, known)):
         return typed
     return full
 
@@ -36,7 +36,7 @@ def reopen(table: CellTable, moved_to: Path | None = None) -> Slide:
             raise UsageError(f"--slide {moved_to}: no such file")
         raise UsageError(f"{info.path}: the slide of {table.path} is not there any more; say where it is with --slide")
     known = table.run.slide.get("sha256_head")
-    if known is not None and head_sha256(info.path) != known:
+    if known is not None and not is_slide(info.path, known):
         raise UsageError(f"{info.path}: not the slide that {table.path} was made from; name that one with --slide")
     reader = open_reader(info.path)
     # An earlier version may have used levels that are not read any more.

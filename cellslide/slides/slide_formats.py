@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cellslide.errors import SlideError
+
 if TYPE_CHECKING:
     from cellslide.slides.readers.base import SlideReader
 
+# More than any slide has.
+MOST_FILES = 100_000
 _HEAD_BYTES = 1 << 16
 _SERIES_UID = b"\x20\x00\x0e\x00UI"
 MOST_INDEX_BYTES = 1 << 20
@@ -65,8 +69,7 @@ def _dicom_files(path: Path) -> list[Path]:
 
 def _mirax_files(path: Path) -> list[Path]:
     companion = path.with_suffix("")
-    below = sorted(companion.rglob("*")) if companion.is_dir() else []
-    return [path, *(file for file in below if file.is_file())]
+    return [path, *(_files_below(companion) if companion.is_dir() else [])]
 
 
 def _hamamatsu_files(index: Path) -> list[Path]:
@@ -85,8 +88,18 @@ def _ome_files(path: Path) -> list[Path]:
     try:
         with tifffile.TiffFile(path) as tiff:
             return [path, *_beside(path, _OME_FILE.findall(tiff.ome_metadata or "") if tiff.is_ome else [])]
-    except (tifffile.TiffFileError, ValueError, OSError, KeyError, IndexError):
+    except Exception:  # tifffile raises what it likes on a damaged file, which is told when it is opened.
         return [path]
+
+
+def _files_below(folder: Path) -> list[Path]:
+    found = []
+    for k, path in enumerate(folder.rglob("*")):
+        if k >= MOST_FILES:
+            raise SlideError(f"{folder}: more than {MOST_FILES:,} files; this is no slide")
+        if path.is_file():
+            found.append(path)
+    return sorted(found)
 
 
 def _beside(path: Path, names: list[str]) -> list[Path]:
@@ -112,9 +125,9 @@ def format_of(path: Path) -> SlideFormat | None:
 
 
 def slide_files(path: Path) -> list[Path]:
-    """Return all files of a slide; of a folder all that lie in it."""
+    """Return all files of a slide; of a folder all that lie in it. Raises SlideError for more than a slide has."""
     if path.is_dir():
-        return [file for file in sorted(path.rglob("*")) if file.is_file()]
+        return _files_below(path)
     format = format_of(path)
     return [path] if format is None else format.files(path)
 

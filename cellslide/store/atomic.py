@@ -7,7 +7,9 @@ import json
 import os
 import secrets
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from numpy.lib.format import open_memmap
 from numpy.typing import DTypeLike
 
 ZEROS = bytes(1 << 20)
+# A disk writes many small files together almost as fast as one.
+FILES_AT_ONCE = 8
 
 
 @contextmanager
@@ -30,15 +34,15 @@ def beside(path: Path) -> Iterator[Path]:
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield scratch
-        _to_disk(scratch)  # else a power cut may leave the new name on an empty file
+        to_disk(scratch)  # else a power cut may leave the new name on an empty file
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
 
 
-def _to_disk(path: Path) -> None:
-    """Have a file written to the disk before it is renamed; some file systems cannot, and need not."""
+def to_disk(path: Path) -> None:
+    """Have a file or a folder written to the disk before it is renamed; some file systems cannot, and need not."""
     try:
         number = os.open(path, os.O_RDONLY)
     except OSError:
@@ -76,7 +80,10 @@ class Staging:
                 shutil.rmtree(left, ignore_errors=True)
 
     def publish(self) -> None:
-        """Rename the folder into place; an older one is moved away first and removed last."""
+        """Bring the folder to the disk and rename it into place; an older one is moved away first and removed last."""
+        found = [self.folder, *self.folder.rglob("*")]
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            deque(pool.map(to_disk, found), maxlen=0)
         old = self.path.with_name(f"{self.path.name}.old-{os.getpid()}")
         shutil.rmtree(old, ignore_errors=True)
         if self.path.exists():

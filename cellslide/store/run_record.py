@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
+import json
 import platform
+import zlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
@@ -16,15 +16,14 @@ import psutil
 from cellslide.errors import SlideError, short
 from cellslide.store import file_list
 from cellslide.store.atomic import write_json
-from cellslide.store.foreign_files import is_plain, read_json
-from cellslide.types import BatchSize, Counts, FailedTile, RunRecord, Seconds, SlideInfo, WeightsRef
+from cellslide.store.foreign_files import read_json
+from cellslide.types import BatchSize, Counts, FailedTile, RunRecord, Seconds, WeightsRef
 
 # The two that every finished slide's folder holds.
 RUN_FILE, TABLE = "run.json", "cells.zarr"
 # Beside what an interrupted run keeps: the settings that it was made with.
 FINGERPRINT_FILE = "fingerprint.json"
-HEAD_BYTES = 1 << 20
-MOST_FILES = 100_000
+_CHECKSUM = "crc32"
 
 # Settings that choose how or where a run is done, not what it finds.
 _NOT_THE_RESULT = (
@@ -55,49 +54,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def head_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's size and first 1 MiB; of a folder, of its files' names, sizes and first head.
-
-    Cheap enough for a slide of many GB, and enough to notice that the slide was exchanged.
-    """
-    if not is_plain(path):
-        raise SlideError(f"{path}: not a plain file or folder")
-    files = _files_below(path) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        name = file.relative_to(path).as_posix() if path.is_dir() else ""
-        digest.update(f"{name}:{file.stat().st_size}\n".encode())
-    if files:
-        with files[0].open("rb") as stream:
-            digest.update(stream.read(HEAD_BYTES))
-    return digest.hexdigest()
-
-
-def _files_below(folder: Path) -> list[Path]:
-    """Return the plain files of a folder that is a slide; raises SlideError for one that holds more than any slide."""
-    found = []
-    for k, path in enumerate(folder.rglob("*")):
-        if k >= MOST_FILES:
-            raise SlideError(f"{folder}: more than {MOST_FILES:,} files; this is no slide")
-        if path.is_file():
-            found.append(path)
-    return sorted(found)
-
-
-def describe_slide(info: SlideInfo) -> dict[str, Any]:
-    """Return the `slide` entry of the record; `mpp` is in µm per level-0 pixel, the mean of x and y."""
-    return {
-        # As typed it would mean another file from another folder.
-        "path": os.path.abspath(info.path),
-        "sha256_head": head_sha256(info.path) if info.path.exists() else None,
-        "mpp": (info.mpp_x + info.mpp_y) / 2,
-        "mpp_source": info.mpp_source,
-        "width": info.width_px,
-        "height": info.height_px,
-        "vendor": info.vendor,
-    }
 
 
 def to_dict(record: RunRecord) -> dict[str, Any]:
@@ -244,6 +200,15 @@ def differences(old: Mapping[str, str], new: Mapping[str, str], most: int = 4) -
     return "; ".join(words) + (f"; and {len(keys) - most} more" if len(keys) > most else "")
 
 
+def write_fingerprint(folder: Path, fingerprint: Mapping[str, str]) -> None:
+    """Keep a fingerprint in `folder`, with its checksum."""
+    write_json(folder / FINGERPRINT_FILE, {_CHECKSUM: _checksum(fingerprint), **fingerprint})
+
+
+def _checksum(fingerprint: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(fingerprint, sort_keys=True).encode()):08x}"
+
+
 def changed_since(folder: Path, fingerprint: Mapping[str, str], anew: str) -> str:
     """Return in words where a fingerprint differs from the one kept in `folder`, or "".
 
@@ -256,20 +221,9 @@ def changed_since(folder: Path, fingerprint: Mapping[str, str], anew: str) -> st
         raise SlideError(f"{path}: damaged ({short(error)}); --overwrite {anew}") from error
     if not isinstance(found, dict):
         raise SlideError(f"{path}: damaged (no mapping); --overwrite {anew}")
+    if found.pop(_CHECKSUM, None) != _checksum(found):
+        raise SlideError(f"{path}: damaged (its checksum differs); --overwrite {anew}")
     return differences(found, fingerprint)
-
-
-def other_slide(earlier: RunRecord | None, slide: Mapping[str, Any]) -> str:
-    """Return in words that a record is of another slide than the one that `describe_slide` tells of, or ""."""
-    if earlier is None:
-        return ""
-    hashes = [entry.get("sha256_head") for entry in (earlier.slide, slide)]
-    if None in hashes or hashes[0] == hashes[1]:
-        return ""
-    paths = [os.path.abspath(str(entry.get("path"))) for entry in (earlier.slide, slide)]
-    if paths[0] == paths[1]:
-        return f"{paths[1]} has changed since: another slide lay there then"
-    return f"another slide of this name was done here: {paths[0]} then, {paths[1]} now"
 
 
 def peak_rss_bytes() -> int:

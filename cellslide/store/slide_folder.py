@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from cellslide.errors import CellslideError, Interrupted, SlideError, UsageError, in_words
+from cellslide.errors import CellslideError, Interrupted, UsageError, in_words
 from cellslide.progress import Watch
 from cellslide.store.atomic import remove_folder
 from cellslide.store.cell_table import open_table
@@ -21,7 +21,6 @@ from cellslide.store.run_record import (
     differences,
     fingerprint,
     now_utc,
-    other_slide,
     peak_rss_bytes,
     read_record,
     write_record,
@@ -67,20 +66,6 @@ def close_record(record: RunRecord, folder: Path, peak_device_bytes: int, began:
     record.peak_rss_bytes = max(record.peak_rss_bytes, peak_rss_bytes())
     record.peak_device_bytes = max(record.peak_device_bytes, peak_device_bytes)
     write_record(folder, record)
-
-
-def refuse_other_slide(folder: Path, record: RunRecord, overwrite: bool) -> None:
-    """Raise UsageError where a folder holds the work of another slide of the same name; warn where that is given up."""
-    if not (folder / TABLE).is_dir() and not (folder / PARTS_FOLDER).is_dir():
-        return
-    try:
-        words = other_slide(read_record(folder), record.slide)
-    except SlideError:
-        return  # What is no record is answered where it is needed.
-    if words and overwrite:
-        log.warning("%s: %s; its results are replaced", folder, words)
-    elif words:
-        raise UsageError(f"{folder}: {words}; give another --output, or name both slides in one command")
 
 
 def find_finished(folder: Path, record: RunRecord) -> RunRecord | None:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from cellslide.errors import SlideError, UsageError
-from cellslide.store.atomic import beside, remove_folder, write_json
-from cellslide.store.run_record import FINGERPRINT_FILE, changed_since
+from cellslide.store.atomic import beside, remove_folder
+from cellslide.store.run_record import FINGERPRINT_FILE, changed_since, write_fingerprint
 from cellslide.types import Cells, concat
 
 PARTS_FOLDER = ".parts"
@@ -63,7 +63,7 @@ class Parts:
         # Parts that nothing says the settings of would be taken for those of this run.
         if overwrite or not (folder / FINGERPRINT_FILE).exists():
             remove_folder(folder)
-            write_json(folder / FINGERPRINT_FILE, fingerprint)
+            write_fingerprint(folder, fingerprint)
         elif words := _changed_or_gone(folder, fingerprint):
             raise UsageError(f"{slide_folder}: finished tiles come from another run ({words}); --overwrite starts anew")
         parts = cls(folder)
@@ -136,7 +136,7 @@ def _changed_or_gone(folder: Path, fingerprint: Mapping[str, str]) -> str:
     except SlideError as error:
         log.warning("%s; the tiles that were kept are done again", str(error).partition("; --overwrite")[0])
         remove_folder(folder)
-        write_json(folder / FINGERPRINT_FILE, fingerprint)
+        write_fingerprint(folder, fingerprint)
         return ""
 
 

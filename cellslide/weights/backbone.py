@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellslide.errors import UsageError, WeightsError
-from cellslide.weights.cache import SUFFIXES, require_file, verify_file
-from cellslide.weights.manifest import Manifest
+from cellslide.weights.cache import SUFFIXES, WeightsBytes, require_file
+from cellslide.weights.manifest import Manifest, WeightsEntry
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,27 +30,25 @@ def fill_backbone(backbone: nn.Module, source: str) -> str:
     from cellslide.models.backbones import to_timm
     from cellslide.models.checkpoint import load_strict, read_tensors
 
-    path = find_backbone(source)
-    state, _ = read_tensors(path)
+    path, entry = _find(source)
+    state, _ = read_tensors(path, WeightsBytes.read(path, entry).data)
     training = backbone.training
     load_strict(backbone, to_timm(state, backbone), str(path))
     backbone.train(training)
     return source if not _is_path(source) else path.name
 
 
-def find_backbone(source: str) -> Path:
-    """Return the file that `source` means on this machine; see `fill_backbone`."""
+def _find(source: str) -> tuple[Path, WeightsEntry | None]:
+    """Return the file that `source` means on this machine, and its entry in the manifest where it is an id."""
     if source.startswith(HUB):
-        return _in_hub_cache(source.removeprefix(HUB))
+        return _in_hub_cache(source.removeprefix(HUB)), None
     if _is_path(source):
         path = Path(source).expanduser()
-        return _in_folder(path) if path.is_dir() else path
+        return _in_folder(path) if path.is_dir() else path, None
     entry = Manifest.load().entry(source)
     if entry.task != "backbone":
         raise UsageError(f"{source}: made to {entry.task}, no backbone; see `cellslide weights list --task backbone`")
-    path = require_file(entry)
-    verify_file(entry, path, fresh=True)
-    return path
+    return require_file(entry), entry
 
 
 def _is_path(source: str) -> bool:

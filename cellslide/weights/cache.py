@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,14 +125,43 @@ def file_sha256(path: Path, fresh: bool = False) -> str:
     return digest
 
 
+@dataclass(frozen=True, slots=True)
+class WeightsBytes:
+    """A weights file read once: what is hashed is what is loaded, whatever happens to the file meanwhile."""
+
+    path: Path
+    data: bytes
+    sha256: str
+
+    @classmethod
+    def read(cls, path: Path, entry: WeightsEntry | None = None) -> WeightsBytes:
+        """Read a file whole, and check it against its entry as `verify_file` does; raises WeightsError."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise WeightsError(f"{path}: cannot be read ({error.strerror})") from error
+        digest = hashlib.sha256(data).hexdigest()
+        if entry is not None:
+            _check_size(entry, path, len(data))
+            _check_digest(entry, path, digest)
+        return cls(path, data, digest)
+
+
 def verify_file(entry: WeightsEntry, path: Path, fresh: bool = False) -> str:
     """Check `path` against the manifest, or against its first use where the manifest has no hash; return the sha256.
 
     Raises WeightsError when they differ.
     """
-    if entry.size_bytes is not None and path.stat().st_size != entry.size_bytes:
-        raise WeightsError(f"{path}: {path.stat().st_size} bytes, {entry.id} has {entry.size_bytes}: get it anew")
-    digest = file_sha256(path, fresh)
+    _check_size(entry, path, path.stat().st_size)
+    return _check_digest(entry, path, file_sha256(path, fresh))
+
+
+def _check_size(entry: WeightsEntry, path: Path, size: int) -> None:
+    if entry.size_bytes is not None and size != entry.size_bytes:
+        raise WeightsError(f"{path}: {size} bytes, {entry.id} has {entry.size_bytes}: get it anew")
+
+
+def _check_digest(entry: WeightsEntry, path: Path, digest: str) -> str:
     if entry.sha256 is not None:
         if digest != entry.sha256:
             raise WeightsError(f"{path}: sha256 {digest}, {entry.id} has {entry.sha256}: it is another file or damaged")

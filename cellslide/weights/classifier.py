@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from cellslide.errors import WeightsError, short
 from cellslide.types import Calibration, ClassifierSpec, ClassSpec, CropSpec
-from cellslide.weights.cache import file_sha256, require_file, verify_file
+from cellslide.weights.cache import WeightsBytes, require_file
 from cellslide.weights.load import DEFAULT_MPP, check_task, entry_beside, resolve_path, slug
 from cellslide.weights.manifest import Manifest, Source, WeightsEntry
 
@@ -45,15 +45,6 @@ class LoadedClassifier:
     entry: WeightsEntry
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """A classifier's entry and file; `sha256` of the file as it is."""
-
-    entry: WeightsEntry
-    path: Path
-    sha256: str
-
-
 def load_classifier(model: str | None = None, weights: Path | None = None) -> LoadedClassifier:
     """Load a classifier by id, from a file, or the one that ships.
 
@@ -61,42 +52,46 @@ def load_classifier(model: str | None = None, weights: Path | None = None) -> Lo
     too), described by its tensors, or has a `model.yaml` beside it. Raises UsageError for an unknown id or another
     task, WeightsError when weights are missing, changed or do not fit, with all names that are missing or unexpected.
     """
-    from cellslide.models.checkpoint import read_tensors
-    from cellslide.models.nuclass_layout import canonical_state
-
-    found = _find(model, weights)
-    state = canonical_state(read_tensors(found.path)[0], str(found.path))
-    return _finish(found, state)
+    return _finish(*_read(model, weights))
 
 
 def classifier_entry(model: str | None = None, weights: Path | None = None) -> WeightsEntry:
     """Return the entry that `load_classifier` would load, without building the network."""
-    return _find(model, weights).entry
+    return _find(model, weights)[0]
 
 
-def _find(model: str | None, weights: Path | None) -> _Found:
+def _read(model: str | None, weights: Path | None) -> tuple[WeightsEntry, Path, str, Mapping[str, Any]]:
+    """Return entry, file, SHA-256 and tensors; the file's bytes are free again before a network is made of them."""
+    from cellslide.models.checkpoint import read_tensors
+    from cellslide.models.nuclass_layout import canonical_state
+
+    entry, file = _find(model, weights)
+    return entry, file.path, file.sha256, canonical_state(read_tensors(file.path, file.data)[0], str(file.path))
+
+
+def _find(model: str | None, weights: Path | None) -> tuple[WeightsEntry, WeightsBytes]:
     manifest = Manifest.load()
     if weights is None or model is not None:
         entry = manifest.default("classify") if model is None else manifest.entry(model)
         check_task(entry, "classify")
         path = require_file(entry) if weights is None else resolve_path(weights)
-        return _Found(entry, path, verify_file(entry, path, fresh=True))
+        return entry, WeightsBytes.read(path, entry)
     path = resolve_path(weights)
     beside = entry_beside(path)
     if beside is not None:
         check_task(beside, "classify")
-        path = require_file(beside)
-        return _Found(beside, path, verify_file(beside, path, fresh=True))
-    sha256 = file_sha256(path, fresh=True)
-    return _Found(describe(path, sha256, manifest), path, sha256)
+        return beside, WeightsBytes.read(require_file(beside), beside)
+    file = WeightsBytes.read(path)
+    return describe(file, manifest), file
 
 
-def describe(path: Path, sha256: str, manifest: Manifest) -> WeightsEntry:
+def describe(file: WeightsBytes, manifest: Manifest) -> WeightsEntry:
     """Return an entry for a published checkpoint: sizes from its tensors, names from its settings or as published."""
     from cellslide.models.checkpoint import read_tensors
     from cellslide.models.nuclass_layout import canonical_state, infer_config
 
-    tensors, content = read_tensors(path)
+    path = file.path
+    tensors, content = read_tensors(path, file.data)
     state = canonical_state(tensors, str(path))
     config = infer_config(state, str(path))
     published = manifest.entries.get(PUBLISHED_ID)
@@ -115,8 +110,8 @@ def describe(path: Path, sha256: str, manifest: Manifest) -> WeightsEntry:
         file=path.name,
         root=path.parent,
         source=Source(),
-        sha256=sha256,
-        size_bytes=path.stat().st_size,
+        sha256=file.sha256,
+        size_bytes=len(file.data),
         config={**sizes, "crops": crops},
         classes=_classes(_class_names(content), int(config["num_classes"]), published.classes),
         organs=organs,
@@ -149,13 +144,13 @@ def _classes(names: Sequence[str], count: int, published: tuple[ClassSpec, ...])
     return tuple(ClassSpec(name, colors.get(name.lower(), PALETTE[i % len(PALETTE)])) for i, name in enumerate(names))
 
 
-def _finish(found: _Found, state: Mapping[str, Any]) -> LoadedClassifier:
+def _finish(entry: WeightsEntry, path: Path, sha256: str, state: Mapping[str, Any]) -> LoadedClassifier:
     from cellslide.models.backbones import build_empty
     from cellslide.models.checkpoint import load_strict
     from cellslide.models.nuclass import NuClass
     from cellslide.models.nuclass_layout import fit_backbones
 
-    entry, where = found.entry, str(found.path)
+    where = str(path)
     config = _config(entry, state, where)
     try:
         module = build_empty(lambda: NuClass(config))
@@ -164,7 +159,7 @@ def _finish(found: _Found, state: Mapping[str, Any]) -> LoadedClassifier:
     _check_classes(entry, state, where)
     load_strict(module, fit_backbones(module, state), where)
     module.share_equal_backbones()
-    return LoadedClassifier(spec_of(entry, found.sha256), module, entry)
+    return LoadedClassifier(spec_of(entry, sha256), module, entry)
 
 
 def _config(entry: WeightsEntry, state: Mapping[str, Any], where: str) -> Any:

@@ -15,7 +15,7 @@ import yaml
 
 from cellslide.errors import UsageError, WeightsError
 from cellslide.store.atomic import beside
-from cellslide.weights.cache import cache_dir, file_sha256, find_file, how_to_get, verify_file
+from cellslide.weights.cache import WeightsBytes, cache_dir, file_sha256, find_file, how_to_get, verify_file
 from cellslide.weights.classifier import LoadedClassifier, load_classifier
 from cellslide.weights.load import FINDERS, LoadedModel, entry_beside, load_entry, load_file, resolve_path
 from cellslide.weights.manifest import ENTRY_FILE, Manifest, Source, WeightsEntry
@@ -39,7 +39,7 @@ def fetch(entry: WeightsEntry, accept: str | None, ask: Ask, progress: Progress 
     path = find_file(entry)
     if path is None:
         path = _download(entry, accept, ask, progress)
-    verify_file(entry, path)
+    verify_file(entry, path, fresh=True)
     return path
 
 
@@ -147,9 +147,10 @@ def _add_known(entry: WeightsEntry, path: Path) -> WeightsEntry:
     elif entry.task == "classify":
         load_classifier(entry.id, path)
     else:
-        verify_file(entry, path)
+        verify_file(entry, path, fresh=True)
     with beside(cache_dir() / entry.id / (entry.file_name or path.name)) as scratch:
         shutil.copyfile(path, scratch)
+        WeightsBytes.read(scratch, entry)
     return entry
 
 
@@ -165,6 +166,7 @@ def _store_new(entry: WeightsEntry, loaded: LoadedModel | LoadedClassifier) -> W
         made = Path(scratch) / "entry"
         made.mkdir()
         shutil.copyfile(file, made / file.name)
+        WeightsBytes.read(made / file.name, entry)
         (made / ENTRY_FILE).write_text(yaml.safe_dump(entry.as_dict(), sort_keys=False), encoding="utf-8")
         try:
             made.rename(entry.root)

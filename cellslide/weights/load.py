@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cellslide.errors import UsageError, WeightsError
 from cellslide.types import DetectDecode, HoverDecode, ModelSpec
-from cellslide.weights.cache import file_sha256, require_file, verify_file
+from cellslide.weights.cache import WeightsBytes, require_file
 from cellslide.weights.manifest import ENTRY_FILE, Manifest, Source, Triple, WeightsEntry, read_entry
 
 if TYPE_CHECKING:
@@ -73,11 +73,9 @@ def _named(manifest: Manifest, name: str) -> WeightsEntry:
 
 def load_entry(entry: WeightsEntry, path: Path | None = None) -> LoadedModel:
     """Load `entry` from `path`, or from where it lies on this machine; the file's hash is checked."""
-    from cellslide.models.checkpoint import read_checkpoint
-
     path = require_file(entry) if path is None else resolve_path(path)
-    sha256 = verify_file(entry, path, fresh=True)
-    return _finish(entry, read_checkpoint(path, entry.arch), path, sha256)
+    checkpoint, sha256, _ = _read(path, entry)
+    return _finish(entry, checkpoint, path, sha256)
 
 
 def load_file(path: Path, manifest: Manifest, task: str = "segment") -> LoadedModel:
@@ -87,13 +85,18 @@ def load_file(path: Path, manifest: Manifest, task: str = "segment") -> LoadedMo
     if beside is not None:
         check_task(beside, task)
         return load_entry(beside)
-    from cellslide.models.checkpoint import read_checkpoint
-
-    sha256 = file_sha256(path, fresh=True)
-    checkpoint = read_checkpoint(path)
-    entry = describe(path, checkpoint, sha256, manifest)
+    checkpoint, sha256, size = _read(path)
+    entry = replace(describe(path, checkpoint, manifest), sha256=sha256, size_bytes=size)
     check_task(entry, task)
     return _finish(entry, checkpoint, path, sha256)
+
+
+def _read(path: Path, entry: WeightsEntry | None = None) -> tuple[Checkpoint, str, int]:
+    """Return what a file holds, its SHA-256 and size; its bytes are free again before a network is made of them."""
+    from cellslide.models.checkpoint import read_checkpoint
+
+    file = WeightsBytes.read(path, entry)
+    return read_checkpoint(path, entry.arch if entry else None, file.data), file.sha256, len(file.data)
 
 
 def resolve_path(path: Path) -> Path:
@@ -121,7 +124,7 @@ def check_task(entry: WeightsEntry, task: str) -> None:
         )
 
 
-def describe(path: Path, checkpoint: Checkpoint, sha256: str, manifest: Manifest) -> WeightsEntry:
+def describe(path: Path, checkpoint: Checkpoint, manifest: Manifest) -> WeightsEntry:
     """Return an entry for a file nobody described: from its tensors and config, then by its name in the manifest."""
     from cellslide.models import kind_of
     from cellslide.models.checkpoint import classes_of, infer_config, mpp_of, normalisation_of
@@ -139,8 +142,6 @@ def describe(path: Path, checkpoint: Checkpoint, sha256: str, manifest: Manifest
         id=slug(path.stem),
         file=path.name,
         root=path.parent,
-        sha256=sha256,
-        size_bytes=path.stat().st_size,
         config=config,
         mpp=mpp_of(checkpoint.config) or (known.mpp if known else None) or _mpp_by_name(path.name),
         mean=mean,

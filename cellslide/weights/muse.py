@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cellslide.errors import UsageError, WeightsError
-from cellslide.weights.cache import file_sha256, require_file, verify_file
+from cellslide.weights.cache import WeightsBytes, require_file
 from cellslide.weights.load import DEFAULT_MPP, IMAGENET_MEAN, IMAGENET_STD, entry_beside, resolve_path, slug
 from cellslide.weights.manifest import Manifest, Source, Triple, WeightsEntry
 
@@ -50,22 +50,22 @@ def load_muse(model: str | None = None, weights: Path | None = None) -> LoadedMu
     folder of training means the weights in it. Raises UsageError for an unknown id or weights of another kind,
     WeightsError when weights are missing, changed or do not fit.
     """
-    entry, path = _find(model, weights)
-    sha256 = verify_file(entry, path, fresh=True)
-    config, state = _read(entry, path)
-    return LoadedMuse(_build(config, state, path), entry, sha256)
+    entry, file = _find(model, weights)
+    config, state = _read(entry, file)
+    return LoadedMuse(_build(config, state, file.path), entry, file.sha256)
 
 
-def _find(model: str | None, weights: Path | None) -> tuple[WeightsEntry, Path]:
+def _find(model: str | None, weights: Path | None) -> tuple[WeightsEntry, WeightsBytes]:
     manifest = Manifest.load()
     if weights is not None and model is None:
         path = resolve_path(weights)
         beside = entry_beside(path)
         if beside is not None:
-            return _checked(beside), require_file(beside)
-        return _described(path, manifest), path
+            return beside, WeightsBytes.read(require_file(_checked(beside)), beside)
+        file = WeightsBytes.read(path)
+        return _described(file, manifest), file
     entry = _checked(manifest.default("detect") if model is None else manifest.entry(model))
-    return entry, require_file(entry) if weights is None else resolve_path(weights)
+    return entry, WeightsBytes.read(require_file(entry) if weights is None else resolve_path(weights), entry)
 
 
 def _checked(entry: WeightsEntry) -> WeightsEntry:
@@ -74,22 +74,24 @@ def _checked(entry: WeightsEntry) -> WeightsEntry:
     return entry
 
 
-def _described(path: Path, manifest: Manifest) -> WeightsEntry:
+def _described(file: WeightsBytes, manifest: Manifest) -> WeightsEntry:
     """Return an entry for a file that stands for itself: the manifest's for a file of its name, else defaults."""
+    path = file.path
     known = manifest.by_file_name(path.name)
     blank = WeightsEntry(
         "blank", "backbone", "muse", source=Source(), mpp=DEFAULT_MPP, mean=IMAGENET_MEAN, std=IMAGENET_STD
     )
     use = known if known is not None and known.arch.startswith("muse") else blank
-    return replace(use, id=slug(path.stem), file=path.name, root=path.parent, sha256=file_sha256(path), size_bytes=None)
+    return replace(use, id=slug(path.stem), file=path.name, root=path.parent, sha256=file.sha256, size_bytes=None)
 
 
-def _read(entry: WeightsEntry, path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
+def _read(entry: WeightsEntry, file: WeightsBytes) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """Return a backbone's sizes and tensors."""
     from cellslide.models.checkpoint import read_checkpoint
     from cellslide.models.muse_layout import backbone_state, config_of
 
-    checkpoint = read_checkpoint(path)
+    path = file.path
+    checkpoint = read_checkpoint(path, data=file.data)
     if not checkpoint.arch.startswith("muse"):
         raise WeightsError(f"{path}: a {checkpoint.arch} checkpoint, not a MUSE")
     state = backbone_state(checkpoint.state, str(path))

@@ -13,10 +13,11 @@ from cellslide import __version__
 from cellslide.formats.importers.plausible import check_haematoxylin
 from cellslide.formats.importers.read import load_alignment, read_nuclei
 from cellslide.formats.importers.records import Direction, ForeignNuclei, NucleiReport, Origin, Source, Unit
+from cellslide.slides.identity import content_sha256, describe_slide
 from cellslide.slides.slide import Slide
 from cellslide.store.anndata_columns import Column
 from cellslide.store.cell_table import BLOCK_ROWS, CellTableWriter
-from cellslide.store.run_record import TABLE, describe_slide, head_sha256, now_utc, peak_rss_bytes, plain, write_record
+from cellslide.store.run_record import TABLE, now_utc, peak_rss_bytes, plain, write_record
 from cellslide.types import Counts, Float64, ModelKind, ModelSpec, RunRecord, SlideInfo
 
 
@@ -51,7 +52,7 @@ def import_nuclei(
 def _record(path: Path, info: SlideInfo, source: Source, report: NucleiReport, started: str) -> RunRecord:
     given = replace(source, alignment=None)
     matrix = None if source.alignment is None else np.asarray(source.alignment).tolist()
-    entry = {"path": os.path.abspath(path), "sha256_head": head_sha256(path), **plain(given), "alignment": matrix}
+    entry = {"path": os.path.abspath(path), "sha256": content_sha256(path), **plain(given), "alignment": matrix}
     return RunRecord(
         cellslide_version=__version__,
         status="done",
@@ -73,7 +74,7 @@ def write_foreign(folder: Path, info: SlideInfo, nuclei: ForeignNuclei, run: Run
     A nucleus keeps the source's UUID in `uuid`, so that GeoJSON of the table carries it; others get one of their own.
     """
     target, cells = folder / TABLE, nuclei.cells
-    digest = run.config.get("cells", {}).get("sha256_head", "")
+    digest = run.config.get("cells", {}).get("sha256", "")
     kind: ModelKind = "point" if cells.contour_xy is None else "mask"
     mpp = (info.mpp_x + info.mpp_y) / 2
     # The digest of the file stands for that of weights: it makes the UUIDs of nuclei that have none.
