@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import imagecodecs
 import numpy as np
+import openslide
 import pytest
 import tifffile
 from click.testing import CliRunner
@@ -20,7 +21,7 @@ from PIL import Image
 
 from cellslide.cli.main import cli
 from cellslide.config import OutputConfig, TissueConfig
-from cellslide.errors import FluorescenceError, PixelSizeError, SlideError
+from cellslide.errors import CellslideError, FluorescenceError, PixelSizeError, SlideError
 from cellslide.formats.verify import verify_folder
 from cellslide.slides.missing import missing_tissue
 from cellslide.slides.pixel_size import PixelSize, choose
@@ -394,6 +395,38 @@ def test_turned_files_are_read_as_they_are_stored(tmp_path: Path, caplog: pytest
         caplog.clear()
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("turn", range(2, 9))
+def test_turned_pictures_are_read_as_they_are_stored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str, turn: int
+) -> None:
+    picture, exif = Image.fromarray(IMAGE[:, :300]), Image.Exif()
+    exif[0x0112] = turn
+    picture.save(tmp_path / f"turned{suffix}", exif=exif)
+    picture.save(tmp_path / f"plain{suffix}")
+    plane = Plane(MPP, 1.0, 1.0, 300, EDGE)
+    np.testing.assert_array_equal(
+        pixels(tmp_path / f"turned{suffix}", plane, mpp=MPP), pixels(tmp_path / f"plain{suffix}", plane, mpp=MPP)
+    )
+    assert caplog.text.count(f"Orientation is {turn}") == 1
+
+
+def test_damaged_exif_says_nothing_of_the_pixels(tmp_path: Path) -> None:
+    Image.fromarray(IMAGE).save(tmp_path / "a.png", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png", mpp=MPP), IMAGE)
+
+
+def test_a_vendors_file_that_is_turned_is_refused(tmp_path: Path) -> None:
+    for turn in (1, 3):
+        path = tmp_path / f"{turn}.tif"
+        how = {**TILES, "software": "MedScan", "description": "Objective Power=20", "metadata": None, **at(MPP)}
+        tifffile.imwrite(path, IMAGE, **how, extratags=[(274, 3, 1, turn, True)])
+        assert openslide.OpenSlide.detect_format(path) == "trestle"
+    inspect_slide(tmp_path / "1.tif")
+    with pytest.raises(SlideError, match="Orientation is 3"):
+        inspect_slide(tmp_path / "3.tif")
+
+
 # ---------------------------------------------------------------- levels
 
 
@@ -504,6 +537,59 @@ def test_dicom_frames_are_in_the_colours_that_their_streams_say(
     assert ("state different colours" in caplog.text) is lies
     with open_slide(path) as slide:
         assert isinstance(slide.reader, TiledReader)
+
+
+def sparse(shared: Path, folder: Path, order: Sequence[int], kind: str | None, places: bool = True) -> Path:
+    """Write the field as one level of DICOM in tiles of 128 px: those of `order`, with their places."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.encaps import encapsulate
+
+    dicom(shared, folder, "ycbcr", "YBR_FULL_422", "422")
+    data = pydicom.dcmread(folder / "a.dcm")
+    del data.DimensionOrganizationType
+    if kind is not None:
+        data.DimensionOrganizationType = kind
+    data.Rows = data.Columns = 128
+    data.NumberOfFrames = len(order)
+    corners = [(k % 4 * 128, k // 4 * 128) for k in order]
+    tiles = [IMAGE[y : y + 128, x : x + 128].copy() for x, y in corners]
+    data.PixelData = encapsulate([imagecodecs.jpeg8_encode(tile, level=95, subsampling="422") for tile in tiles])
+    data["PixelData"].VR, data["PixelData"].is_undefined_length = "OB", True
+    frames = []
+    for x, y in corners if places else ():
+        place, frame = pydicom.Dataset(), pydicom.Dataset()
+        place.ColumnPositionInTotalImagePixelMatrix, place.RowPositionInTotalImagePixelMatrix = x + 1, y + 1
+        for axis in "XYZ":
+            setattr(place, f"{axis}OffsetInSlideCoordinateSystem", 0)
+        frame.PlanePositionSlideSequence = [place]
+        frames.append(frame)
+    if frames:
+        data.PerFrameFunctionalGroupsSequence = frames
+    data.save_as(folder / "a.dcm", enforce_file_format=True)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["TILED_SPARSE", None])
+@pytest.mark.parametrize("order", [range(16), range(15, -1, -1), [5, 2, *range(6, 16), 0, 1, 3, 4, 5]])
+def test_sparse_dicom_frames_lie_where_they_say(
+    shared: Path, tmp_path: Path, kind: str | None, order: Sequence[int]
+) -> None:
+    check(sparse(shared, tmp_path / "slide", order, kind), 4)
+
+
+def test_sparse_dicom_frames_that_are_missing_in_tissue_are_counted(
+    shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = sparse(shared, tmp_path / "slide", [k for k in range(15, -1, -1) if k != 5], "TILED_SPARSE")
+    with open_slide(path) as slide:
+        assert missing_tissue(slide, 0, find_tissue(slide, TissueConfig())) == [(128.0, 128.0, 256.0, 256.0)]
+    assert "1 tiles inside the tissue are missing" in caplog.text
+
+
+def test_frames_that_are_missing_from_a_full_grid_are_an_error(shared: Path, tmp_path: Path) -> None:
+    path = sparse(shared, tmp_path / "slide", range(15), "TILED_FULL", places=False)
+    with pytest.raises(CellslideError, match="slide"):
+        inspect_slide(path)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])

@@ -15,6 +15,7 @@ import tifffile
 
 from cellslide.errors import SlideError, UsageError
 from cellslide.slides.readers.base import WHITE, SlideHeader, SlideReader, composite, is_tiff
+from cellslide.slides.readers.choose import orientation
 from cellslide.slides.readers.dicom import dicom_reader
 from cellslide.slides.readers.look import looked_at
 from cellslide.slides.readers.plain import ArrayReader, pillow_reader
@@ -80,6 +81,11 @@ def _open_known(path: Path, file: Path) -> tuple[SlideReader, bool]:
         return _open_tiff(path, file, vendor)
     if vendor is None:
         return pillow_reader(path), False
+    if is_tiff(file) and (turned := _orientation(file)) != 1:
+        raise SlideError(
+            f"{path}: its TIFF Orientation is {turned}, and OpenSlide would turn each tile in its place; convert it to "
+            "a tiled TIFF"
+        )
     reader = OpenSlideReader(path, file)
     if vendor != "dicom":
         return reader, False
@@ -143,6 +149,16 @@ def _check_tiles(path: Path) -> None:
     width, height = max(tiles, key=lambda tile: tile[0] * tile[1], default=(0, 0))
     if width * height > MOST_TILE_PX:
         raise SlideError(f"{path}: tiles of {width} x {height} px do not fit into memory; convert it to smaller tiles")
+
+
+def _orientation(path: Path) -> int:
+    """Return the Orientation of the largest page, 1 where nothing is said of it."""
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            pages = [page.aspage() for _, page in zip(range(PAGES_CHECKED), tiff.pages, strict=False)]
+            return orientation(max(pages, key=lambda page: int(page.imagewidth) * int(page.imagelength)))
+    except Exception:  # What is damaged is told when it is opened; tifffile raises what it likes.
+        return 1
 
 
 def _check_size(header: SlideHeader, file: Path) -> None:

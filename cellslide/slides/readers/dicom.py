@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from cellslide.errors import SlideError
-from cellslide.slides.readers.base import SlideHeader, SlideReader
+from cellslide.slides.readers.base import SlideHeader, SlideReader, TileGaps
 from cellslide.slides.readers.colours import jpeg_is_rgb
 from cellslide.slides.readers.tiled import (
     Codec,
@@ -57,6 +57,8 @@ def dicom_reader(beside: SlideReader, file: Path) -> SlideReader:
     """
     liars: list[Path] = []
     reader = tiled_reader(beside, lambda: dicom_levels(file, beside.header, liars))
+    if reader is beside:
+        reader.header = replace(reader.header, missing=_missing(file, reader.header))
     if not liars:
         return reader
     if not isinstance(reader, TiledReader):
@@ -73,6 +75,21 @@ def dicom_levels(
 
     liars  gets the files whose frames are in other colours than their headers state.
     """
+    levels: list[TiledLevel] = []
+    paths: list[Path] = []
+    for path, data in _files_of_levels(file, header):
+        instance = _instance(path, data)
+        is_rgb = _is_rgb(instance)
+        lies = is_rgb is not None and is_rgb != (instance.header.PhotometricInterpretation == "RGB")
+        if lies and liars is not None:
+            liars.append(instance.path)
+        levels.append(replace(_level(instance, len(paths), is_rgb), lies=lies))
+        paths.append(path)
+    return paths, tuple(levels)
+
+
+def _files_of_levels(file: Path, header: SlideHeader) -> list[tuple[Path, Dataset]]:
+    """Return the file of each level and its header; raises OddFile where a level lies in none or in several."""
     try:
         import pydicom
     except ImportError as error:
@@ -80,22 +97,37 @@ def dicom_levels(
 
     series = pydicom.dcmread(file, stop_before_pixels=True).SeriesInstanceUID
     files = sorted(p for p in file.parent.iterdir() if p.is_file() and not p.name.startswith("."))
-    found = [(path, data) for path in files if (data := _volume(path, series)) is not None]
-    levels: list[TiledLevel] = []
-    paths: list[Path] = []
-    for level in header.levels:
-        size = level.width_px, level.height_px
-        of_size = [pair for pair in found if (pair[1].TotalPixelMatrixColumns, pair[1].TotalPixelMatrixRows) == size]
-        if len(of_size) != 1:
-            raise OddFile("levels and files do not match one to one")
-        instance = _instance(*of_size[0])
-        is_rgb = _is_rgb(instance)
-        lies = is_rgb is not None and is_rgb != (instance.header.PhotometricInterpretation == "RGB")
-        if lies and liars is not None:
-            liars.append(instance.path)
-        levels.append(replace(_level(instance, len(paths), is_rgb), lies=lies))
-        paths.append(of_size[0][0])
-    return paths, tuple(levels)
+    by_size: dict[tuple[int, int], list[tuple[Path, Dataset]]] = {}
+    for path in files:
+        if (data := _volume(path, series)) is not None:
+            by_size.setdefault((data.TotalPixelMatrixColumns, data.TotalPixelMatrixRows), []).append((path, data))
+    found = [by_size.get((level.width_px, level.height_px), []) for level in header.levels]
+    if any(len(pairs) != 1 for pairs in found):
+        raise OddFile("levels and files do not match one to one")
+    return [pairs[0] for pairs in found]
+
+
+def _missing(file: Path, header: SlideHeader) -> tuple[TileGaps, ...]:
+    """Return which tiles a slide of sparse frames leaves out; nothing where its headers do not tell."""
+    try:
+        return tuple(_gaps(data, header) for _, data in _files_of_levels(file, header))
+    except Exception:  # pydicom raises what it likes on a damaged header, whose pixels may be whole.
+        return ()
+
+
+def _gaps(data: Dataset, header: SlideHeader) -> TileGaps:
+    """Return the tiles of a level for which there is no frame; frames that say no place come in order."""
+    width, height = int(data.TotalPixelMatrixColumns), int(data.TotalPixelMatrixRows)
+    step_x, step_y = int(data.Columns), int(data.Rows)
+    is_gap = np.ones((-(-height // step_y), -(-width // step_x)), np.bool_)
+    frames = data.get("PerFrameFunctionalGroupsSequence") or ()
+    placed = [frame.PlanePositionSlideSequence[0] for frame in frames if "PlanePositionSlideSequence" in frame]
+    for place in placed:
+        row, col = place.RowPositionInTotalImagePixelMatrix - 1, place.ColumnPositionInTotalImagePixelMatrix - 1
+        is_gap[row // step_y, col // step_x] = False
+    if not placed:
+        is_gap.reshape(-1)[: int(data.NumberOfFrames)] = False
+    return TileGaps(is_gap, step_x * header.width_px / width, step_y * header.height_px / height)
 
 
 def _volume(path: Path, series: str) -> Dataset | None:

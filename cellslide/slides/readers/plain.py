@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
 
 from cellslide.errors import SlideError
 from cellslide.slides.readers.base import WHITE, SlideHeader, composite, paste
@@ -46,6 +48,7 @@ def pillow_reader(path: Path) -> ArrayReader:
                 vendor = (image.format or "image").lower()
                 if image.mode.startswith(("I", "F")) or _is_deep(path, vendor):
                     raise SlideError(f"{path}: {image.mode} pixels of more than 8 bits are not 8-bit RGB; convert it")
+                turned = _orientation(image)
                 pixels = composite(np.asarray(image.convert("RGBA")), WHITE)
     except UnidentifiedImageError as error:
         raise SlideError(f"{path}: not a slide or image that OpenSlide, tifffile or Pillow can read") from error
@@ -53,7 +56,20 @@ def pillow_reader(path: Path) -> ArrayReader:
         raise SlideError(f"{path}: too large to read whole; convert it to a tiled TIFF") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise SlideError(f"{path}: damaged or not an image: {error}") from error
-    return ArrayReader(pixels, path, vendor)
+    reader = ArrayReader(pixels, path, vendor)
+    if turned != 1:
+        note = f"its EXIF Orientation is {turned}; pixels are taken as they are stored, not turned"
+        reader.header = replace(reader.header, notes=(note,))
+    return reader
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF Orientation, 1 where it is absent or no orientation."""
+    try:
+        value = image.getexif().get(Base.Orientation, 1)
+    except Exception:  # Pillow raises what it likes on damaged EXIF, which says nothing of pixels.
+        return 1
+    return value if value in range(1, 9) else 1
 
 
 def _is_deep(path: Path, kind: str) -> bool:
