@@ -21,7 +21,7 @@ from PIL import Image
 
 from cellslide.cli.main import cli
 from cellslide.config import OutputConfig, TissueConfig
-from cellslide.errors import CellslideError, FluorescenceError, PixelSizeError, SlideError
+from cellslide.errors import FluorescenceError, PixelSizeError, SlideError, TileError
 from cellslide.formats.verify import verify_folder
 from cellslide.slides.missing import missing_tissue
 from cellslide.slides.pixel_size import PixelSize, choose
@@ -586,10 +586,10 @@ def test_sparse_dicom_frames_that_are_missing_in_tissue_are_counted(
     assert "1 tiles inside the tissue are missing" in caplog.text
 
 
-def test_frames_that_are_missing_from_a_full_grid_are_an_error(shared: Path, tmp_path: Path) -> None:
+def test_a_frame_that_is_missing_from_a_full_grid_fails_its_tile(shared: Path, tmp_path: Path) -> None:
     path = sparse(shared, tmp_path / "slide", range(15), "TILED_FULL", places=False)
-    with pytest.raises(CellslideError, match="slide"):
-        inspect_slide(path)
+    with pytest.raises(TileError, match="slide"):
+        pixels(path)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])

@@ -67,6 +67,25 @@ def test_the_export_is_made_once_and_a_new_one_for_other_weights(cache: Path) ->
     assert not list((cache / "onnx").glob(".export-*"))
 
 
+@needs_export
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "sha256.json"])
+def test_an_export_that_is_damaged_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    def export(net: torch.nn.Module, images: object, path: Path, **options: object) -> None:
+        path.write_bytes(b"graph")
+        path.with_name("model.onnx.data").write_bytes(b"weights")
+
+    monkeypatch.setenv("CELLSLIDE_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.onnx, "export", export)
+    path = exported(tiny(), SPEC, SIZE)
+    path.with_name("engine.trt").write_bytes(b"made by a runtime later")
+    assert exported(tiny(), SPEC, SIZE) == path and not caplog.records
+    path.with_name(name).write_bytes(b"wfights")
+    assert exported(tiny(), SPEC, SIZE) == path and "made again" in caplog.text
+    assert (path.read_bytes(), path.with_name("model.onnx.data").read_bytes()) == (b"graph", b"weights")
+
+
 def test_the_key_sees_weights_tile_and_normalisation() -> None:
     keys = {
         model_key(tiny(), SPEC, SIZE),

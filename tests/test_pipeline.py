@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -367,6 +368,21 @@ def test_a_region_of_interest_holds_exactly_its_nuclei(half: PaintedSlide, tmp_p
     roi.write_text(json.dumps({"type": "Polygon", "coordinates": [[[0, 0], [400, 0], [400, 300], [0, 300], [0, 0]]]}))
     with pytest.raises(UsageError, match="roi_sha256"):
         segment(half.path, tmp_path, config)
+
+
+@pytest.mark.parametrize("in_part", [False, True])
+def test_another_slide_of_the_name_is_refused_by_both_paths(tmp_path: Path, in_part: bool) -> None:
+    for name, place in (("a", (100, 100)), ("b", (160, 100))):
+        (tmp_path / name).mkdir()
+        paint_slide(tmp_path / name / "s.tif", 300, 260, 0.5, [place], 7.0)
+    segment(tmp_path / "a" / "s.tif", tmp_path / "out")
+    if in_part:
+        shutil.rmtree(tmp_path / "out" / "s" / "cells.zarr")
+        (tmp_path / "out" / "s" / ".parts").mkdir()
+    with pytest.raises(UsageError, match="another slide of this name") as refused:
+        segment(tmp_path / "b" / "s.tif", tmp_path / "out")
+    words = str(refused.value)
+    assert all(str(tmp_path / name / "s.tif") in words for name in "ab") and "--overwrite" not in words
 
 
 def test_an_array_gives_what_the_slide_gives(slide: PaintedSlide, tmp_path: Path) -> None:

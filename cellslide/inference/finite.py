@@ -23,13 +23,17 @@ def is_finite(values: NDArray[Any]) -> bool:
         bits = values.view(np.uint16)
         # Without sign and below infinity: all is well, and one pass tells.
         return bool(bits.max() < _HALF_SPECIAL or (bits & 0x7FFF).max() < _HALF_SPECIAL)
-    with np.errstate(invalid="ignore"):
-        return bool(np.isfinite(values.min()) and np.isfinite(values.max()))
+    with np.errstate(invalid="ignore", over="ignore"):
+        # What is no number makes the sum none; numbers may, if they are large enough.
+        return bool(np.isfinite(values.sum()) or np.isfinite(values).all())
 
 
 def checked(output: HoverMaps | Instances | NoOutput) -> HoverMaps | Instances | NoOutput:
     """Return the output of one tile, or `NoOutput` with the reason where a value is not finite."""
     if isinstance(output, NoOutput):
         return output
-    columns = (getattr(output, f.name) for f in fields(output))
+    columns = [getattr(output, f.name) for f in fields(output)]
+    if isinstance(output, HoverMaps) and output.type_prob is not None:
+        # A softmax: one channel that is no number leaves none of that pixel.
+        columns = [output.foreground_prob, output.hv, output.type_prob[0]]
     return output if all(is_finite(c) for c in columns if c is not None) else NoOutput(NOT_FINITE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -27,6 +28,8 @@ from cellslide.errors import MissingDependencyError, UsageError
 from cellslide.inference.device import available_cpus, resolve_device
 from cellslide.inference.micro_batches import auto_batch_size, in_steps
 from cellslide.inference.torch_engine import TileNet, TileOutput, no_room, output_names, unpack
+from cellslide.slides.identity import content_sha256
+from cellslide.store.atomic import write_json
 from cellslide.types import ModelSpec, UInt8
 from cellslide.weights import cache_dir
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 OPSET = 20
+SUMS_FILE = "sha256.json"
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +59,9 @@ def exported(module: nn.Module, spec: ModelSpec, tile_px: int) -> Path:
     """
     folder = cache_dir() / "onnx" / model_key(module, spec, tile_px)
     path = folder / "model.onnx"
+    if folder.is_dir() and not _is_whole(folder):
+        log.warning("%s: the exported network is damaged and made again", folder)
+        shutil.rmtree(folder)
     if not path.is_file():
         log.info("exporting %s to ONNX for tiles of %d px (once)", spec.name, tile_px)
         _export(TileNet(module, spec).eval().cpu(), spec, tile_px, folder)
@@ -83,10 +90,21 @@ def _export(net: TileNet, spec: ModelSpec, tile_px: int, folder: Path) -> None:
                 # onnxruntime optimises when it loads the network; doing it here too takes as long as the export.
                 optimize=False,
             )
+        sums = {file.name: content_sha256(file) for file in scratch.iterdir()}
+        write_json(scratch / SUMS_FILE, sums)
         if not folder.exists():
             os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Tell whether the files of an exported network are as they were written; others beside them do not count."""
+    try:
+        sums = json.loads((folder / SUMS_FILE).read_text(encoding="utf-8"))
+        return all(content_sha256(folder / name) == known for name, known in sums.items())
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 @contextmanager
