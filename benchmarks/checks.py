@@ -22,14 +22,14 @@ from unittest import mock
 from cellslide.bench.read import write_tiled
 from cellslide.config import InferConfig, OutputConfig, SegmentConfig, TissueConfig
 from cellslide.inference.segmenter import open_segmenter
-from cellslide.pipeline import run_slide
+from cellslide.pipeline import segment_slide
 from cellslide.slides.inputs import SlideInput
 from cellslide.weights import load_model
 
 MOST_SHARE = 0.01
 CHECKS = {
     "a sample decoded, levels compared": "cellslide.slides.readers.looked_at",
-    "tiles that are missing": "cellslide.pipeline.missing_tissue",
+    "tiles that are missing": "cellslide.inference.search.missing_tissue",
     "ends and blocks of the slide hashed": "cellslide.slides.identity.slide_sha256",
     "values of the network finite": "cellslide.inference.stream.checked",
     "size and CRC of all files": "cellslide.store.file_list.listed",
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             patch = mock.patch(place, clock.timed(name, _named(place)))
             patches.enter_context(patch)
         start = time.process_time()
-        record = run_slide(SlideInput(path, slide_id="slide"), segmenter, Path(folder) / "out")[0]
+        record = segment_slide(SlideInput(path, slide_id="slide"), segmenter, Path(folder) / "out")[0]
         total = time.process_time() - start
     for name in CHECKS:
         spent = clock.seconds[name]

@@ -10,6 +10,7 @@ from cellslide.config import ClassifyConfig
 from cellslide.errors import UsageError
 from cellslide.formats.importers import Source, import_nuclei, load_alignment
 from cellslide.progress import IDLE
+from cellslide.slides.identity import content_sha256, other_slide
 from cellslide.store.run_record import differences, flatten, plain, read_record
 from cellslide.store.slide_folder import held
 
