@@ -218,7 +218,7 @@ def test_evaluate(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError):
         cs.evaluate(tmp_path / "empty", data)
-    with pytest.raises(UsageError, match="no weights called"):
+    with pytest.raises(UsageError, match="nobody"):
         cs.evaluate("nobody", data)
 
 
@@ -226,7 +226,7 @@ def test_models_are_listed_and_fetched_with_consent() -> None:
     assert {entry.task for entry in cs.list_models()} >= {"segment", "detect", "classify", "backbone"}
     shipped = next(entry for entry in cs.list_models("segment") if entry.in_package)
     assert cs.fetch_model(shipped.id).is_file()
-    with pytest.raises(UsageError, match="no weights called"):
+    with pytest.raises(UsageError, match="nobody"):
         cs.fetch_model("nobody")
 
 

@@ -88,7 +88,7 @@ def test_slides_and_outputs_lead_to_the_same_cells(root: Path) -> None:
 def test_a_slide_and_its_output_are_one_target(root: Path) -> None:
     targets = expand_targets([str(root / "two.tif"), str(root / "out")], root / "out")
     assert [t.folder for t in targets] == [root / "out" / "two"]
-    with pytest.raises(UsageError, match="no such file"):
+    with pytest.raises(UsageError, match=r"nothing\.svs"):
         expand_targets([str(root / "nothing.svs")], root / "out")
 
 

@@ -127,6 +127,6 @@ def test_a_request_to_stop_reaches_the_processes(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="cuda:9: not on this machine") as error:
+    with pytest.raises(Exception, match="--device cuda:9") as error:
         list(over_devices(Hazard(tmp_path), names_of("a"), ["cuda:9"], lambda _: Heard(), lambda: None))
     assert getattr(error.value, "exit_code", None) == 3

@@ -136,7 +136,7 @@ def test_done_is_skipped_and_other_settings_are_refused(slide: Slide, folder: Pa
     before = vectors(folder)
     module = FakeMuse()
     assert embed_slide(folder, slide, embedder(fake_muse(module)))[1] and module.asked == []
-    with pytest.raises(UsageError, match=r"other settings \(field_px.*--overwrite"):
+    with pytest.raises(UsageError, match="field_px.*--overwrite"):
         embed_slide(folder, slide, embedder(field_px=64))
     assert not embed_slide(folder, slide, embedder(field_px=64, overwrite=True))[1]
     np.testing.assert_allclose(vectors(folder)[3:], before[3:], atol=0.05)
@@ -152,7 +152,7 @@ def test_vectors_of_the_detector_are_not_lost_in_silence(slide: Slide, folder: P
     from cellslide.store.run_record import write_record
 
     write_record(folder, foreign)
-    with pytest.raises(UsageError, match="of the detector or of elsewhere; --overwrite"):
+    with pytest.raises(UsageError, match="--overwrite"):
         embed_slide(folder, slide, embedder())
     assert not embed_slide(folder, slide, embedder(to="npz"))[1]
 
@@ -189,7 +189,7 @@ def test_goes_on_where_it_stopped(slide: Slide, folder: Path) -> None:
     with pytest.raises(Interrupted):
         embed_slide(folder, slide, embedder(batch=1), Watch(stop=lambda: next(left)))
     assert (folder / ".embed").is_dir()
-    with pytest.raises(UsageError, match="read before in part with other settings"):
+    with pytest.raises(UsageError, match="field_px.*--overwrite"):
         embed_slide(folder, slide, embedder(field_px=64))
     first, again = FakeMuse(), FakeMuse()
     embed_slide(folder, slide, embedder(fake_muse(again), batch=1))

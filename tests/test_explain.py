@@ -279,19 +279,19 @@ def test_other_weights_and_other_slides_are_refused(made: Path, tmp_path: Path) 
     shutil.copytree(made / "out" / "s", folder)
     at_home = open_table(folder / "cells.zarr").slide.path
     other = fake_classifier(replace(SPEC, weights_id="other", weights_sha256="cd" * 32))
-    with pytest.raises(UsageError, match=r"typed by fake-typer .* not by other"):
+    with pytest.raises(UsageError, match="fake-typer.*other"):
         explain_slide(folder, Selection("uncertain", 1), other)
     with at_home.open("ab") as file:
         file.write(b"x")
     try:
-        with pytest.raises(UsageError, match="not the slide"):
+        with pytest.raises(UsageError, match="--slide"):
             explain_slide(folder, Selection("uncertain", 1), fake_classifier())
     finally:
         with at_home.open("rb+") as file:
             file.truncate(at_home.stat().st_size - 1)
     at_home.rename(tmp_path / "gone.tif")
     try:
-        with pytest.raises(UsageError, match="not there any more"):
+        with pytest.raises(UsageError, match="--slide"):
             explain_slide(folder, Selection("uncertain", 1), fake_classifier())
         moved = explain_slide(folder, Selection("uncertain", 1), fake_classifier(), moved_to=tmp_path / "gone.tif")
         assert moved == (folder / "explain.html", 1)

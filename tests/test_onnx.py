@@ -98,7 +98,7 @@ def test_the_key_sees_weights_tile_and_normalisation() -> None:
 
 def test_a_silent_fall_back_to_the_cpu_is_an_error() -> None:
     cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
-    with pytest.raises(MissingDependencyError, match="fell back to CPUExecutionProvider.*--device cpu"):
+    with pytest.raises(MissingDependencyError, match="CPUExecutionProvider.*--device cpu"):
         check_providers(["CPUExecutionProvider"], cuda)
     check_providers(["CUDAExecutionProvider", "CPUExecutionProvider"], cuda)
     check_providers(["CPUExecutionProvider"], cpu)
@@ -123,7 +123,7 @@ def test_flags_that_onnx_cannot_follow_are_refused() -> None:
 def test_without_the_export_packages_the_error_names_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CELLSLIDE_CACHE", str(tmp_path))
     monkeypatch.setattr("cellslide.inference.onnx_engine.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"onnx and onnxscript: pip install 'cellslide\[export\]'"):
+    with pytest.raises(MissingDependencyError, match=r"cellslide\[export\]"):
         exported(tiny(), SPEC, SIZE)
 
 

@@ -39,7 +39,7 @@ def test_what_is_there_is_found_refused_and_deleted(tmp_path: Path, caplog: pyte
     assert not PartialVectors.is_there(tmp_path) and PartialVectors.count_done(tmp_path) == 0
     _store(tmp_path)
     assert PartialVectors.is_there(tmp_path)
-    with pytest.raises(UsageError, match=r"read before in part .*mpp: 0\.5 then, 0\.25 now"):
+    with pytest.raises(UsageError, match=r"mpp.*0\.5.*0\.25"):
         PartialVectors.open(tmp_path, {"mpp": "0.25"}, 4, 3)
     (tmp_path / PartialVectors.folder_name / FINGERPRINT_FILE).write_text("{")
     assert _store(tmp_path).missing(np.arange(4)).tolist() == [0, 1, 2, 3]

@@ -232,7 +232,7 @@ def test_a_complete_slide_is_skipped_and_missing_formats_are_made(slide: Painted
 def test_other_settings_are_refused_unless_overwritten(slide: PaintedSlide, tmp_path: Path) -> None:
     segment(slide.path, tmp_path)
     other = replace(BASE, tiles=TileConfig(512))
-    with pytest.raises(UsageError, match="config.tiles.size_px: 256 then, 512 now.*--overwrite"):
+    with pytest.raises(UsageError, match=r"config\.tiles\.size_px.*--overwrite"):
         segment(slide.path, tmp_path, other)
     assert json.loads((tmp_path / "seams" / "run.json").read_text())["config"]["tiles"]["size_px"] == 256
     anew = replace(other, output=replace(other.output, overwrite=True))
@@ -311,7 +311,7 @@ def test_failed_tiles_are_recorded_and_done_again_next_time(
 
 def test_a_slide_of_which_no_tile_can_be_done_fails(slide: PaintedSlide, tmp_path: Path, torn: set[int]) -> None:
     torn.update(range(0, 2000, 192))
-    with pytest.raises(SlideError, match="not one of 24 tiles could be done; read: TileError: bad block"):
+    with pytest.raises(SlideError, match=f"{slide.path.name}.*bad block"):
         segment(slide.path, tmp_path)
     content = json.loads((tmp_path / "seams" / "run.json").read_text())
     assert content["status"] == "failed" and "not one of 24" in content["error"]
