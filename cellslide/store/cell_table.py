@@ -109,7 +109,7 @@ class CellTableWriter:
         self.columns = ColumnWriter(self.group)
         self.shapes = ShapeWriter(self.staging.folder / "shapes" / "nuclei", POINT_RADIUS_UM / self.mpp)
         self.pending: list[Cells] = []
-        self.n = 0
+        self.n = self.n_own = 0
 
     def append(self, cells: Cells) -> None:
         """Add cells; raises TableError where they do not fit the model (kind, number of classes)."""
@@ -155,7 +155,9 @@ class CellTableWriter:
         if cells.embedding is not None:
             obsm["embedding"] = cells.embedding
         more = Columns() if self.further is None else self.further(self.n, self.n + n)
-        obs = {"_index": ids.astype(np.str_), **self._obs(cells, ids), **more.obs}
+        own = self._obs(cells, ids)
+        self.n_own = len(own)
+        obs = {"_index": ids.astype(np.str_), **own, **more.obs}
         return Columns(obs, {**obsm, **more.obsm}, self._features(cells))
 
     def _obs(self, cells: Cells, ids: Int64) -> dict[str, Column]:
@@ -190,6 +192,8 @@ class CellTableWriter:
         if not self.columns.n or self.pending:
             self.flush()
         has_shapes = self.shapes.close()
+        # Where it stands in a table that gains the further columns later.
+        self.columns.order.insert(self.n_own, "uuid")
         self.columns.close()
         key = f"{run.slide.get('sha256_head') or self.slide.slide_id}/{self.spec.weights_sha256}"
         _write_uuids(self.group, self.n, key, given.pop("uuid", None))
