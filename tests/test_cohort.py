@@ -11,10 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from cellslide.batch import PAGE_FILE, SUMMARY_FILE, Ledger, summary_folders, write_summary
 from cellslide.batch import summary as ledger_module
 from cellslide.batch.run import SlideOutcome
-from cellslide.batch.summary import ROWS_FOLDER, read_rows, write_row
+from cellslide.batch.summary import (
+    PAGE_FILE,
+    ROWS_FOLDER,
+    SUMMARY_FILE,
+    Ledger,
+    read_rows,
+    summary_folders,
+    write_row,
+    write_summary,
+)
 from cellslide.classify.targets import Target
 from cellslide.report.cohort_page import page
 from cellslide.report.cohort_row import Row, outliers

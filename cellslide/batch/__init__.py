@@ -1,5 +1,4 @@
-"""Many slides at a glance: how each ended, kept on disk, and the summaries that are made from that."""
+"""Many slides: what is done with each (`work`), where (`executor`), how they ended (`run`, `summary`).
 
-from cellslide.batch.summary import PAGE_FILE, SUMMARY_FILE, Ledger, summary_folders, write_summary
-
-__all__ = ["PAGE_FILE", "SUMMARY_FILE", "Ledger", "summary_folders", "write_summary"]
+Nothing is imported here: the process of a device should start fast.
+"""

@@ -17,10 +17,10 @@ import click
 from cellslide.cli.options import FOLDER, chain
 
 if TYPE_CHECKING:
-    from cellslide.batch import Ledger
     from cellslide.batch.executor import Ended, SlideExecutor
     from cellslide.batch.local_copy import LocalCopies
     from cellslide.batch.run import SlideOutcome
+    from cellslide.batch.summary import Ledger
     from cellslide.batch.work import SlideWork
     from cellslide.batch.workers import Work
     from cellslide.classify.targets import Target
@@ -96,9 +96,9 @@ def do_slides(
 
     named  folders of results that get a summary too.
     """
-    from cellslide.batch import Ledger, summary_folders
     from cellslide.batch.executor import DaskWorkers
     from cellslide.batch.run import StopOnSignal
+    from cellslide.batch.summary import Ledger, summary_folders
     from cellslide.cli.progress import progress_bar
 
     ledger = Ledger(summary_folders(targets, output, map(Path, named)))
@@ -134,8 +134,8 @@ def _noted(
 
 def _finish(outcomes: list[SlideOutcome], ledger: Ledger, log_json: bool) -> int:
     """Show the summary and the errors; return the exit code."""
-    from cellslide.batch import PAGE_FILE
     from cellslide.batch.run import exit_code
+    from cellslide.batch.summary import PAGE_FILE
     from cellslide.cli.progress import summary
 
     if logging.getLogger("cellslide").isEnabledFor(logging.INFO):
