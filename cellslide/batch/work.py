@@ -31,10 +31,9 @@ from cellslide.pipeline import classify_slide, run_slide
 from cellslide.progress import IDLE, Progress, StopCheck, Watch
 from cellslide.store.slide_folder import held
 from cellslide.types import Calibration, ClassifierSpec, RunRecord
-from cellslide.weights import LoadedModel
+from cellslide.weights import LoadedModel, muse
 from cellslide.weights import classifier as classifier_weights
 from cellslide.weights.classifier import LoadedClassifier, calibration_of, classifier_entry
-from cellslide.weights.muse import load_muse
 from cellslide.weights.organs import Organ, find_organ
 
 log = logging.getLogger(__name__)
@@ -171,7 +170,7 @@ class EmbedWork:
     def open(self, device: str, processes: int) -> Iterator[Handle]:
         """Open the backbone and give what does one slide."""
         config = replace(self.config, infer=on_device(self.config.infer, device, processes))
-        yield partial(self._one, open_embedder(load_muse(config.model, config.weights), config))
+        yield partial(self._one, open_embedder(muse.load_muse(config.model, config.weights), config))
 
     def _one(self, embedder: Embedder, target: Target, progress: Progress, stop: StopCheck) -> SlideOutcome:
         return reported(target, tried(target.source, partial(embed_target, target, embedder, Watch(progress, stop))))
