@@ -38,7 +38,7 @@ def record_of(folder: Path, status: str = "done", nuclei: int = 50, **more: obje
     content = {
         "cellslide_version": "1", "status": status, "slide": slide, "config": {}, "device": "cpu", "engine": "torch",
         "weights": [{"id": "w", "sha256": "0", "licence": "x"}], "precision": "fp32", "seed": 0, "started": "a",
-        "finished": "b", "counts": counts, "failed_tiles": [], "seconds": {"total": 3.0}, **more,
+        "finished": "b", "counts": counts, "failed_tiles": [], "seconds": {"total": 3.0}, "searched_mm2": 1.0, **more,
     }  # fmt: skip
     write_json(folder / "run.json", content)
     feature = {"properties": {"measurements": {"area mm2": 0.5}}}

@@ -53,7 +53,7 @@ def source(root: Path) -> SlideInput:
 
 
 def by(**settings: Any) -> SlideClassifier:
-    return SlideClassifier(classifier(**settings), rule(), lambda _: BREAST)
+    return SlideClassifier(classifier(output=CONFIG.output, **settings), rule(), lambda _: BREAST)
 
 
 def run(root: Path, out: Path, watch: Watch = IDLE, typist: SlideClassifier | None = None) -> tuple[RunRecord, bool]:
@@ -76,13 +76,13 @@ class Hears(Silent):
     """Asks for a stop at the n-th advance after the `stage`-th beginning, 1 for tiles and 2 for cells."""
 
     def __init__(self, stage: int, n: int) -> None:
-        self.stage, self.n, self.begun = stage, n, 0
+        self.nth, self.n, self.begun = stage, n, 0
 
     def begin(self, slide_id: str, tiles: int, done: int) -> None:
         self.begun += 1
 
     def advance(self, nuclei: int, tiles: int = 1) -> None:
-        self.n -= self.begun == self.stage
+        self.n -= self.begun == self.nth
 
     def stop(self) -> int | None:
         return 143 if self.n <= 0 else None

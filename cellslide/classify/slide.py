@@ -187,6 +187,7 @@ def known_record(folder: Path, table: CellTable) -> tuple[RunRecord, bool]:
     if typed is None or typed == record.config.get("classify"):
         return record, True
     record.config, record.weights = {**record.config, "classify": typed}, table.run.weights
+    record.batch_size = table.run.batch_size
     return record, False
 
 
