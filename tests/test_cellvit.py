@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cellslide.errors import UsageError, WeightsError
-from cellslide.models import ARCHITECTURES, PUBLISHED_NAMES, build_model, canonical_arch
+from cellslide.models import architecture_of, build_model
 from cellslide.models.cellvit import (
     PUBLISHED,
     CellViT,
@@ -217,8 +217,10 @@ def test_registry_builds_each(arch: str) -> None:
 
 
 def test_registry_knows_published_names() -> None:
-    assert {canonical_arch(name) for name in PUBLISHED_NAMES} <= set(ARCHITECTURES)
-    assert canonical_arch("CellViTVirchow2") == "cellvit_virchow2"
+    assert architecture_of("CellViTVirchow2").name == "cellvit_virchow2"
+    # A CellViTSAM is of any size; its tensors decide.
+    neck = {"encoder.neck.0.weight": torch.zeros(1), "encoder.pos_embed": torch.zeros(1, 2, 2, 768)}
+    assert [architecture_of("CellViTSAM", s).name for s in (None, neck)] == ["cellvit_sam_h", "cellvit_sam_b"]
     with pytest.raises(WeightsError, match=r"'yolo'.*cellvta"):
         build_model("yolo")
     with pytest.raises(WeightsError, match=r"cellvit_256.*colour"):

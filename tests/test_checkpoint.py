@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cellslide.errors import WeightsError
-from cellslide.models import build_model
+from cellslide.models import architecture_of, build_model
 from cellslide.models.checkpoint import (
     CONIC,
     PANNUKE,
@@ -113,9 +113,7 @@ def test_published_shapes_give_published_models(keys: str, arch: str, expected: 
     state = {name: torch.empty(shape, device="meta") for name, shape in load_keys(shared, keys).items()}
     guessed = guess_arch(state)
     assert guessed == arch or build_empty(arch, {}).__class__ is build_empty(guessed or "", {}).__class__
-    from cellslide.models import canonical_arch
-
-    short = canonical_arch(arch)
+    short = architecture_of(arch, state).name
     config = infer_config(Checkpoint(short, {"model.num_heads": 4}, state))
     assert {key: config[key] for key in expected} == expected
     built = build_empty(short, config).state_dict()

@@ -17,13 +17,13 @@ from cellslide.config import InferConfig, OutputConfig, SegmentConfig, TissueCon
 from cellslide.errors import UsageError, WeightsError
 from cellslide.inference.onnx_engine import OnnxEngine
 from cellslide.inference.torch_engine import TorchEngine
-from cellslide.models import DETECTORS, build_model, kind_of
-from cellslide.models.celldetr_layout import MEAN, STD
+from cellslide.models import architecture_of, build_model
+from cellslide.models.registry import CELLDETR_MEAN, CELLDETR_STD, IMAGENET_MEAN, IMAGENET_STD
 from cellslide.pipeline import segment_array
 from cellslide.types import DetectDecode, Instances
 from cellslide.weights import LoadedModel, Manifest, add_weights, load_model
 from cellslide.weights.cache import file_sha256
-from cellslide.weights.load import IMAGENET_MEAN, IMAGENET_STD, check_task
+from cellslide.weights.load import check_task
 from cellslide.weights.manifest import parse_entry
 
 CLASSES = [{"name": name, "color": [i, 2, 3]} for i, name in enumerate(("a", "b", "c"))]
@@ -66,7 +66,7 @@ def output_of(folder: Path, arch: str, **changes: Any) -> Path:
 def test_a_training_output_is_loaded_added_and_found_by_id(tmp_path: Path, arch: str) -> None:
     folder = output_of(tmp_path / "run", arch, detect={"score_threshold": 0.25, "nms_um": 2})
     spec = load_model(weights=folder).spec
-    assert spec.kind == DETECTORS[arch] == ("point" if arch == "muse_points" else "box")
+    assert spec.kind == architecture_of(arch).kind == ("point" if arch == "muse_points" else "box")
     assert spec.detect == DetectDecode(0.25, 2.0) and spec.multiple_px == 32
     assert [c.name for c in spec.classes] == ["a", "b", "c"]
     assert spec.embedding_dim == (64 if arch == "muse_points" else 16)
@@ -88,7 +88,7 @@ def test_a_file_without_an_entry_takes_the_image_norm_of_its_architecture(tmp_pa
     config = CONFIGS[arch] | ({"backbone": "resnet18"} if arch == "celldetr" else {})
     save_file({k: v.contiguous() for k, v in build_model(arch, config).state_dict().items()}, path)
     spec = load_model(weights=path).spec
-    norms = {"celldetr": (MEAN, STD), "muse_points": (IMAGENET_MEAN, IMAGENET_STD)}
+    norms = {"celldetr": (CELLDETR_MEAN, CELLDETR_STD), "muse_points": (IMAGENET_MEAN, IMAGENET_STD)}
     assert (spec.mean, spec.std) == norms[arch]
 
 
@@ -141,9 +141,8 @@ def test_the_entry_s_thresholds_are_checked_and_kept() -> None:
 
 
 def test_kinds_follow_the_architecture() -> None:
-    assert [kind_of(arch) for arch in ("cellvta", "CellViTSAM", "celldetr", "muse_points", "dpa_p2pnet")] == [
-        "mask", "mask", "box", "point", "point",
-    ]  # fmt: skip
+    kinds = {"cellvta": "mask", "CellViTSAM": "mask", "celldetr": "box", "muse_points": "point", "dpa_p2pnet": "point"}
+    assert {name: architecture_of(name).kind for name in kinds} == kinds
 
 
 CONFIG = SegmentConfig(

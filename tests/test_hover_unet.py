@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cellslide.errors import WeightsError
-from cellslide.models import build_model, kind_of
+from cellslide.models import architecture_of, build_model
 
 SMALL = {"widths": [8, 8, 16, 16]}
 
@@ -20,7 +20,7 @@ def test_maps_have_the_size_of_the_image(size: tuple[int, int]) -> None:
         "hv_map": (2, 2, *size),
         "nuclei_type_map": (2, 4, *size),
     }
-    assert kind_of("hover_unet") == "mask"
+    assert architecture_of("hover_unet").kind == "mask"
 
 
 def test_types_are_left_out_where_there_are_none() -> None:

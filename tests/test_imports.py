@@ -25,10 +25,6 @@ NO_NUMPY = {"torch", "timm", "lightning", "torchvision", "onnxruntime"}
 FORBIDDEN = {("models", "store"), ("models", "slides"), ("evaluate", "models"), ("evaluate", "weights")}
 # Pairs of files that import each other, each with its reason; none is to be added.
 CIRCLES = {
-    (
-        "models.checkpoint",
-        "models.muse_layout",
-    ): "the reader of checkpoints knows backbones, whose files it reads",
     ("weights.cache", "weights.manifest"): "entries that users add lie in the cache folder",
 }
 

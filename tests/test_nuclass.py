@@ -49,8 +49,8 @@ def published(shared: Path) -> tuple[NuClass, dict[str, Any], dict[str, np.ndarr
     with np.load(shared / "parity" / "nuclass_gate_small.npz") as file:
         arrays = dict(file)
     tensors = {name: recipe_tensor(name, tuple(shape)) for name, shape in described["state_dict"].items()}
-    state = canonical_state(tensors, "fixture")
-    config = NuClassConfig.of(infer_config(state, "fixture"))
+    state = canonical_state(tensors, {}, "fixture")
+    config = NuClassConfig.of(infer_config(state, {}))
     module = build_empty(lambda: NuClass(config))
     load_strict(module, fit_backbones(module, state), "fixture")
     return module, described["config"], arrays

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cellslide.errors import WeightsError
-from cellslide.models import build_model, kind_of
+from cellslide.models import architecture_of, build_model
 from cellslide.models.point_head import MusePointsConfig, PointHead, PointOutput, found_points, proposals
 from cellslide.nuclei.nms import point_nms
 from tests.parity import load_fixture, max_error, shapes_of
@@ -107,7 +107,7 @@ def test_detector_gives_what_the_engine_reads(config: dict[str, object]) -> None
     assert shapes == {
         "points": (1, n, 2), "scores": (1, n), "class_prob": (1, n, 3), "embedding": (1, n, model.embedding_dim),
     }  # fmt: skip
-    assert kind_of("muse_points") == "point"
+    assert architecture_of("muse_points").kind == "point"
     assert (model.n_types, model.embedding_dim) == (3, model.backbone.dim)
     features = model.backbone(fixture_input(64, 96)).map
     assert torch.equal(found["embedding"], model.backbone.nucleus_features(features, found["points"]))

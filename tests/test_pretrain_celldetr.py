@@ -14,12 +14,13 @@ pytest.importorskip("cellslide.train.framework", reason="extra `train` is not in
 
 from cellslide.errors import UsageError
 from cellslide.models import build_model
-from cellslide.train.celldetr_run import load_init
-from cellslide.train.pretrain.celldetr import CellDETRPretraining, pretrain_celldetr
-from cellslide.train.pretrain.fields import Sources
+from cellslide.train.celldetr.training import load_init
+from cellslide.train.fit import fit
+from cellslide.train.pretrain.celldetr import CellDETRPretraining
 from cellslide.train.pretrain.recipe import CellDETRPretrainRecipe
 from cellslide.train.recipe import build
-from cellslide.train.run import RunOptions
+from cellslide.train.task import FitOptions
+from cellslide.train.tasks import pretrain
 from tests.train_sets import write_set
 
 NETWORK = {
@@ -38,8 +39,8 @@ def dataset(tmp_path: Path) -> Path:
 
 
 def _train(dataset: Path, folder: Path, recipe: Mapping[str, Any] = RECIPE, **rest: Any) -> CellDETRPretraining:
-    options = RunOptions(folder, **{"device": "cpu", "workers": 0, "log_every": 1000, **rest})
-    return pretrain_celldetr(Sources((str(dataset),)), build(CellDETRPretrainRecipe, recipe), options)
+    options = FitOptions(folder, [dataset], **{"device": "cpu", "workers": 0, "log_every": 1000, **rest})
+    return fit(pretrain.CELLDETR, build(CellDETRPretrainRecipe, recipe), options)
 
 
 def test_a_run_resumes_to_the_same_numbers_and_starts_a_detector(dataset: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from cellslide.inference.segmenter import open_segmenter
 from cellslide.pipeline import segment_slide
 from cellslide.slides.inputs import SlideInput
 from cellslide.train.pretrain.data import BoxCrops, MuseViews, ShardedDraws, crop_to, sample_views, shown_boxes, side_of
-from cellslide.train.pretrain.fields import FieldRules, OnSlide, Sources, load_fields, places_of
+from cellslide.train.pretrain.fields import OnSlide, Sources, load_fields, places_of
 from cellslide.train.pretrain.recipe import CellDETRPretrainRecipe, MuseRecipe, ViewConfig
 from tests.fakes import fake_model
 from tests.painted import DISC, paint_slide
@@ -24,7 +25,7 @@ from tests.test_classify import INFER
 from tests.train_sets import write_set
 
 VIEWS = ViewConfig(0, 64, 32, 3, (0.7, 1.1), (0.4, 0.8), 1.5)
-RULES = FieldRules(0.5, 200, 1, 1.0, {})
+RECIPE = MuseRecipe(mpp=0.5, field_px=200, min_nuclei=1)
 
 
 def _recipe(**changes: object) -> MuseRecipe:
@@ -117,7 +118,7 @@ def test_data_sets_give_places_from_masks_and_points(tmp_path: Path) -> None:
     rows = [{"patient": "A"}, {"patient": "B", "split": "test"}]
     masks = write_set(tmp_path / "masks", rows)
     points = write_set(tmp_path / "points", rows[:1], masks=False, points=True)
-    found = load_fields(Sources((str(masks), str(points))), RULES)
+    found = load_fields(Sources((str(masks), str(points))), RECIPE)
     assert [(s.name, len(s.fields), s.n_nuclei) for s in found] == [("masks", 1, 8), ("points", 1, 8)]
     of_mask, of_point = (s.fields[0] for s in found)
     assert np.isnan(of_point.box_xyxy).all() and of_mask.mpp == 0.5
@@ -125,7 +126,7 @@ def test_data_sets_give_places_from_masks_and_points(tmp_path: Path) -> None:
     assert of_mask.xy[order[1]] == pytest.approx(of_point.xy[order[0]], abs=0.2)
     assert (of_mask.box_xyxy[:, 2:] - of_mask.box_xyxy[:, :2] == 10).all()
     with pytest.raises(UsageError, match="min_nuclei"):
-        load_fields(Sources((str(masks),)), FieldRules(0.5, 200, 9, 1.0, {}))
+        load_fields(Sources((str(masks),)), replace(RECIPE, min_nuclei=9))
 
 
 def test_boxes_of_masks_are_half_open_and_skip_what_is_not_known() -> None:
@@ -139,13 +140,13 @@ def test_slides_give_fields_of_the_nuclei_that_segment_found(tmp_path: Path) -> 
     places = [(x, y) for y in range(30, 300, 40) for x in range(30, 500, 40)]
     paint_slide(tmp_path / "s.tif", 520, 310, 0.25, places, 9.0, background="tissue")
     with pytest.raises(UsageError, match="--nuclei"):
-        load_fields(Sources((str(tmp_path / "s.tif"),), tmp_path), RULES)
+        load_fields(Sources((str(tmp_path / "s.tif"),), tmp_path), RECIPE)
     settings = SegmentConfig(tissue=TissueConfig(enabled=False), infer=INFER, output=OutputConfig(formats=("zarr",)))
     with open_segmenter(fake_model(), settings) as segmenter:
         segment_slide(SlideInput(tmp_path / "s.tif", slide_id="s"), segmenter, tmp_path / "out")
     given = Sources((str(tmp_path / "s.tif"),), tmp_path / "out")
-    by_output = load_fields(Sources((str(tmp_path / "out"),)), RULES)[0]
-    fields = load_fields(given, RULES)[0].fields
+    by_output = load_fields(Sources((str(tmp_path / "out"),)), RECIPE)[0]
+    fields = load_fields(given, RECIPE)[0].fields
     assert by_output.name == "slides" and len(by_output.fields) == len(fields) == 2
     assert sum(len(f.xy) for f in fields) == len(places)
     for field in fields:

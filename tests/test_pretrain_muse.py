@@ -18,14 +18,15 @@ pytest.importorskip("cellslide.train.framework", reason="extra `train` is not in
 from cellslide.errors import UsageError, WeightsError
 from cellslide.models import build_model
 from cellslide.models.muse_layout import fill_backbone
-from cellslide.train import points_run
+from cellslide.train.fit import fit
+from cellslide.train.points.training import load_backbone
 from cellslide.train.pretrain.distill import Center, DinoHead, cosine_between, image_loss, nucleus_loss
-from cellslide.train.pretrain.fields import Sources
-from cellslide.train.pretrain.muse import MuseTraining, pretrain_muse
-from cellslide.train.pretrain.recipe import HeadConfig, MuseRecipe, WatchConfig, load_muse_recipe
+from cellslide.train.pretrain.muse import MuseTraining
+from cellslide.train.pretrain.recipe import HeadConfig, MuseRecipe, WatchConfig
 from cellslide.train.pretrain.watch import CollapseError, Reading, Watch, collapse_of, read, spread_of
-from cellslide.train.recipe import build
-from cellslide.train.run import RunOptions
+from cellslide.train.recipe import build, load_recipe
+from cellslide.train.task import FitOptions
+from cellslide.train.tasks import pretrain
 from tests.train_sets import write_set
 
 ENCODER = {"name": "vit", "embed_dim": 16, "depth": 4, "heads": 2, "img_size": 32, "extract_layers": [0, 1, 2, 3]}
@@ -48,8 +49,9 @@ def dataset(tmp_path: Path) -> Path:
 def _train(
     dataset: Path, folder: Path, recipe: Mapping[str, Any] = RECIPE, stop: bool = False, **rest: Any
 ) -> MuseTraining:
-    options = RunOptions(folder, **{"device": "cpu", "workers": 0, "log_every": 1000, **rest})
-    return pretrain_muse(Sources((str(dataset),)), build(MuseRecipe, recipe), options, stop)
+    options = FitOptions(folder, [dataset], **{"device": "cpu", "workers": 0, "log_every": 1000, **rest},
+                         extra={"stop_on_collapse": stop})  # fmt: skip
+    return fit(pretrain.MUSE, build(MuseRecipe, recipe), options)
 
 
 def _probabilities(*shape: int) -> Tensor:
@@ -152,7 +154,7 @@ def test_what_a_run_writes_and_who_takes_it(dataset: Path, tmp_path: Path) -> No
     detector = build_model("muse_points", {"encoder": ENCODER, "head": {"hidden": 8, "space_px": 8, "n_classes": 2}})
     for name in ("model.safetensors", "teacher.pth"):
         torch.nn.init.zeros_(detector.backbone.encoder.encoder.cls_token)
-        points_run.load_backbone(detector, tmp_path / "run" / name)
+        load_backbone(detector, tmp_path / "run" / name)
         assert torch.equal(detector.backbone.encoder.encoder.cls_token, start.encoder.encoder.cls_token)
     entry = yaml.safe_load((tmp_path / "run/model.yaml").read_text())
     assert entry["task"] == "backbone" and entry["arch"] == "muse" and entry["config"] == {"encoder": ENCODER}
@@ -200,7 +202,7 @@ def test_recipes_and_devices_that_do_not_fit(dataset: Path, tmp_path: Path) -> N
     with pytest.raises(UsageError, match=r"views\.global_px"):
         build(MuseRecipe, {"views": [{"global_px": 100}]})
     (tmp_path / "recipe.yaml").write_text("head: {prototypes: 9}\n")
-    recipe = load_muse_recipe(tmp_path / "recipe.yaml", {"epochs": 3, "seed": None})
+    recipe = load_recipe(MuseRecipe, tmp_path / "recipe.yaml", {"epochs": 3, "seed": None})
     assert recipe.head.prototypes == 9 and recipe.epochs == 3 and recipe.views[0].local_px == 96
     with pytest.raises(UsageError, match=r"model\.arch"):
         _train(dataset, tmp_path / "run", {**RECIPE, "model": {"arch": "cellvit_256"}})

@@ -19,9 +19,8 @@ pytest.importorskip("cellslide.train.framework", reason="extra `train` is not in
 
 from cellslide.errors import UsageError, WeightsError
 from cellslide.models.celldetr import parallel_slots
-from cellslide.train.celldetr import CellDETRTraining, known_at, rate_share
-from cellslide.train.celldetr_data import MarkedImage, boxed, collate, label_boxes, load_box_sets
-from cellslide.train.celldetr_losses import (
+from cellslide.train.celldetr.data import MarkedImage, boxed, collate, label_boxes, load_box_sets
+from cellslide.train.celldetr.losses import (
     centred,
     corners,
     empty_loss,
@@ -34,12 +33,21 @@ from cellslide.train.celldetr_losses import (
     noise_boxes,
     set_losses,
 )
-from cellslide.train.celldetr_recipe import CellDETRRecipe, MatcherConfig, load_celldetr_recipe
-from cellslide.train.celldetr_run import build_celldetr, entry_of, load_backbone, load_init, train_celldetr
-from cellslide.train.celldetr_scores import BoxScores
-from cellslide.train.celldetr_slots import denoising_slots, noised_slots
-from cellslide.train.recipe import build
-from cellslide.train.run import RunOptions
+from cellslide.train.celldetr.recipe import CellDETRRecipe, MatcherConfig
+from cellslide.train.celldetr.scores import BoxScores
+from cellslide.train.celldetr.slots import denoising_slots, noised_slots
+from cellslide.train.celldetr.training import (
+    CellDETRTraining,
+    known_at,
+    load_backbone,
+    load_init,
+    rate_share,
+)
+from cellslide.train.export import trained_entry
+from cellslide.train.fit import fit
+from cellslide.train.recipe import build, load_recipe
+from cellslide.train.task import FitOptions, build_recipe
+from cellslide.train.tasks import celldetr
 from cellslide.types import DetectDecode
 from tests.published_efficientnet import LITE, published_efficientnet
 from tests.train_sets import write_set
@@ -65,8 +73,8 @@ def _recipe(**changes: Any) -> CellDETRRecipe:
 
 
 def _run(dataset: Path, folder: Path, recipe: CellDETRRecipe | None = None, **rest: Any) -> CellDETRTraining:
-    options = RunOptions(folder, **{"device": "cpu", "workers": 0, "log_every": 1000, **rest})
-    return train_celldetr([dataset], recipe or _recipe(), options)
+    options = FitOptions(folder, [dataset], **{"device": "cpu", "workers": 0, "log_every": 1000, **rest})
+    return fit(celldetr.TASK, recipe or _recipe(), options)
 
 
 @pytest.fixture
@@ -296,9 +304,10 @@ def test_validation_counts_nuclei_found_twice_unless_the_best_is_kept() -> None:
 
 
 def test_the_entry_says_which_boxes_validation_kept() -> None:
-    entry = entry_of(_recipe(nms_um=2.5), [], {"val/threshold": 0.55, "val/f1": 0.81239, "train/loss": 3.0})
-    assert entry.detect == DetectDecode(0.55, 2.5)
-    assert entry.metrics == {"validation": {"threshold": 0.55, "f1": 0.8124}}
+    recipe, metrics = _recipe(nms_um=2.5), {"val/threshold": 0.55, "val/f1": 0.81239, "train/loss": 3.0}
+    trained = trained_entry(recipe, celldetr.entry(recipe, metrics), [], metrics)
+    assert trained.detect == DetectDecode(0.55, 2.5) and trained.tile_px == 512 and trained.overlap_px == 128
+    assert trained.metrics == {"validation": {"threshold": 0.55, "f1": 0.8124}}
 
 
 def test_points_alone_validate_and_do_not_train(tmp_path: Path) -> None:
@@ -336,7 +345,7 @@ def test_three_steps_resumed_to_four_equal_four_in_one_go(dataset: Path, tmp_pat
     assert losses | {"val/f1", "val/f1_set"} <= set(card["metrics"])
     assert card["data"][0]["train"] == {"images": 2, "nuclei": 16}
     # The folder's weights are a network that the entry describes, and one that another run may begin with.
-    again = build_celldetr(_recipe())
+    again = build_recipe(_recipe())
     load_init(again, tmp_path / "whole")
 
 
@@ -352,8 +361,8 @@ def test_three_steps_resumed_to_four_equal_four_in_one_go(dataset: Path, tmp_pat
 def test_every_mode_teaches_the_classes(dataset: Path, changes: dict[str, Any], learns: bool) -> None:
     recipe = _recipe(**{"loss": {}, **changes})
     torch.manual_seed(0)
-    module = CellDETRTraining(recipe, build_celldetr(recipe))
-    from cellslide.train.celldetr_data import BoxDataset
+    module = CellDETRTraining(recipe, build_recipe(recipe))
+    from cellslide.train.celldetr.data import BoxDataset
 
     data = BoxDataset(load_box_sets([dataset], recipe), recipe)
     module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
@@ -366,7 +375,7 @@ def test_every_mode_teaches_the_classes(dataset: Path, changes: dict[str, Any], 
 def test_parallel_classes_do_not_depend_on_the_other_image(dataset: Path) -> None:
     recipe = _recipe()
     torch.manual_seed(0)
-    model = build_celldetr(recipe).eval()
+    model = build_recipe(recipe).eval()
     image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     own = [torch.rand(n, 4, generator=torch.Generator().manual_seed(n)) * 0.4 + 0.1 for n in (2, 5)]
     with torch.no_grad():
@@ -381,27 +390,27 @@ def test_heads_may_differ_from_the_starting_weights_and_nothing_else(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
-    contrastive = build_celldetr(_recipe(model={"config": TINY}))
+    contrastive = build_recipe(_recipe(model={"config": TINY}))
     torch.save({"model_state_dict": contrastive.state_dict()}, tmp_path / "pretrained.pt")
     torch.manual_seed(1)
-    model = build_celldetr(_recipe(loss={}))
+    model = build_recipe(_recipe(loss={}))
     before = model.decouple_class_embed.weight.clone()
     load_init(model, tmp_path / "pretrained.pt")
     assert torch.equal(model.wh_project.weight, contrastive.wh_project.weight)
     assert torch.equal(model.decouple_class_embed.weight, before)
     assert "decouple_class_embed, contrastive_project" in capsys.readouterr().out
-    narrow = build_celldetr(_recipe(model={"config": {**TINY, "ffn_dim": 8}}))
+    narrow = build_recipe(_recipe(model={"config": {**TINY, "ffn_dim": 8}}))
     with pytest.raises(WeightsError, match="other shape"):
         load_init(narrow, tmp_path / "pretrained.pt")
 
 
 def test_a_backbone_is_found_under_any_prefix(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    source = build_celldetr(_recipe())
+    source = build_recipe(_recipe())
     body = {f"some.encoder.{k}": v for k, v in source.detr.backbone[0].body.state_dict().items()}
     torch.save({**body, "head.weight": torch.zeros(3)}, tmp_path / "encoder.pt")
     torch.manual_seed(1)
-    model = build_celldetr(_recipe())
+    model = build_recipe(_recipe())
     load_backbone(model, tmp_path / "encoder.pt")
     name, value = next(iter(source.detr.backbone[0].body.state_dict().items()))
     assert torch.equal(model.detr.backbone[0].body.state_dict()[name], value)
@@ -414,7 +423,7 @@ def test_a_backbone_is_found_under_any_prefix(tmp_path: Path) -> None:
 def test_recipe_checks_and_rates(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE))
-    loaded = load_celldetr_recipe(path, {"epochs": 7}, Path("encoder.pt"))
+    loaded = load_recipe(CellDETRRecipe, path, {"epochs": 7, "model.encoder_weights": Path("encoder.pt")})
     assert loaded.epochs == 7 and loaded.model.encoder_weights == "encoder.pt"
     assert build(CellDETRRecipe, loaded.as_dict()) == loaded
     assert rate_share("detr.backbone.0.body.conv1.weight", loaded) == 0.1
@@ -423,11 +432,11 @@ def test_recipe_checks_and_rates(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=key):
             _recipe(**changes)
     with pytest.raises(UsageError, match="det_classes"):
-        build_celldetr(_recipe(model={"config": {**TINY, "det_classes": 2, "repr_layers": 0}}))
+        build_recipe(_recipe(model={"config": {**TINY, "det_classes": 2, "repr_layers": 0}}))
 
 
 def test_an_efficientnet_lite_fills_the_backbone(tmp_path: Path) -> None:
-    model = build_celldetr(_recipe(model={"config": {**TINY, "backbone": LITE, "backbone_args": {}}}))
+    model = build_recipe(_recipe(model={"config": {**TINY, "backbone": LITE, "backbone_args": {}}}))
     published = published_efficientnet(seed=2)
     torch.save(published, tmp_path / "lite.pth")
     load_backbone(model, tmp_path / "lite.pth")

@@ -21,12 +21,17 @@ pytest.importorskip("cellslide.train.framework", reason="extra `train` is not in
 
 from cellslide.errors import Interrupted, UsageError, WeightsError
 from cellslide.models import build_model
-from cellslide.train.cellvta import CellVTATraining, encoder_parts, load_encoder, load_start, score_image
 from cellslide.train.data import load_sets
+from cellslide.train.export import load_start
+from cellslide.train.fit import fit
+from cellslide.train.framework import accelerator_of, precision_of
+from cellslide.train.hover.recipe import HoverRecipe
+from cellslide.train.hover.training import HoverTraining, encoder_parts, load_encoder, score_image
 from cellslide.train.module import learning_rate_factor
-from cellslide.train.recipe import Recipe, recipe_from
-from cellslide.train.run import RunOptions, accelerator_of, precision_of, train
+from cellslide.train.recipe import build
 from cellslide.train.targets import hover_map
+from cellslide.train.task import FitOptions
+from cellslide.train.tasks import hover
 from tests.published_efficientnet import LITE, published_efficientnet
 from tests.train_sets import write_set
 
@@ -40,6 +45,10 @@ TINY = {
     "interaction_indexes": [[0, 0], [1, 1], [2, 2], [3, 3]], "conv_inplane": 4, "deform_num_heads": 2,
     "n_extra_extractors": 0, "num_nuclei_classes": 0, "num_tissue_classes": 0, "decoder_widths": [4, 4, 8, 8],
 }  # fmt: skip
+
+
+def recipe_from(document: Mapping[str, Any]) -> HoverRecipe:
+    return build(HoverRecipe, document)
 
 
 class Stub(nn.Module):
@@ -75,10 +84,10 @@ def dataset(tmp_path: Path) -> Path:
 
 def _train(
     dataset: Path, folder: Path, recipe: Mapping[str, Any] = RECIPE, model: nn.Module | None = None, **rest: Any
-) -> CellVTATraining:
+) -> HoverTraining:
     torch.manual_seed(0)
-    options = RunOptions(folder, **{"device": "cpu", "workers": 0, "log_every": 1000, **rest})
-    return train([dataset], recipe_from(recipe), options, Stub() if model is None else model)
+    options = FitOptions(folder, [dataset], **{"device": "cpu", "workers": 0, "log_every": 1000, **rest})
+    return fit(hover.TASK, recipe_from(recipe), options, Stub() if model is None else model)
 
 
 def _tensors(value: Any, name: str = "") -> dict[str, Tensor]:
@@ -189,10 +198,10 @@ def test_a_frozen_encoder_stays_as_it_is(dataset: Path, tmp_path: Path) -> None:
 def test_a_perfect_model_scores_one(dataset: Path) -> None:
     recipe = recipe_from(RECIPE)
     item = load_sets([dataset], recipe)[0].val[0]
-    scores = score_image(CellVTATraining(recipe, Oracle(item.labels)), item)
+    scores = score_image(HoverTraining(recipe, Oracle(item.labels)), item)
     assert scores["bpq"] > 0.97 and scores["f1_instances"] == 1 and scores["dice"] == 1
     blank = replace(item, labels=np.zeros_like(item.labels))
-    assert "bpq" not in score_image(CellVTATraining(recipe, Oracle(blank.labels)), blank)
+    assert "bpq" not in score_image(HoverTraining(recipe, Oracle(blank.labels)), blank)
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
@@ -244,8 +253,8 @@ def test_device_and_precision() -> None:
     assert accelerator_of("cpu") == ("cpu", 1)
     with pytest.raises(UsageError, match="--device tpu"):
         accelerator_of("tpu")
-    assert precision_of(Recipe(precision="fp32"), "cpu") == "32-true"
-    assert precision_of(Recipe(precision="bf16"), "cpu") == "bf16-mixed"
+    assert precision_of(HoverRecipe(precision="fp32"), "cpu") == "32-true"
+    assert precision_of(HoverRecipe(precision="bf16"), "cpu") == "bf16-mixed"
 
 
 def test_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,14 +17,16 @@ from cellslide.train.data import (
     TrainSet,
     choose_samples,
     load_sets,
+    loaders,
     mirror_pad,
     resample_image,
     resample_labels,
     targets_of,
-    train_loader,
 )
-from cellslide.train.recipe import AugmentConfig, DatasetConfig, Recipe, load_recipe, recipe_from
+from cellslide.train.hover.recipe import HoverRecipe
+from cellslide.train.recipe import AugmentConfig, DatasetConfig, build, load_recipe
 from cellslide.train.targets import IGNORE, hover_map, point_labels, single_nuclei
+from cellslide.train.task import FitOptions, Run
 from tests.train_sets import painted, write_set
 
 CALM = AugmentConfig(rotate_p=0, scale_p=0, stain_p=0, color_p=0, blur_p=0, sharpen_p=0, jpeg_p=0, noise_p=0)
@@ -133,27 +135,27 @@ def test_targets_leave_out_what_is_not_known() -> None:
 def test_patients_are_split_and_test_rows_never_enter(tmp_path: Path) -> None:
     rows = [{"patient": "A"}, {"patient": "B"}, {"patient": "B", "split": "extra"}, {"patient": "C", "split": "test"}]
     root = write_set(tmp_path / "set", [*rows, {"patient": "D"}])
-    recipe = recipe_from({**SMALL, "datasets": {"set": {"val": {"patients": ["B"]}, "exclude_patients": ["D"]}}})
+    recipe = build(HoverRecipe, {**SMALL, "datasets": {"set": {"val": {"patients": ["B"]}, "exclude_patients": ["D"]}}})
     found = _load(root, recipe)
     assert [i.name for i in found.train] == ["0"] and [i.name for i in found.val] == ["1", "2"]
     other = write_set(tmp_path / "other", [{"patient": "B"}, {"patient": "E"}])
     assert [i.name for i in load_sets([root, other], recipe)[1].train] == ["1"]
     with pytest.raises(UsageError, match="no such patient C"):
-        _load(root, recipe_from({"datasets": {"set": {"val": {"patients": ["C"]}}}}))
+        _load(root, build(HoverRecipe, {"datasets": {"set": {"val": {"patients": ["C"]}}}}))
     with pytest.raises(UsageError, match="test data never enters"):
-        recipe_from({"datasets": {"set": {"split": "test"}}})
+        build(HoverRecipe, {"datasets": {"set": {"split": "test"}}})
     with pytest.raises(UsageError, match="named elsewhere"):
-        load_sets([root], recipe_from({"datasets": {"elsewhere": {}}}))
+        load_sets([root], build(HoverRecipe, {"datasets": {"elsewhere": {}}}))
 
 
 def test_organs_and_images_validate_by_name(tmp_path: Path) -> None:
     root = write_set(tmp_path / "set", [{"organ": "lung"}, {"organ": "kidney"}, {"organ": "skin"}])
     val = {"organs": ["lung"], "images": ["2"]}
-    found = _load(root, recipe_from({**SMALL, "datasets": {"set": {"val": val}}}))
+    found = _load(root, build(HoverRecipe, {**SMALL, "datasets": {"set": {"val": val}}}))
     assert [i.name for i in found.val] == ["0", "2"] and [i.name for i in found.train] == ["1"]
     for key in ("organs", "images"):
         with pytest.raises(UsageError, match=rf"val\.{key}.*absent"):
-            _load(root, recipe_from({**SMALL, "datasets": {"set": {"val": {key: ["absent"]}}}}))
+            _load(root, build(HoverRecipe, {**SMALL, "datasets": {"set": {"val": {key: ["absent"]}}}}))
 
 
 def test_folds_keep_patients_organs_and_neighbours_together(tmp_path: Path) -> None:
@@ -185,27 +187,27 @@ def test_folds_keep_patients_organs_and_neighbours_together(tmp_path: Path) -> N
 @pytest.mark.parametrize("fold", ["0/5", "6/5", "1/1", "one/5", "3"])
 def test_a_fold_that_cannot_be_is_refused(fold: str) -> None:
     with pytest.raises(UsageError, match="fold"):
-        recipe_from({**SMALL, "fold": fold})
+        build(HoverRecipe, {**SMALL, "fold": fold})
 
 
 def test_pixel_size_comes_from_manifest_recipe_or_nuclei(tmp_path: Path) -> None:
     root = write_set(tmp_path / "set", [{"patient": "A", "mpp": ""}])
     with pytest.raises(UsageError, match=r"datasets\.set\.mpp"):
-        _load(root, recipe_from(SMALL))
-    fixed = _load(root, recipe_from({**SMALL, "datasets": {"set": {"mpp": 0.25}}})).train[0]
+        _load(root, build(HoverRecipe, SMALL))
+    fixed = _load(root, build(HoverRecipe, {**SMALL, "datasets": {"set": {"mpp": 0.25}}})).train[0]
     assert fixed.image.shape == (32, 32, 3) == (*fixed.labels.shape, 3) and fixed.mpp == 0.25
     guess = {"set": {"mpp": "from-nuclei", "nucleus_um": 5.0}}
-    item = _load(root, recipe_from({**SMALL, "datasets": guess})).train[0]
+    item = _load(root, build(HoverRecipe, {**SMALL, "datasets": guess})).train[0]
     # Discs of 10 px that are to be 5 µm wide.
     assert item.mpp == pytest.approx(0.5, rel=0.03)
 
 
 def test_point_sets_teach_foreground_and_types_only(tmp_path: Path) -> None:
     root = write_set(tmp_path / "points", [{"patient": "A"}], masks=False, points=True)
-    item = _load(root, recipe_from({**SMALL, "model": {"classes": ["a", "b"]}})).train[0]
+    item = _load(root, build(HoverRecipe, {**SMALL, "model": {"classes": ["a", "b"]}})).train[0]
     assert not item.label_hover.any() and (item.labels == IGNORE).any()
     assert item.label_class.tolist() == [0, *([1, 2] * 4)]
-    untyped = _load(root, recipe_from(SMALL)).train[0]
+    untyped = _load(root, build(HoverRecipe, SMALL)).train[0]
     assert set(untyped.label_class.tolist()) == {IGNORE}
 
 
@@ -216,13 +218,13 @@ def test_label_65535_is_not_known(tmp_path: Path) -> None:
     mask = np.asarray(Image.open(root / "masks/0.png")).astype(np.uint16)
     mask[mask == 1] = 65535
     Image.fromarray(mask).save(root / "masks/0.png")
-    item = _load(root, recipe_from(SMALL)).train[0]
+    item = _load(root, build(HoverRecipe, SMALL)).train[0]
     assert (item.labels == IGNORE).sum() == (mask == 65535).sum() > 0 and len(item.label_class) == 9
 
 
 def test_a_crop_depends_on_seed_and_number_alone(tmp_path: Path) -> None:
     root = write_set(tmp_path / "set", [{"patient": p} for p in "ABC"])
-    recipe = recipe_from(SMALL)
+    recipe = build(HoverRecipe, SMALL)
     sets = load_sets([root], recipe)
     crops = CropDataset(sets, recipe)
     _equal(crops[7], CropDataset(sets, recipe)[7])
@@ -232,9 +234,9 @@ def test_a_crop_depends_on_seed_and_number_alone(tmp_path: Path) -> None:
 
 def test_workers_change_nothing_and_epochs_never_repeat(tmp_path: Path) -> None:
     root = write_set(tmp_path / "set", [{"patient": p} for p in "ABC"])
-    recipe = recipe_from(SMALL)
+    recipe = build(HoverRecipe, SMALL)
     sets = load_sets([root], recipe)
-    here, there = train_loader(sets, recipe, 0), train_loader(sets, recipe, 1)
+    here, there = (loaders(Run(recipe, FitOptions(root, workers=n), sets), None)[0] for n in (0, 1))
     for epoch in (0, 1):
         for loader in (here, there):
             loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
@@ -246,9 +248,9 @@ def test_workers_change_nothing_and_epochs_never_repeat(tmp_path: Path) -> None:
 def test_recipe_round_trip_and_errors(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("optim: {lr: 8e-4, schedule: cosine}\ndatasets: {a: {mpp: 0.17}, b: {mpp: from-nuclei}}\n")
-    recipe = load_recipe(path, {"seed": 3, "epochs": None})
-    assert recipe.optim.lr == 8e-4 and recipe.seed == 3 and recipe.epochs == Recipe().epochs
-    assert recipe_from(recipe.as_dict()) == recipe
+    recipe = load_recipe(HoverRecipe, path, {"seed": 3, "epochs": None})
+    assert recipe.optim.lr == 8e-4 and recipe.seed == 3 and recipe.epochs == HoverRecipe().epochs
+    assert build(HoverRecipe, recipe.as_dict()) == recipe
     for text, said in (
         ("optim: {rl: 1}", "unknown key rl"),
         ("crop_px: 100", "multiple of 16"),
@@ -259,18 +261,18 @@ def test_recipe_round_trip_and_errors(tmp_path: Path) -> None:
     ):
         path.write_text(text)
         with pytest.raises(UsageError, match=said):
-            load_recipe(path)
+            load_recipe(HoverRecipe, path)
 
 
 def test_the_example_recipes_are_valid() -> None:
     found = sorted((Path(__file__).parent.parent / "examples/train-nuclei-small").glob("*.yaml"))
     assert len(found) >= 2
     for path in found:
-        recipe = load_recipe(path)
+        recipe = load_recipe(HoverRecipe, path)
         assert recipe.datasets["tnbc"].val.patients and recipe.optim.schedule == "cosine"
 
 
-def _load(root: Path, recipe: Recipe) -> TrainSet:
+def _load(root: Path, recipe: HoverRecipe) -> TrainSet:
     return load_sets([root], recipe)[0]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,9 @@ from torch.utils.data import Dataset
 
 pytest.importorskip("cellslide.train.framework", reason="extra `train` is not installed")
 
+from cellslide.train.hover.recipe import HoverRecipe
 from cellslide.train.loaders import Draws, DrawSampler, draw_loader, whole_loader
-from cellslide.train.recipe import Recipe
+from cellslide.train.task import FitOptions, Run
 
 
 class Numbers(Dataset[int]):
@@ -32,8 +35,8 @@ def test_groups_are_drawn_by_weight_and_their_items_alike() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_epoch_begins_where_the_last_one_ended(workers: int) -> None:
-    recipe = Recipe(batch_size=2, epoch_samples=5)
-    loader = draw_loader(Numbers(), recipe, workers, first_epoch=3, collate=list)
+    run = Run(HoverRecipe(batch_size=2, epoch_samples=5), FitOptions(Path(), workers=workers), [], first_epoch=3)
+    loader = draw_loader(Numbers(), run, collate=list)
     # The incomplete third batch is not drawn, so an epoch is four numbers.
     assert list(loader) == [[12, 13], [14, 15]]
     assert isinstance(loader.sampler, DrawSampler)
@@ -43,4 +46,4 @@ def test_an_epoch_begins_where_the_last_one_ended(workers: int) -> None:
 
 def test_whole_images_come_as_they_are_one_by_one() -> None:
     images: list[Any] = [{"a": 1}, "b", np.zeros((2, 3))]
-    assert all(given is image for given, image in zip(whole_loader(images), images, strict=True))
+    assert all(given is image for given, image in zip(whole_loader([SimpleNamespace(val=images)]), images, strict=True))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from cellslide.train.data import Crops
-from cellslide.train.losses import dice, focal_tversky, gradients, hover_losses, mse, msge
-from cellslide.train.recipe import LossConfig
+from cellslide.train.hover.losses import dice, focal_tversky, gradients, hover_losses, mse, msge
+from cellslide.train.hover.recipe import LossConfig
 
 CONFIG = LossConfig(np_ce=1.0)
 

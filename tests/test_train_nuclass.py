@@ -19,20 +19,22 @@ pytest.importorskip("cellslide.train.framework", reason="extra `train` is not in
 
 from cellslide.errors import UsageError, WeightsError
 from cellslide.train.augment import crop_matrix
-from cellslide.train.cell_data import UNKNOWN_ORGAN, CellDataset, cut_exact, draw_crop, level_factor, load_cell_sets
-from cellslide.train.features import FeatureBatch, FeatureSteps, kept_features
-from cellslide.train.nuclass import score_cells
-from cellslide.train.nuclass_losses import (
+from cellslide.train.fit import fit
+from cellslide.train.nuclass.cells import UNKNOWN_ORGAN, CellDataset, cut_exact, draw_crop, level_factor, load_cell_sets
+from cellslide.train.nuclass.features import FeatureBatch, FeatureSteps, kept_features
+from cellslide.train.nuclass.losses import (
     balanced_cross_entropy,
     effective_number_weights,
     gate_loss,
     gate_targets,
     global_loss,
 )
-from cellslide.train.nuclass_recipe import GateLossConfig, NuClassRecipe, load_nuclass_recipe, nuclass_recipe_from
-from cellslide.train.nuclass_run import build_stage, load_path, recipe_before, train_gate, train_global, train_local
-from cellslide.train.recipe import AugmentConfig
-from cellslide.train.run import RunOptions
+from cellslide.train.nuclass.recipe import GateLossConfig, NuClassRecipe, load_nuclass_recipe
+from cellslide.train.nuclass.training import build as build_stage
+from cellslide.train.nuclass.training import load_path, score_cells
+from cellslide.train.recipe import AugmentConfig, build, load_recipe
+from cellslide.train.task import FitOptions
+from cellslide.train.tasks import nuclass
 from cellslide.types import CropSpec
 from tests.train_sets import write_set
 
@@ -59,12 +61,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_set(tmp_path_factory.mktemp("data") / "set", rows, masks=False, points=True)
 
 
-def _options(folder: Path, **rest: Any) -> RunOptions:
-    return RunOptions(folder, **{"device": "cpu", "workers": 0, "log_every": 1000, **rest})
+def _options(dataset: Path, folder: Path, max_steps: int | None = None, **extra: Path) -> FitOptions:
+    return FitOptions(folder, [dataset], "cpu", 0, max_steps=max_steps, log_every=1000, extra=extra)
 
 
 def _recipe(**changes: Any) -> NuClassRecipe:
-    return nuclass_recipe_from({**RECIPE, **changes})
+    return build(NuClassRecipe, {**RECIPE, **changes})
 
 
 # Losses
@@ -225,16 +227,16 @@ def _state(folder: Path) -> Mapping[str, Tensor]:
 def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The three stages, by the functions behind the commands."""
     root = tmp_path_factory.mktemp("runs")
-    train_local([dataset], _recipe(), _options(root / "local", max_steps=4))
+    fit(nuclass.LOCAL, _recipe(), _options(dataset, root / "local", 4))
     second = load_nuclass_recipe(None, {"id": "tiny-global", "epochs": 4, "batch_size": 4, "epoch_samples": 8,
                                         "optim": RECIPE["optim"], "freeze_epochs": 1,
                                         "context_training": RECIPE["context_training"]},
-                                 recipe_before(root / "local"))  # fmt: skip
-    train_global([dataset], second, _options(root / "global", max_steps=2), root / "local")
+                                 root / "local")  # fmt: skip
+    fit(nuclass.GLOBAL, second, _options(dataset, root / "global", 2, local_run=root / "local"))
     third = load_nuclass_recipe(None, {"id": "tiny-gate", "epochs": 6, "batch_size": 8, "epoch_samples": 16,
                                        "optim": {"lr": 1e-2, "warmup_steps": 0}, "gate": {"views": 2}},
-                                recipe_before(root / "global"))  # fmt: skip
-    train_gate([dataset], third, _options(root / "gate"), root / "local", root / "global")
+                                root / "global")  # fmt: skip
+    fit(nuclass.GATE, third, _options(dataset, root / "gate", local_run=root / "local", global_run=root / "global"))
     return root
 
 
@@ -266,11 +268,11 @@ def test_files_of_the_complete_classifier(runs: Path) -> None:
     }
     assert [c["name"] for c in entry["classes"]] == ["a", "b"]
     card = json.loads((runs / "gate/card.json").read_text())
-    assert card["data"][0]["train"] == {"images": 2, "cells": {"a": 8, "b": 8}}
+    assert card["data"][0]["train"] == {"images": 2, "organ_unknown": 1, "cells": {"a": 8, "b": 8}}
     assert card["data"][0]["val_images"] == ["2"] and card["stage"] == "gate"
     wanted = {f"val/{path}{score}" for path in ("", "local_", "global_") for score in ("accuracy", "macro_f1", "nll")}
     assert wanted <= set(card["metrics"])
-    assert nuclass_recipe_from(card["recipe"]).model["proj_width"] == 4
+    assert build(NuClassRecipe, card["recipe"]).model["proj_width"] == 4
     assert yaml.safe_load((runs / "local/model.yaml").read_text())["config"]["context"] is None
 
 
@@ -284,13 +286,13 @@ def test_the_trained_classifier_loads(runs: Path) -> None:
 
 
 def test_resumed_training_gives_the_same_numbers(dataset: Path, tmp_path: Path, runs: Path) -> None:
-    before = recipe_before(runs / "local")
     second = load_nuclass_recipe(None, {**{k: RECIPE[k] for k in ("batch_size", "epoch_samples", "epochs", "optim",
-                                           "context_training")}, "freeze_epochs": 1.5}, before)  # fmt: skip
+                                           "context_training")}, "freeze_epochs": 1.5}, runs / "local")  # fmt: skip
     for name, parts in (("whole", (8,)), ("parts", (4, 8))):
         for last in parts:
-            train_local([dataset], _recipe(freeze_epochs=1), _options(tmp_path / f"local-{name}", max_steps=last))
-            train_global([dataset], second, _options(tmp_path / f"global-{name}", max_steps=last), runs / "local")
+            fit(nuclass.LOCAL, _recipe(freeze_epochs=1), _options(dataset, tmp_path / f"local-{name}", last))
+            beside = _options(dataset, tmp_path / f"global-{name}", last, local_run=runs / "local")
+            fit(nuclass.GLOBAL, second, beside)
     for stage in ("local", "global"):
         whole, resumed = (tmp_path / f"{stage}-{name}" for name in ("whole", "parts"))
         assert torch.load(resumed / "last.ckpt", weights_only=True)["global_step"] == 8
@@ -300,9 +302,10 @@ def test_resumed_training_gives_the_same_numbers(dataset: Path, tmp_path: Path, 
 
 
 def test_kept_features_are_read_again_until_the_weights_change(dataset: Path, tmp_path: Path, runs: Path) -> None:
-    recipe = recipe_before(runs / "gate")
+    recipe = load_recipe(NuClassRecipe, runs / "gate/recipe.yaml")
     images = load_cell_sets([dataset], recipe)[0].train
-    model = build_stage(recipe, "gate")
+    both = {"local_run": runs / "local", "global_run": runs / "global"}
+    model = build_stage("gate", recipe, _options(dataset, tmp_path, **both))
     load_path(model, runs / "gate")
     first = kept_features(tmp_path, "train", model, images, recipe)
     assert len(first.label) == 2 * 16 and first.fused.shape == (32, 8)
@@ -317,24 +320,26 @@ def test_kept_features_are_read_again_until_the_weights_change(dataset: Path, tm
 def test_heads_learn_only_when_asked(dataset: Path, tmp_path: Path, runs: Path) -> None:
     document = {"epochs": 2, "batch_size": 8, "epoch_samples": 16, "gate": {"views": 0, "heads_lr": 0.01},
                 "optim": {"lr": 1e-2, "warmup_steps": 0}}  # fmt: skip
-    recipe = load_nuclass_recipe(None, document, recipe_before(runs / "global"))
-    train_gate([dataset], recipe, _options(tmp_path / "heads"), runs / "local", runs / "global")
+    recipe = load_nuclass_recipe(None, document, runs / "global")
+    both = {"local_run": runs / "local", "global_run": runs / "global"}
+    fit(nuclass.GATE, recipe, _options(dataset, tmp_path / "heads", **both))
     before, after = _state(runs / "global"), _state(tmp_path / "heads")
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed and all(name.startswith(("modelA.head.", "modelB.head.")) for name in changed)
 
 
 def test_runs_that_do_not_belong_together_are_refused(dataset: Path, tmp_path: Path, runs: Path) -> None:
-    train_local([dataset], _recipe(seed=5), _options(tmp_path / "other", max_steps=2))
-    recipe = load_nuclass_recipe(None, None, recipe_before(runs / "global"))
+    fit(nuclass.LOCAL, _recipe(seed=5), _options(dataset, tmp_path / "other", 2))
+    recipe = load_nuclass_recipe(None, {}, runs / "global")
+    beside = _options(dataset, tmp_path / "gate", local_run=tmp_path / "other", global_run=runs / "global")
     with pytest.raises(UsageError, match="beside another local path"):
-        train_gate([dataset], recipe, _options(tmp_path / "gate"), tmp_path / "other", runs / "global")
+        fit(nuclass.GATE, recipe, beside)
     with pytest.raises(UsageError, match="local, classes must be as in the stage before"):
-        load_nuclass_recipe(None, {"classes": ["a", "c"], "local": {"field_px": 30, "input_px": 15}}, recipe)
+        load_nuclass_recipe(None, {"classes": ["a", "c"], "local": {"field_px": 30, "input_px": 15}}, runs / "global")
     with pytest.raises(UsageError, match="not the folder of a training run"):
-        recipe_before(tmp_path)
+        load_nuclass_recipe(None, {}, tmp_path)
     with pytest.raises(WeightsError, match="missing"):
-        load_path(build_stage(recipe, "gate"), runs / "local")
+        load_path(build_stage("global", recipe, beside), runs / "local")
 
 
 def test_command_line(dataset: Path, tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,10 +23,9 @@ from cellslide.errors import UsageError, WeightsError
 from cellslide.models import build_model
 from cellslide.models.point_head import PointOutput
 from cellslide.train.augment import crop_matrix
-from cellslide.train.cellvta import load_start
-from cellslide.train.export import read_state
-from cellslide.train.points import Found, PointsTraining, ScoreBoard, annotated, field_losses, find_points, follow
-from cellslide.train.points_data import (
+from cellslide.train.export import load_start, read_state
+from cellslide.train.fit import fit
+from cellslide.train.points.data import (
     IGNORED,
     SUPERVISED,
     UNLABELLED,
@@ -39,11 +38,21 @@ from cellslide.train.points_data import (
     load_point_sets,
     point_mask,
 )
-from cellslide.train.points_losses import UNKNOWN, Truth, consistency_weight, inside, mask_loss, match, point_losses
-from cellslide.train.points_recipe import PointLossConfig, PointsRecipe, load_points_recipe
-from cellslide.train.points_run import load_backbone, model_config, train_points
-from cellslide.train.recipe import AugmentConfig, build
-from cellslide.train.run import RunOptions
+from cellslide.train.points.losses import UNKNOWN, Truth, consistency_weight, inside, mask_loss, match, point_losses
+from cellslide.train.points.recipe import PointLossConfig, PointsRecipe
+from cellslide.train.points.training import (
+    Found,
+    PointsTraining,
+    ScoreBoard,
+    annotated,
+    field_losses,
+    find_points,
+    follow,
+    load_backbone,
+)
+from cellslide.train.recipe import AugmentConfig, build, load_recipe
+from cellslide.train.task import FitOptions, build_recipe
+from cellslide.train.tasks import points
 from tests.published_efficientnet import LITE, published_efficientnet
 from tests.train_sets import painted, write_set
 
@@ -355,7 +364,7 @@ def test_only_the_window_is_supervised() -> None:
 
 
 def test_a_teacher_follows_weights_and_statistics() -> None:
-    student, teacher = (build_model("muse_points", model_config(_recipe())) for _ in range(2))
+    student, teacher = (build_recipe(_recipe()) for _ in range(2))
     follow(teacher, student, 0.0, 10_000)
     assert all(torch.equal(v, teacher.state_dict()[k]) for k, v in student.state_dict().items())
     before = teacher.state_dict()["head.reg_head.layers.0.weight"].clone()
@@ -403,8 +412,8 @@ def test_scores_are_pooled_by_the_published_rule() -> None:
 
 
 def _train(dataset: Path, folder: Path, recipe: Mapping[str, Any] = RECIPE, **rest: Any) -> PointsTraining:
-    options = RunOptions(folder, **{"device": "cpu", "workers": 0, "log_every": 1000, **rest})
-    return train_points([dataset], build(PointsRecipe, recipe), options)
+    options = FitOptions(folder, [dataset], **{"device": "cpu", "workers": 0, "log_every": 1000, **rest})
+    return fit(points.TASK, build(PointsRecipe, recipe), options)
 
 
 def _tensors(value: Any, name: str = "") -> dict[str, Tensor]:
@@ -467,7 +476,7 @@ def test_a_run_writes_what_a_manifest_needs(dataset: Path, tmp_path: Path) -> No
 
 
 def test_a_backbone_starts_from_published_and_own_files(tmp_path: Path) -> None:
-    config = model_config(_recipe())
+    config = _recipe().network()["config"]
     torch.manual_seed(1)
     source: Any = build_model("muse_points", config)
     model: Any = build_model("muse_points", config)
@@ -507,7 +516,11 @@ def test_encoder_alone_fills_the_encoder_and_leaves_the_decoder(tmp_path: Path) 
 
 def test_recipes_are_checked(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("model: {classes: [a]}\noptim: {schedule: cosine}\n")
-    recipe = load_points_recipe(tmp_path / "r.yaml", {"batch_size": 2, "mpp": None}, tmp_path / "w.pt")
+    recipe = load_recipe(
+        PointsRecipe,
+        tmp_path / "r.yaml",
+        {"batch_size": 2, "mpp": None, "model.encoder_weights": tmp_path / "w.pt"},
+    )
     assert recipe.model.arch == "muse_points" and recipe.model.mean[0] == 0.485 and recipe.batch_size == 2
     assert recipe.model.encoder_weights == str(tmp_path / "w.pt")
     for change, said in (
@@ -520,7 +533,7 @@ def test_recipes_are_checked(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=said):
             _recipe(**change)
     with pytest.raises(UsageError, match="head.n_classes: 5 must be 2"):
-        model_config(_recipe(model={**MODEL, "config": {"head": {"n_classes": 5}}}))
+        _recipe(model={**MODEL, "config": {"head": {"n_classes": 5}}}).network()
     assert AugmentConfig() == _recipe().augment
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cellslide.errors import MissingDependencyError, short
+from cellslide.models.state_dict import rename
 from cellslide.models.torchvision_ops import declare_torchvision_operators
 
 declare_torchvision_operators()
@@ -215,19 +216,6 @@ META_DINOV3 = (
 )
 _META_CONSTANTS = re.compile(r"(^rope_embed\.|\.bias_mask$)")
 _DINOV3_ABSENT_IS_ZERO = re.compile(r"(^mask_token$|\.attn\.[qv]_bias$)")
-
-
-def rename(state: State, table: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
-    """Return `state` with the first rule of `table` that fits applied to each name; other names stay."""
-    return {_renamed(name, table): tensor for name, tensor in state.items()}
-
-
-def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in table:
-        new, count = re.subn(pattern, replacement, name)
-        if count:
-            return new
-    return name
 
 
 def is_hf_dinov3(state: State) -> bool:

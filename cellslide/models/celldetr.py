@@ -9,7 +9,7 @@ Boxes are (cx, cy, w, h) in 0..1 of the valid image until `forward` turns them t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -252,3 +252,8 @@ def _pad_to_32(x: Tensor) -> tuple[Tensor, Tensor | None]:
     mask = torch.ones(x.shape[0], h + below, w + right, dtype=torch.bool, device=x.device)
     mask[:, :h, :w] = False
     return F.pad(x, (0, right, 0, below)), mask
+
+
+def build(config: Mapping[str, Any]) -> CellDETR:
+    """Build a CellDETR with `config` over the published sizes; raises TypeError or ValueError."""
+    return CellDETR(CellDETRConfig(**config))

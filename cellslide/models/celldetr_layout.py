@@ -1,4 +1,4 @@
-"""Published CellDETR checkpoints, as data: which names are whose, and what the tensors tell of the sizes.
+"""Published CellDETR checkpoints, as data: which names are whose, and the sizes that the tensors give.
 
 Two works share the layout of Deformable DETR. The first (MIDL 2024) holds the detector alone, with a Swin under its
 original names; the second holds it below `detr.`, and the representation decoder beside it.
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from cellslide.errors import WeightsError
+from cellslide.models.state_dict import below, count, resnet_of
 
 State = Mapping[str, Tensor]
 
@@ -31,13 +32,6 @@ SWIN_RENAMES = (
 DETECTOR = re.compile(r"^(?:transformer|class_embed|bbox_embed|query_embed|input_proj|backbone)\b")
 MARK = "transformer.encoder.layers.0.self_attn.sampling_offsets.weight"
 
-# Residual networks of timm by whether blocks have a third convolution, and their blocks in each stage.
-RESNETS: dict[tuple[int, ...], str] = {
-    (False, 2, 2, 2, 2): "resnet18",
-    (False, 3, 4, 6, 3): "resnet34",
-    (True, 3, 4, 6, 3): "resnet50",
-    (True, 3, 4, 23, 3): "resnet101",
-}
 # Swins of timm by channels, blocks of the third stage, and window.
 SWINS = {
     (96, 6, 7): "swin_tiny_patch4_window7_224",
@@ -48,18 +42,20 @@ SWINS = {
     (192, 18, 12): "swin_large_patch4_window12_384",
 }
 POINTS = 4
-# What no tensor tells of the first work: the proposals, by the layers of the decoder; the share that may be kept.
+# What is in no tensor of the first work: the proposals, by the layers of the decoder; the share that may be kept.
 PROPOSALS = {3: 600, 6: 900}
 QUERY_FRACTION = 1 / 3
 TRAINING_PX = 256
-# Both works normalise alike, and their files do not say so.
-MEAN = (0.70478431, 0.57330757, 0.74134993)
-STD = (0.1786614, 0.22592805, 0.19027899)
 
 
 def is_celldetr(state: State) -> bool:
-    """Tell whether these tensors are a CellDETR's, of either work or written here."""
+    """Return whether these tensors are a CellDETR's, of either work or written here."""
     return MARK in state or f"detr.{MARK}" in state
+
+
+def canonical_state(state: State, content: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """Return the tensors of a file under the names of `CellDETR`."""
+    return own_names(state)
 
 
 def own_names(state: State) -> dict[str, Tensor]:
@@ -75,10 +71,10 @@ def _own(name: str) -> str:
     return name
 
 
-def config_of(state: State, told: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the builder's configuration that a checkpoint's tensors (own names) tell.
+def config_of(state: State, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the builder's configuration of a checkpoint's tensors (own names).
 
-    told  the file's flat config; it may name the number of proposals, which is published otherwise.
+    given  the file's flat config; it may name the number of proposals, which is published otherwise.
     Attention has 4 points a level, as published. Raises KeyError for the tensor that is missing, WeightsError for a
     backbone that is of no published size.
     """
@@ -86,18 +82,18 @@ def config_of(state: State, told: Mapping[str, Any]) -> dict[str, Any]:
     levels, dim = map(int, state[f"{net}level_embed"].shape)
     weights = state[f"{net}encoder.layers.0.self_attn.attention_weights.weight"]
     two_stage = f"{net}enc_output.weight" in state
-    dec_layers = _count(state, rf"{net}decoder\.layers\.(\d+)\.")
+    dec_layers = count(state, rf"{net}decoder\.layers\.(\d+)\.")
     return {
         **_backbone_of(state),
         "hidden_dim": dim,
         "n_levels": levels,
         "n_points": POINTS,
         "n_heads": len(weights) // (levels * POINTS),
-        "enc_layers": _count(state, rf"{net}encoder\.layers\.(\d+)\."),
+        "enc_layers": count(state, rf"{net}encoder\.layers\.(\d+)\."),
         "dec_layers": dec_layers,
         "ffn_dim": len(state[f"{net}encoder.layers.0.linear1.weight"]),
         "two_stage": two_stage,
-        "num_queries": _queries(told, dec_layers) if two_stage else len(state["detr.query_embed.weight"]),
+        "num_queries": _queries(given, dec_layers) if two_stage else len(state["detr.query_embed.weight"]),
         "window_px": TRAINING_PX,
         **_heads_of(state),
     }
@@ -118,7 +114,7 @@ def _heads_of(state: State) -> dict[str, Any]:
     types = state.get("decouple_class_embed.weight")
     return {
         "det_classes": det_classes,
-        "repr_layers": 1 + _count(state, rf"{DECODER}layers\.(\d+)\."),
+        "repr_layers": 1 + count(state, rf"{DECODER}layers\.(\d+)\."),
         "num_classes": 0 if types is None else len(types),
         "projection": "contrastive_project.0.weight" in state,
         # The published code trains no other.
@@ -127,27 +123,24 @@ def _heads_of(state: State) -> dict[str, Any]:
 
 
 def _backbone_of(state: State) -> dict[str, Any]:
-    body = {name.removeprefix(BODY): tensor for name, tensor in state.items() if name.startswith(BODY)}
+    body = below(state, BODY)
     inputs = [int(w.shape[1]) for name, w in _sorted_inputs(state) if w.shape[-1] == 1]
     if "patch_embed.proj.weight" in body:
         dim = len(body["patch_embed.proj.weight"])
         table = body["layers_0.blocks.0.attn.relative_position_bias_table"]
         window = (round(len(table) ** 0.5) + 1) // 2
-        key = (dim, _count(body, r"layers_2\.blocks\.(\d+)\."), window)
-        named = [SWINS[key]] if key in SWINS else []
+        key = (dim, count(body, r"layers_2\.blocks\.(\d+)\."), window)
+        named = SWINS.get(key)
         norm = {"norm": "own", "feature_norm": any(n.startswith("detr.backbone.0.norms.") for n in state)}
     else:
-        deep = "layer1.0.conv3.weight" in body
-        dim = len(body["conv1.weight"]) * (4 if deep else 1)
-        stages = [n for i in (1, 2, 3, 4) if (n := _count(body, rf"layer{i}\.(\d+)\."))]
-        # Stages that no level reads are left out of a network.
-        named = [name for (has, *n), name in RESNETS.items() if has == deep and n[: len(stages)] == stages]
+        dim = len(body["conv1.weight"]) * (4 if "layer1.0.conv3.weight" in body else 1)
+        named = resnet_of(body)
         norm = {"norm": "own" if "bn1.num_batches_tracked" in body else "frozen"}
-    if not named:
+    if named is None:
         raise WeightsError(
             "its backbone is no ResNet or Swin of a published size; describe it in a model.yaml beside it"
         )
-    return {"backbone": named[0], "strides": tuple(4 * c // dim for c in inputs), **norm}
+    return {"backbone": named, "strides": tuple(4 * c // dim for c in inputs), **norm}
 
 
 def _sorted_inputs(state: State) -> list[tuple[str, Tensor]]:
@@ -155,10 +148,6 @@ def _sorted_inputs(state: State) -> list[tuple[str, Tensor]]:
     return [(found[i], state[found[i]]) for i in sorted(found)]
 
 
-def _count(state: State, pattern: str) -> int:
-    return len({m[1] for name in state if (m := re.match(pattern, name))})
-
-
-def _queries(told: Mapping[str, Any], dec_layers: int) -> int:
-    named = told.get("model.num_queries")
+def _queries(given: Mapping[str, Any], dec_layers: int) -> int:
+    named = given.get("model.num_queries")
     return named if isinstance(named, int) else PROPOSALS.get(dec_layers, max(PROPOSALS.values()))

@@ -350,6 +350,7 @@ class CellViT(nn.Module):
         self.decoder3 = nn.Sequential(Deconv2DBlock(dim, w3))
         self.nuclei_binary_map_decoder = self._branch(4 if cfg.regression_loss else 2)
         self.hv_map_decoder = self._branch(2)
+        self.n_types = max(cfg.num_nuclei_classes - 1, 0)
         self.nuclei_type_maps_decoder = self._branch(cfg.num_nuclei_classes) if cfg.num_nuclei_classes else None
         has_head = cfg.encoder == "sam" and cfg.num_tissue_classes
         self.classifier_head = nn.Linear(cfg.neck_dim, cfg.num_tissue_classes) if has_head else None

@@ -8,8 +8,9 @@ antialiased bicubic filter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -339,6 +340,7 @@ class CellVTA(nn.Module):
         self.decoder3 = nn.Sequential(Conv2DBlock(dim, w3), Conv2DBlock(w3, w3))
         self.nuclei_binary_map_decoder = self._branch(2)
         self.hv_map_decoder = self._branch(2)
+        self.n_types = max(cfg.num_nuclei_classes - 1, 0)
         self.nuclei_type_maps_decoder = self._branch(cfg.num_nuclei_classes) if cfg.num_nuclei_classes else None
 
     def _branch(self, n_out: int) -> HoverBranch:
@@ -360,3 +362,8 @@ class CellVTA(nn.Module):
         if tissue is not None:
             out["tissue_types"] = tissue
         return out
+
+
+def build(config: Mapping[str, Any]) -> CellVTA:
+    """Build a CellVTA with `config` over the published sizes; raises TypeError or ValueError."""
+    return CellVTA(CellVTAConfig(**config))

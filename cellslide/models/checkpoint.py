@@ -1,7 +1,7 @@
-"""Reading checkpoints: safely, whole, and without being told their sizes.
+"""Reading checkpoints: safely and whole.
 
 A published `.pth` is a dict with `arch` (class name), `config` (flat, dotted keys) and `model_state_dict`; everything
-else in it is ignored. Only tensors and plain values are unpickled. Sizes are read from the tensors.
+else in it is ignored. Only tensors and plain values are unpickled.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import pathlib
 import pickle
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cellslide.errors import WeightsError, short
-from cellslide.models import build_model, canonical_arch, celldetr_layout, muse_layout
-from cellslide.models.cellvit import PUBLISHED
+from cellslide.models.registry import architecture_of, build_model, guess_architecture
 from cellslide.types import ClassSpec
 
 State = Mapping[str, Tensor]
@@ -68,13 +65,8 @@ def read_checkpoint(path: Path, arch: str | None = None, data: bytes | None = No
     name = content.get("arch") or arch or guess_arch(state)
     if not isinstance(name, str):
         raise WeightsError(f"{path}: the checkpoint names no architecture and its tensors fit none that is known")
-    short = canonical_arch(name)
-    if short in muse_layout.BACKBONES:
-        # A published file is moved to new positions by every load.
-        state = muse_layout.with_positions(muse_layout.backbone_state(state, str(path)), None, "teacher" in content)
-    if short == "celldetr":
-        state = celldetr_layout.own_names(state)
-    return Checkpoint(_sam_size(state) if name == "CellViTSAM" else short, config, state)
+    architecture = architecture_of(name, state)
+    return Checkpoint(architecture.name, config, architecture.canonical_state(state, content, str(path)))
 
 
 def read_tensors(path: Path, data: bytes | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -182,159 +174,22 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def guess_arch(state: State) -> str | None:
     """Return the architecture whose tensors these look like, or None."""
-    if "encoder.spm.stem.0.weight" in state:
-        return "cellvta"
-    if found := muse_layout.guess_arch(state):
-        return found
-    if celldetr_layout.is_celldetr(state):
-        return "celldetr"
-    if "encoder.neck.0.weight" in state:
-        return "CellViTSAM"
-    if "encoder.reg_token" in state:
-        return "cellvit_virchow2"
-    if "encoder.blocks.0.ls1.gamma" in state:
-        packed = (
-            state["encoder.blocks.0.mlp.fc1.weight"].shape[0] == 2 * state["encoder.blocks.0.mlp.fc2.weight"].shape[1]
-        )
-        return "cellvit_virchow" if packed else "cellvit_uni"
-    return "cellvit_256" if "encoder.pos_embed" in state else None
-
-
-def _sam_size(state: State) -> str:
-    dim = state["encoder.pos_embed"].shape[-1] if "encoder.pos_embed" in state else 0
-    sizes = {PUBLISHED[name].embed_dim: name for name in PUBLISHED if name.startswith("cellvit_sam")}
-    return sizes.get(dim, "cellvit_sam_h")
+    found = guess_architecture(state)
+    return None if found is None else found.name
 
 
 def infer_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the builder's config from the shapes of the tensors.
+    """Return the builder's config that a checkpoint's tensors, and its own config, give.
 
-    Head counts and the blocks that feed the decoder are in no shape: published ones are known; else `model.num_heads`
-    and `model.extract_layers` of the checkpoint's config count, then heads of 64 channels and four
-    equal runs of blocks.
-    Raises WeightsError when tensors that tell the sizes are missing.
+    Raises WeightsError where tensors that give the sizes are missing, or the architecture reads none.
     """
+    infer = architecture_of(checkpoint.arch).infer_config
+    if infer is None:
+        raise WeightsError(f"a {checkpoint.arch} file does not hold its sizes: describe it in a model.yaml beside it")
     try:
-        if checkpoint.arch in muse_layout.SIZES:
-            return muse_layout.SIZES[checkpoint.arch](checkpoint.state, checkpoint.config)
-        if checkpoint.arch == "celldetr":
-            return celldetr_layout.config_of(checkpoint.state, checkpoint.config)
-        sizes = _decoder_config(checkpoint.state) | _vit_config(checkpoint)
-        return sizes | (_cellvta_config(checkpoint) if checkpoint.arch == "cellvta" else _cellvit_config(checkpoint))
+        return infer(checkpoint.state, checkpoint.config)
     except KeyError as error:
         raise WeightsError(f"not a {checkpoint.arch} checkpoint: {error} is missing") from error
-
-
-def _n_blocks(state: State) -> int:
-    found = {int(m[1]) for name in state if (m := re.match(r"encoder\.blocks\.(\d+)\.", name))}
-    return len(found)
-
-
-def _vit_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    state = checkpoint.state
-    dim, patch = state["encoder.patch_embed.proj.weight"].shape[0], state["encoder.patch_embed.proj.weight"].shape[-1]
-    depth = _n_blocks(state)
-    prefix = 1 + (state["encoder.reg_token"].shape[1] if "encoder.reg_token" in state else 0)
-    found = {"embed_dim": dim, "depth": depth, "num_heads": _heads(checkpoint, dim, depth), "patch_size": patch}
-    table = state.get("encoder.pos_embed")
-    if table is None and checkpoint.arch == "cellvta":
-        return found | {"use_pos_embed": False}
-    table = state["encoder.pos_embed"]
-    side = table.shape[1] if table.ndim == 4 else math.isqrt(table.shape[1] - prefix)
-    return found | {"img_size": side * patch}
-
-
-def _heads(checkpoint: Checkpoint, dim: int, depth: int) -> int:
-    table = checkpoint.state.get("encoder.blocks.0.attn.rel_pos_h")
-    if table is not None:
-        return dim // int(table.shape[1])
-    published = PUBLISHED["cellvit_uni" if checkpoint.arch == "cellvta" else checkpoint.arch]
-    if (published.embed_dim, published.depth) == (dim, depth):
-        return published.num_heads
-    named = checkpoint.config.get("model.num_heads")
-    if isinstance(named, int) and named > 0 and dim % named == 0:
-        return named
-    return max(dim // 64, 1)
-
-
-def _decoder_config(state: State) -> dict[str, Any]:
-    def rows(name: str) -> int:
-        return int(state[f"{name}.weight"].shape[0]) if f"{name}.weight" in state else 0
-
-    tissue = "classifier_head" if "classifier_head.weight" in state else "encoder.head"
-    branch = "hv_map_decoder"
-    widths = (
-        rows(f"{branch}.decoder0_header.0.block.0"),
-        state[f"{branch}.decoder2_upsampler.2.weight"].shape[1],
-        state[f"{branch}.decoder3_upsampler.3.weight"].shape[1],
-        state[f"{branch}.decoder3_upsampler.3.weight"].shape[0],
-    )
-    return {
-        "num_nuclei_classes": rows("nuclei_type_maps_decoder.decoder0_header.2"),
-        "num_tissue_classes": rows(tissue),
-        "decoder_widths": tuple(map(int, widths)),
-    }
-
-
-def _cellvta_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    state, dim = checkpoint.state, checkpoint.state["encoder.patch_embed.proj.weight"].shape[0]
-    depth, run = _n_blocks(state), _n_blocks(state) // 4
-    layer = "encoder.interactions.0"
-    extra = {m[1] for name in state if (m := re.match(r"encoder\.interactions\.3\.extra_extractors\.(\d+)\.", name))}
-    # Three levels of four points each in the injectors, as published; the rest of the rows are heads.
-    heads = state[f"{layer}.injector.attn.attention_weights.weight"].shape[0] // 12
-    return {
-        "mlp_ratio": state["encoder.blocks.0.mlp.fc1.weight"].shape[0] / dim,
-        "interaction_indexes": tuple((i * run, depth - 1 if i == 3 else (i + 1) * run - 1) for i in range(4)),
-        "conv_inplane": state["encoder.spm.stem.0.weight"].shape[0],
-        "deform_num_heads": heads,
-        "deform_ratio": state[f"{layer}.injector.attn.value_proj.weight"].shape[0] / dim,
-        "cffn_ratio": state[f"{layer}.extractor.ffn.fc1.weight"].shape[0] / dim,
-        "n_extra_extractors": len(extra),
-    }
-
-
-def _cellvit_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    state, depth = checkpoint.state, _n_blocks(checkpoint.state)
-    hidden = state[
-        "encoder.blocks.0.mlp.fc1.weight"
-        if "encoder.blocks.0.mlp.fc1.weight" in state
-        else "encoder.blocks.0.mlp.lin1.weight"
-    ]
-    found = {
-        "mlp_hidden": hidden.shape[0],
-        "extract_layers": _extract_layers(checkpoint, depth),
-        "regression_loss": state["nuclei_binary_map_decoder.decoder0_header.2.weight"].shape[0] == 4,
-        "skip_widths": (state["decoder1.0.block.0.weight"].shape[1], state["decoder1.1.block.0.weight"].shape[1]),
-    }
-    if "encoder.reg_token" in state:
-        found["n_registers"] = state["encoder.reg_token"].shape[1]
-    if "encoder.neck.0.weight" in state:
-        found |= {"neck_dim": state["encoder.neck.0.weight"].shape[0], **_windows(state, depth)}
-    return found
-
-
-def _extract_layers(checkpoint: Checkpoint, depth: int) -> tuple[int, ...]:
-    published = PUBLISHED[checkpoint.arch]
-    if depth == published.depth:
-        return published.extract_layers
-    named = checkpoint.config.get("model.extract_layers")
-    if isinstance(named, (list, tuple)) and len(named) == 4:
-        return tuple(int(i) for i in named)
-    return tuple(depth * i // 4 for i in range(1, 5))
-
-
-def _windows(state: State, depth: int) -> dict[str, Any]:
-    """Return SAM's window and its global blocks: those whose table spans the whole position grid."""
-    whole = 2 * state["encoder.pos_embed"].shape[1] - 1
-    lengths = [state[f"encoder.blocks.{i}.attn.rel_pos_h"].shape[0] for i in range(depth)]
-    local = {length for length in lengths if length != whole}
-    if len(local) > 1:
-        raise WeightsError(f"relative positions of {len(local)} window sizes: not a SAM encoder")
-    return {
-        "global_attn_indexes": tuple(i for i, length in enumerate(lengths) if length == whole),
-        "window_size": (local.pop() + 1) // 2 if local else 14,
-    }
 
 
 class _WithoutStorage(TorchFunctionMode):

@@ -7,7 +7,9 @@ a CellVTA of the same number of parameters.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,7 @@ class HoverUNet(nn.Module):
         self.config = cfg
         self.encoder, self._indices, channels = conv_network(cfg.encoder, STRIDES)
         self.outputs = {"nuclei_binary_map": 2, "hv_map": 2}
+        self.n_types = max(cfg.num_nuclei_classes - 1, 0)
         if cfg.num_nuclei_classes:
             self.outputs["nuclei_type_map"] = cfg.num_nuclei_classes
         self.decoder = SharedDecoder(channels, cfg.widths, sum(self.outputs.values()))
@@ -84,3 +87,8 @@ class SharedDecoder(nn.Module):
             # A map of an odd size at 1/32 reaches one pixel further than the one above it.
             x = merge(torch.cat([skip, enlarged(x, 2)[..., : skip.shape[-2], : skip.shape[-1]]], 1))
         return F.pixel_shuffle(self.head(x), 2)
+
+
+def build(config: Mapping[str, Any]) -> HoverUNet:
+    """Build a HoVer U-Net with `config` over its default sizes; raises TypeError or ValueError."""
+    return HoverUNet(HoverUNetConfig(**config))

@@ -147,6 +147,11 @@ def sample_points(feature_map: Tensor, points: Tensor, stride: int, aligned: Ali
     return sampled.squeeze(2).transpose(1, 2).to(feature_map.dtype)
 
 
+def build(encoder: str, config: Mapping[str, Any]) -> MuseBackbone:
+    """Build a MUSE, `config` as `MuseConfig.of` reads it, with `encoder` where it names none."""
+    return MuseBackbone(MuseConfig.of(config, encoder))
+
+
 class VitEncoder(nn.Module):
     """A ViT's tokens after four of its blocks, each normalised, as maps at the patch's stride; the class token."""
 

@@ -1,4 +1,4 @@
-"""Checkpoints of MUSE: which names are the backbone's, what the tensors tell of its sizes, and what a load changes.
+"""Checkpoints of MUSE: which names are the backbone's, the sizes that the tensors give, and what a load changes.
 
 A published file is {"teacher": state} with the backbone below `module.backbone.` and DINO's heads beside it. Detectors
 and pretraining write the same backbone below `backbone.`, or alone.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from cellslide.errors import WeightsError
+from cellslide.models.checkpoint import check_fit, read_tensors
 from cellslide.models.muse import MuseBackbone, resample_positions
+from cellslide.models.state_dict import below, count, resnet_of
 
 State = Mapping[str, Tensor]
 
@@ -24,13 +26,7 @@ PREFIXES = ("module.backbone.", "backbone.", "module.", "")
 # Tensors that every MUSE backbone has, and those of what else is known to stand in such files.
 MARK = "decoder.hyper_feats.conv_list.0.layer.0.weight"
 POSITIONS = "encoder.encoder.pos_embed"
-BACKBONES = ("muse", "muse_vit_s", "muse_vit_b", "muse_r50")
 HEADS = re.compile(r"^(?:head|dino_head|nulo_head|mask_head|linear|fc|classifier)\.")
-# Residual networks of timm by their blocks a stage; those with bottlenecks have a third convolution.
-RESNETS = {
-    (False, (1, 1, 1, 1)): "resnet10t", (False, (2, 2, 2, 2)): "resnet18", (False, (3, 4, 6, 3)): "resnet34",
-    (True, (2, 2, 2, 2)): "resnet26", (True, (3, 4, 6, 3)): "resnet50", (True, (3, 4, 23, 3)): "resnet101",
-}  # fmt: skip
 # ConvNeXts of timm by the channels of their first stage and their blocks a stage.
 CONVNEXTS = {
     (40, 2, 2, 6, 2): "convnext_atto", (48, 2, 2, 6, 2): "convnext_femto", (64, 2, 2, 6, 2): "convnext_pico",
@@ -52,8 +48,15 @@ def backbone_state(state: State, where: str) -> dict[str, Tensor]:
     prefix = prefix_of(state)
     if prefix is None:
         raise WeightsError(f"{where}: no MUSE backbone in it; a published one has names below module.backbone.")
-    named = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    return {name: tensor for name, tensor in named.items() if prefix or not HEADS.match(name)}
+    return {n: t for n, t in below(state, prefix).items() if prefix or not HEADS.match(n)}
+
+
+def canonical_state(state: State, content: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """Return the backbone in all that a file holds; a published one gets new positions, as in every load of its code.
+
+    Raises WeightsError when the tensors hold no MUSE backbone.
+    """
+    return with_positions(backbone_state(state, where), None, published="teacher" in content)
 
 
 def with_positions(state: State, img_size: int | None, published: bool) -> dict[str, Tensor]:
@@ -77,8 +80,6 @@ def read_backbone(path: Path, img_size: int | None = None) -> dict[str, Tensor]:
 
     Raises WeightsError when the file is not readable or holds none.
     """
-    from cellslide.models.checkpoint import read_tensors
-
     state, content = read_tensors(path)
     return with_positions(backbone_state(state, str(path)), img_size, published="teacher" in content)
 
@@ -88,8 +89,6 @@ def fill_backbone(backbone: nn.Module, path: Path) -> None:
 
     Raises WeightsError that lists every missing, unexpected and misshapen tensor.
     """
-    from cellslide.models.checkpoint import check_fit
-
     if not isinstance(backbone, MuseBackbone):
         raise TypeError(f"{type(backbone).__name__} is no MuseBackbone")
     config = backbone.config
@@ -98,10 +97,10 @@ def fill_backbone(backbone: nn.Module, path: Path) -> None:
     backbone.load_state_dict(state)
 
 
-def config_of(state: State, told: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sizes that a backbone's tensors (own names) tell, as `MuseConfig.of` reads them.
+def config_of(state: State, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes of a backbone by its tensors (own names), as `MuseConfig.of` reads them.
 
-    told  the file's flat config: names the encoder of a network that its tensors do not tell, and for a ViT the number
+    given  the file's flat config: names the encoder of a network that its tensors do not name, and for a ViT the number
     of heads and the blocks that feed the decoder; else heads are of 64 channels, and the four blocks end equal runs.
     Raises KeyError for the tensor or the key that is missing.
     """
@@ -109,88 +108,76 @@ def config_of(state: State, told: Mapping[str, Any]) -> dict[str, Any]:
     w1, w2, w3 = (int(state[f"decoder.decoder{i}.first_block.layer.0.weight"].shape[0]) for i in (1, 2, 3))
     widths = [w1, w2, w3, joined[2] - w3]
     if POSITIONS not in state:
-        return {"encoder": told.get("encoder") or _resnet(state), "widths": widths}
-    vit = _vit(state, told)
+        encoder = given.get("encoder") or resnet_of(below(state, "encoder.encoder."), least_stages=4)
+        if encoder is None:
+            raise KeyError("config key encoder")
+        return {"encoder": encoder, "widths": widths}
+    vit = _vit(state, given)
     d = vit["embed_dim"]
     return {"encoder": vit} if widths == [d // 4, d // 2, d, 2 * d] else {"encoder": vit, "widths": widths}
 
 
-def guess_arch(state: State) -> str | None:
-    """Return the architecture of a MUSE, of a detector made of one, of a DPA-P2PNet; None for tensors of others."""
-    if "backbone.neck1.fpn_convs.0.conv.weight" in state:
-        return "dpa_p2pnet"
-    if prefix_of(state) is None:
-        return None
-    return "muse_points" if "head.deform_layer.layers.0.weight" in state else "muse"
+def is_dpa_p2pnet(state: State) -> bool:
+    """Return whether these tensors are a DPA-P2PNet's."""
+    return "backbone.neck1.fpn_convs.0.conv.weight" in state
 
 
-def _vit(state: State, told: Mapping[str, Any]) -> dict[str, Any]:
+def is_detector(state: State) -> bool:
+    """Return whether these tensors are those of a point detector made of a MUSE."""
+    return prefix_of(state) is not None and "head.deform_layer.layers.0.weight" in state
+
+
+def is_backbone(state: State) -> bool:
+    """Return whether these tensors hold a MUSE, and no detector of ours."""
+    return prefix_of(state) is not None and not is_detector(state) and not is_dpa_p2pnet(state)
+
+
+def _vit(state: State, given: Mapping[str, Any]) -> dict[str, Any]:
     dim, _, patch, _ = (int(n) for n in state["encoder.encoder.patch_embed.proj.weight"].shape)
-    depth = _count(state, r"encoder\.encoder\.blocks\.(\d+)\.")
+    depth = count(state, r"encoder\.encoder\.blocks\.(\d+)\.")
     return {
         "name": "vit",
         "embed_dim": dim,
         "depth": depth,
-        "heads": told.get("heads") or told.get("encoder.heads") or max(dim // 64, 1),
+        "heads": given.get("heads") or given.get("encoder.heads") or max(dim // 64, 1),
         "patch": patch,
         "img_size": math.isqrt(state[POSITIONS].shape[1] - 1) * patch,
-        "extract_layers": told.get("extract_layers")
-        or told.get("encoder.extract_layers")
+        "extract_layers": given.get("extract_layers")
+        or given.get("encoder.extract_layers")
         or [depth * i // 4 - 1 for i in range(1, 5)],
     }
 
 
-def _resnet(state: State) -> str:
-    stages = tuple(_count(state, rf"encoder\.encoder\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
-    name = RESNETS.get(("encoder.encoder.layer1.0.conv3.weight" in state, stages))
-    if name is None:
-        raise KeyError("config key encoder")
-    return name
+def detector_config_of(state: State, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes of a `MusePoints` by its tensors and the file's flat config, as its config's `of` reads.
 
-
-def _count(state: State, pattern: str) -> int:
-    return len({m[1] for name in state if (m := re.match(pattern, name))})
-
-
-def detector_config_of(state: State, told: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sizes of a `MusePoints` that its tensors and the file's flat config tell, as its config's `of` reads.
-
-    The distance of the proposals is in no tensor: `head.space_px` of `told`, else 8. Raises KeyError as `config_of`.
+    The distance of the proposals is in no tensor: `head.space_px` of `given`, else 8. Raises KeyError as `config_of`.
     """
-    backbone = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
     head = {
         "n_classes": int(state["head.cls_head.layers.3.bias"].shape[0]) - 1,
         "hidden": int(state["head.conv.bias"].shape[0]),
-        "space_px": int(told.get("head.space_px", 8)),
+        "space_px": int(given.get("head.space_px", 8)),
         "aux_mask": "head.mask_head.0.weight" in state,
-        "embedding": bool(told.get("head.embedding", False)),
-        "keep": told.get("head.keep", "argmax"),
+        "embedding": bool(given.get("head.embedding", False)),
+        "keep": given.get("head.keep", "argmax"),
     }
-    return {**config_of(backbone, told), "head": head}
+    return {**config_of(below(state, "backbone."), given), "head": head}
 
 
-def dpa_config_of(state: State, told: Mapping[str, Any]) -> dict[str, Any]:
+def dpa_config_of(state: State, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sizes of a DPA-P2PNet; ConvNeXts of timm are known by their blocks and channels.
 
     Raises KeyError as `config_of`.
     """
-    stages = [_count(state, rf"backbone\.backbone\.stages\.{i}\.blocks\.(\d+)\.") for i in range(4)]
+    stages = [count(state, rf"backbone\.backbone\.stages\.{i}\.blocks\.(\d+)\.") for i in range(4)]
     width = int(state["backbone.neck.lateral_convs.0.conv.weight"].shape[1])
-    encoder = told.get("encoder") or CONVNEXTS.get((width, *stages))
+    encoder = given.get("encoder") or CONVNEXTS.get((width, *stages))
     if encoder is None:
         raise KeyError("config key encoder")
     return {
         "encoder": encoder,
         "n_classes": int(state["cls_head.layers.3.bias"].shape[0]) - 1,
         "hidden": int(state["conv.bias"].shape[0]),
-        "space_px": int(told.get("space_px", 8)),
-        "n_levels": _count(state, r"backbone\.neck\.fpn_convs\.(\d+)\."),
+        "space_px": int(given.get("space_px", 8)),
+        "n_levels": count(state, r"backbone\.neck\.fpn_convs\.(\d+)\."),
     }
-
-
-# How the sizes of each architecture are read from a checkpoint's tensors and flat config.
-SIZES: dict[str, Callable[[State, Mapping[str, Any]], dict[str, Any]]] = {
-    **dict.fromkeys(BACKBONES, config_of),
-    "muse_points": detector_config_of,
-    "dpa_p2pnet": dpa_config_of,
-}

@@ -8,9 +8,9 @@ published weights have them. Modules are named as in a published gate checkpoint
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -354,3 +354,8 @@ def gate_statistics(local: Tensor, global_: Tensor) -> Tensor:
 
 def _entropy(p: Tensor) -> Tensor:
     return -(p * p.clamp_min(_TINY).log()).sum(dim=1) / math.log(p.shape[1])
+
+
+def build(config: Mapping[str, Any]) -> NuClass:
+    """Build a NuClass, `config` as `NuClassConfig.of` reads it; raises TypeError or ValueError."""
+    return NuClass(NuClassConfig.of(config))

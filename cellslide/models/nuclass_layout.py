@@ -1,4 +1,4 @@
-"""Published NuClass checkpoints: which layout a file has, our names for its tensors, and the sizes that they tell.
+"""Published NuClass checkpoints: which layout a file has, our names for its tensors, and the sizes that they give.
 
 Three layouts are published: path local alone, path global alone, and the gate's, which holds both paths without what
 only training needs and whose names are ours. All differences are tables here. A file of path global alone has one
@@ -14,8 +14,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from cellslide.errors import WeightsError
-from cellslide.models.backbones import is_hf_dinov3, rename, to_timm, vit_args
+from cellslide.models.backbones import is_hf_dinov3, to_timm, vit_args
 from cellslide.models.nuclass import NuClass
+from cellslide.models.state_dict import below, rename
 
 State = Mapping[str, Tensor]
 Layout = Literal["local", "global", "gate"]
@@ -57,7 +58,12 @@ def layout_of(state: State) -> Layout | None:
     return "local" if "feat_norm.weight" in names and "head.4.weight" in names else None
 
 
-def canonical_state(state: State, where: str) -> dict[str, Tensor]:
+def is_nuclass(state: State) -> bool:
+    """Return whether these tensors are a NuClass's, or those of one of its paths."""
+    return layout_of(rename(state, _WRAPPERS)) is not None
+
+
+def canonical_state(state: State, content: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     """Return a checkpoint's tensors under the names of `NuClass`, those inside backbones as they are.
 
     Raises WeightsError for a file that is no NuClass.
@@ -69,11 +75,7 @@ def canonical_state(state: State, where: str) -> dict[str, Tensor]:
             f"{where}: no classifier: its tensors are neither those of a NuClass nor of one of its paths"
         )
     used = {name: tensor for name, tensor in state.items() if not re.match(UNUSED[layout], name)}
-    return rename(_film_net(used), RENAMES[layout])
-
-
-def _film_net(state: State) -> dict[str, Tensor]:
-    return rename(state, _FILM)
+    return rename(rename(used, _FILM), RENAMES[layout])
 
 
 def fit_backbones(module: NuClass, state: State) -> dict[str, Tensor]:
@@ -95,20 +97,12 @@ def _fit(prefix: str, backbone: nn.Module, state: State) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in to_timm(below(state, prefix), backbone).items()}
 
 
-def below(state: State, prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with `prefix`, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def infer_config(state: State, where: str) -> dict[str, Any]:
+def infer_config(state: State, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sizes of a published model, full or cut short, from the shapes of `canonical_state`.
 
-    Raises WeightsError when tensors that tell the sizes are missing.
+    Raises KeyError for the tensor that is missing.
     """
-    try:
-        return _local_config(state) | (_global_config(state) if _has(state, "modelB.") else {"context": None})
-    except KeyError as error:
-        raise WeightsError(f"{where}: not a published NuClass: {error} is missing") from error
+    return _local_config(state) | (_global_config(state) if _has(state, "modelB.") else {"context": None})
 
 
 def _has(state: State, prefix: str) -> bool:

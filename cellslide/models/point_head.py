@@ -213,6 +213,11 @@ class MusePoints(nn.Module):
         return found
 
 
+def build(config: Mapping[str, Any]) -> MusePoints:
+    """Build a point detector, `config` as `MusePointsConfig.of` reads it; raises TypeError or ValueError."""
+    return MusePoints(MusePointsConfig.of(config))
+
+
 def size_of(x: Tensor) -> tuple[int, int]:
     """Return the size (H, W) of a batch of pictures."""
     return int(x.shape[-2]), int(x.shape[-1])

@@ -90,7 +90,7 @@ class Progress(L.Callback):
             pace = (time.monotonic() - self._epoch_started) / max(step - self._first, 1)
             rate = trainer.optimizers[0].param_groups[0]["lr"]
             loss = float(outputs["loss"])
-            total = pl_module.course.total_steps  # type: ignore[union-attr]
+            total = pl_module.recipe.total_steps  # type: ignore[union-attr]
             print(f"step {step}/{total} loss {loss:.4f} lr {rate:.2e} {pace:.2f} s/step", flush=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -102,12 +102,17 @@ class Progress(L.Callback):
             print(f"epoch {trainer.current_epoch} at {minutes:.1f} min: {text}", flush=True)
 
 
-class Keeper(L.Callback):
+class CheckpointCallback(L.Callback):
     """Writes `last.ckpt` at each end of an epoch, and the averaged weights as the best and the last model."""
 
     def __init__(self, folder: Path, write: ModelWriter, average: AveragedWeights | None, monitor: str) -> None:
         self.folder, self.write, self.average, self.monitor = folder, write, average, monitor
         self.best: float | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Name of the state in a checkpoint, which earlier ones have too."""
+        return "Keeper"
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save; a present file is a complete file. The last epoch is the best where nothing is validated."""
@@ -122,7 +127,7 @@ class Keeper(L.Callback):
         for wanted, folder in ((True, self.folder / "last"), (better, self.folder)):
             if wanted and trainer.is_global_zero:
                 self.write(folder, state, metrics, trainer.global_step)
-        if trainer.global_step % pl_module.course.epoch_steps:
+        if trainer.global_step % pl_module.recipe.epoch_steps:
             return  # Stopped inside an epoch: only whole epochs resume to the same numbers.
         temporary = self.folder / "last.ckpt.part"
         trainer.save_checkpoint(temporary, weights_only=False)

@@ -5,6 +5,7 @@ Every crop is a function of (seed, draw number) alone, so neither workers nor re
 
 from __future__ import annotations
 
+import csv
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cellslide.errors import UsageError
-from cellslide.evaluate.dataset import Sample, read_dataset
+from cellslide.evaluate.dataset import MANIFEST, Sample, read_dataset
 from cellslide.train.artefacts import add_artefact
 from cellslide.train.augment import crop_matrix, pale_nuclei, recolor, warp
-from cellslide.train.loaders import Draws, draw_loader
+from cellslide.train.hover.recipe import HoverRecipe
+from cellslide.train.loaders import Draws, draw_loader, whole_loader
 from cellslide.train.recipe import DatasetConfig, Fold, Recipe, Supervision, ValConfig
 from cellslide.train.targets import IGNORE, hover_map, point_labels, single_nuclei
+from cellslide.train.task import Run
 from cellslide.types import Bool, Float64, Int32, UInt8
 
 PAD_PX = 96
@@ -51,6 +54,11 @@ class TrainImage:
     points_xy: Float64 | None
     mpp: float
 
+    @property
+    def n_nuclei(self) -> int:
+        """Nuclei with a label."""
+        return len(np.unique(self.labels[self.labels > 0]))
+
 
 TrainT = TypeVar("TrainT")
 ValT = TypeVar("ValT")
@@ -75,6 +83,33 @@ class ImageSet(Generic[TrainT, ValT]):
 TrainSet = ImageSet[TrainImage, TrainImage]
 
 
+def set_card(images: ImageSet[Any, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return what a card says of a data set whose images count their nuclei."""
+
+    def count(items: Sequence[Any]) -> dict[str, int]:
+        return {"images": len(items), "nuclei": sum(item.n_nuclei for item in items)}
+
+    return card_of(images, count)
+
+
+def card_of(images: ImageSet[Any, Any], count: Callable[[Sequence[Any]], Any]) -> dict[str, Any]:
+    """Return what a card says of a data set; `count` gives that of the images that train, or validate."""
+    return {
+        "name": images.name,
+        "weight": images.weight,
+        "licences": licences(images.path),
+        "train": count(images.train),
+        "val": count(images.val),
+        "val_images": [image.name for image in images.val],
+    }
+
+
+def licences(path: Path) -> list[str]:
+    """Return the licences that a data set's manifest names, sorted."""
+    with (path / MANIFEST).open(newline="", encoding="utf-8-sig") as file:
+        return sorted({row["licence"] for row in csv.DictReader(file) if row.get("licence")})
+
+
 class Crops(NamedTuple):
     """A batch: image uint8 (B, 3, H, W); foreground and types int64 (B, H, W) with -1 = ignored; hover float32
     (B, 2, H, W); hover_valid bool (B, H, W)."""
@@ -86,7 +121,7 @@ class Crops(NamedTuple):
     types: Tensor
 
 
-def load_sets(paths: Sequence[Path], recipe: Recipe) -> list[TrainSet]:
+def load_sets(paths: Sequence[Path], recipe: HoverRecipe) -> list[TrainSet]:
     """Read and resample the data sets; raises UsageError on an unknown patient or if nothing is left to train.
 
     A patient that validates in one set trains in none.
@@ -214,7 +249,7 @@ def _validates(sample: Sample, val: ValConfig) -> bool:
     return named or (val.split is not None and sample.split == val.split)
 
 
-def prepare(sample: Sample, config: DatasetConfig, recipe: Recipe) -> TrainImage:
+def prepare(sample: Sample, config: DatasetConfig, recipe: HoverRecipe) -> TrainImage:
     """Load one sample and resample it to the recipe's pixel size; raises UsageError if its pixel size is not known."""
     image, kind = sample.load_image(), supervision_of(sample, config)
     mask = None if kind == "points" else _with_ignore(sample.load_mask())
@@ -331,7 +366,7 @@ def mirror_pad(item: TrainImage, pad_px: int = PAD_PX) -> TrainImage:
 class CropDataset(Dataset[Crops]):
     """Crops by draw number: item d is drawn with the generator of (seed, d) from a set by weight and an image in it."""
 
-    def __init__(self, sets: Sequence[ImageSet[TrainImage, Any]], recipe: Recipe) -> None:
+    def __init__(self, sets: Sequence[ImageSet[TrainImage, Any]], recipe: HoverRecipe) -> None:
         self.images = Draws((s.weight, [_padded(item) for item in s.train]) for s in sets if s.trains)
         self.recipe = recipe
 
@@ -367,7 +402,7 @@ def _centres(item: TrainImage) -> Float64:
     return np.asarray(centres[kept] / count[kept, None], np.float64)
 
 
-def _draw_centre(rng: np.random.Generator, item: TrainImage, centres: Float64, recipe: Recipe) -> Float64:
+def _draw_centre(rng: np.random.Generator, item: TrainImage, centres: Float64, recipe: HoverRecipe) -> Float64:
     """Return the crop's centre in padded pixels, mostly near a nucleus, with little of the mirrored border inside."""
     half, slack = recipe.crop_px / 2, recipe.crop_px / 8
     size = np.array(item.image.shape[1::-1], np.float64)
@@ -393,6 +428,6 @@ def targets_of(image: UInt8, labels: Int32, label_class: Int32, label_hover: Boo
     )
 
 
-def train_loader(sets: Sequence[TrainSet], recipe: Recipe, workers: int, first_epoch: int = 0) -> DataLoader[Crops]:
-    """Return the loader of training batches; see `draw_loader`."""
-    return draw_loader(CropDataset(sets, recipe), recipe, workers, first_epoch)
+def loaders(run: Run, model: Any) -> tuple[DataLoader[Crops], DataLoader[TrainImage]]:
+    """Return the loaders of training batches and of the whole images that validate; see `draw_loader`."""
+    return draw_loader(CropDataset(run.sets, run.recipe), run), whole_loader(run.sets)

@@ -2,54 +2,57 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import yaml
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from cellslide.errors import UsageError
-from cellslide.evaluate.dataset import MANIFEST
-from cellslide.models.checkpoint import read_tensors
+from cellslide.models.checkpoint import check_fit, read_tensors
+from cellslide.models.registry import architecture_of
 from cellslide.store.atomic import beside
-from cellslide.train.data import ImageSet
-from cellslide.train.recipe import RunLength
-from cellslide.types import ClassSpec
-from cellslide.weights.manifest import ENTRY_FILE, Task, TrainedOn, Triple, WeightsEntry
+from cellslide.train.data import licences
+from cellslide.train.recipe import Recipe
+from cellslide.train.task import Run, TrainingTask
+from cellslide.weights.load import entry_beside
+from cellslide.weights.manifest import ENTRY_FILE, Manifest, TrainedOn, WeightsEntry
 
 WEIGHTS = "model.safetensors"
 CARD = "card.json"
 LICENCE = "Apache-2.0"
-COLORS = ((255, 0, 0), (34, 221, 77), (35, 92, 236), (254, 255, 0), (255, 159, 68), (35, 255, 255))
+# Files of weights whose authors state a licence, by their names.
+KNOWN_LICENCES = ((r"efficientnet[-_]?lite", "Apache-2.0"),)
+
+log = logging.getLogger(__name__)
 
 # Writes a state dict as a model into a folder, with the metrics and the step that it comes from.
 ModelWriter = Callable[[Path, Mapping[str, Tensor], Mapping[str, float], int], None]
 Metrics = Mapping[str, float]
 
 
-class Norm(Protocol):
-    """Mean and standard deviation of a network's images."""
-
-    @property
-    def mean(self) -> Triple: ...
-    @property
-    def std(self) -> Triple: ...
-
-
-def model_writer(
-    recipe: RunLength, data: Sequence[Mapping[str, Any]], entry_of: Callable[[Metrics], WeightsEntry], **said: Any
-) -> ModelWriter:
-    """Return what writes weights, their manifest entry, and a card with the metrics, `said`, the recipe and `data`."""
+def model_writer(task: TrainingTask, run: Run, data: Sequence[Mapping[str, Any]]) -> ModelWriter:
+    """Return what writes weights, their manifest entry, and a card with the metrics, the recipe and `data`."""
+    recipe = run.recipe
+    seen = [TrainedOn(name, "; ".join(licences(path))) for name, path in task.seen(run.options, run.sets)]
+    encoder = encoder_source(recipe)
+    if encoder is not None:
+        seen.append(encoder)
+    said = {"encoder": asdict(encoder)} if encoder is not None else {}
 
     def write(folder: Path, state: Mapping[str, Tensor], metrics: Metrics, step: int) -> None:
-        card = {"metrics": dict(metrics), "step": step, **said, "recipe": recipe.as_dict(), "data": data}
-        write_files(folder, state, entry_of(metrics), card)
+        entry = trained_entry(recipe, task.entry(recipe, metrics), seen, metrics)
+        card = {"metrics": dict(metrics), "step": step, **task.card, **said, "recipe": recipe.as_dict(), "data": data}
+        write_files(folder, task.weights(state), entry, card)
+        task.write_more(folder, state)
 
     return write
 
@@ -83,54 +86,61 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("model."): value for name, value in state.items()}
 
 
+def load_start(model: nn.Module, path: Path) -> None:
+    """Load weights to start from (a file, or the folder of a run); raises as `read_state`, and if they do not fit."""
+    load_fitting(model, read_state(path), path)
+
+
+def load_fitting(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
+    """Load tensors into a module; raises WeightsError that names `path` and every tensor that does not fit."""
+    check_fit(module.state_dict(), state, f"{path}: does not fit")
+    module.load_state_dict(dict(state))
+
+
 def trained_entry(
-    recipe: RunLength, task: Task, arch: str, norm: Norm, seen: Iterable[tuple[str, Path]], metrics: Metrics
+    recipe: Recipe, own: Mapping[str, Any], seen: Sequence[TrainedOn], metrics: Metrics = MappingProxyType({})
 ) -> WeightsEntry:
-    """Return what the manifest entries of all trainings have in common; each adds its own by `replace`.
-
-    seen  the data sets that were learned from, by name and folder.
-    """
+    """Return the manifest entry of trained weights: `own` keys over those of the recipe's network."""
+    own = {**recipe.network(), **own}
+    architecture = architecture_of(own["arch"])
     scores = {name[4:]: round(value, 4) for name, value in metrics.items() if name.startswith("val/")}
-    return WeightsEntry(
-        id=recipe.id,
-        task=task,
-        arch=arch,
-        licence=LICENCE,
-        file=WEIGHTS,
-        mpp=recipe.mpp,
-        mean=norm.mean,
-        std=norm.std,
-        trained_on=tuple(TrainedOn(name, "; ".join(licences(path))) for name, path in seen),
-        metrics={"validation": scores} if scores else {},
-    )
-
-
-def drawn_from(sets: Iterable[ImageSet[Any, Any]]) -> list[tuple[str, Path]]:
-    """Return name and folder of the sets that train."""
-    return [(s.name, s.path) for s in sets if s.trains]
-
-
-def class_specs(names: Sequence[str]) -> tuple[ClassSpec, ...]:
-    """Return classes with their colours, those of PanNuke first."""
-    return tuple(ClassSpec(name, COLORS[k % len(COLORS)]) for k, name in enumerate(names))
-
-
-def licences(path: Path) -> list[str]:
-    """Return the licences that a data set's manifest names, sorted."""
-    with (path / MANIFEST).open(newline="", encoding="utf-8-sig") as file:
-        return sorted({row["licence"] for row in csv.DictReader(file) if row.get("licence")})
-
-
-def used(images: ImageSet[Any, Any], told: Callable[[Sequence[Any]], Any]) -> dict[str, Any]:
-    """Return what a card says of a data set; `told` gives that of the images that train, or validate."""
-    return {
-        "name": images.name,
-        "weight": images.weight,
-        "licences": licences(images.path),
-        "train": told(images.train),
-        "val": told(images.val),
-        "val_images": [image.name for image in images.val],
+    task = own.get("task", architecture.task)
+    common = {
+        "id": recipe.id,
+        "task": task,
+        "licence": LICENCE,
+        "file": WEIGHTS,
+        "mpp": recipe.mpp,
+        "tile_px": (recipe.tile_px or architecture.tile_px) if task in ("segment", "detect") else None,
+        "trained_on": tuple(seen),
+        "metrics": {"validation": scores} if scores else {},
+        "citation": f"{architecture.citation} (architecture); weights trained with cellslide",
     }
+    return WeightsEntry(**{**common, **own})
+
+
+def encoder_source(recipe: Recipe) -> TrainedOn | None:
+    """Return the weights that the encoder starts from, with their licence: the recipe's, their entry's, or as known.
+
+    Warns where nobody says it.
+    """
+    if recipe.encoder is None:
+        return None
+    weights, licence = recipe.encoder
+    licence = licence or licence_of(weights)
+    name = f"encoder weights {Path(weights).name}"
+    if licence is None:
+        log.warning("%s: licence not stated; set model.encoder_licence in --recipe", name)
+    return TrainedOn(name, licence or "licence not stated")
+
+
+def licence_of(weights: str) -> str | None:
+    """Return the licence of a file of weights, of a run's folder, or of an id of the manifest; None if unknown."""
+    path = Path(weights)
+    entry = entry_beside(path / WEIGHTS if path.is_dir() else path) or Manifest.load().entries.get(weights)
+    if entry is not None:
+        return entry.licence
+    return next((name for pattern, name in KNOWN_LICENCES if re.search(pattern, path.name, re.IGNORECASE)), None)
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cellslide.train.recipe import RunLength
+from cellslide.train.task import Run
 
 ItemT = TypeVar("ItemT")
 
@@ -47,20 +47,15 @@ class DrawSampler(Sampler[int]):
         return self.n
 
 
-def draw_loader(
-    dataset: Dataset[Any],
-    recipe: RunLength,
-    workers: int,
-    first_epoch: int = 0,
-    collate: Callable[[Any], Any] | None = None,
-) -> DataLoader[Any]:
+def draw_loader(dataset: Dataset[Any], run: Run, collate: Callable[[Any], Any] | None = None) -> DataLoader[Any]:
     """Return the loader of batches drawn by number; `workers` processes prepare them (0: in this one).
 
-    Lightning starts the workers before it tells the sampler its epoch, so a resumed run gives `first_epoch` here.
+    Lightning starts the workers before it sets the sampler's epoch, so a resumed run sets its first one here.
     """
+    recipe = run.recipe
     sampler = DrawSampler(recipe.epoch_steps * recipe.batch_size)
-    sampler.set_epoch(first_epoch)
-    return batch_loader(dataset, sampler, recipe.batch_size, workers, collate)
+    sampler.set_epoch(run.first_epoch)
+    return batch_loader(dataset, sampler, recipe.batch_size, run.options.workers, collate)
 
 
 def batch_loader(
@@ -92,9 +87,9 @@ def start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def whole_loader(images: Sequence[Any]) -> DataLoader[Any]:
-    """Return the loader of validation images, whole and one at a time."""
-    items: Any = list(images)
+def whole_loader(sets: Sequence[Any]) -> DataLoader[Any]:
+    """Return the loader of the images of `sets` that validate, whole and one at a time."""
+    items: Any = [image for s in sets for image in s.val]
     return DataLoader(items, batch_size=None, collate_fn=_as_it_is)
 
 

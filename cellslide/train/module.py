@@ -8,59 +8,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cellslide.train.framework import L
-
-
-class Schedule(Protocol):
-    """Settings of the learning rate."""
-
-    @property
-    def lr(self) -> float: ...
-    @property
-    def schedule(self) -> Literal["exponential", "cosine", "constant"]: ...
-    @property
-    def gamma(self) -> float: ...
-    @property
-    def warmup_steps(self) -> int: ...
-    @property
-    def final_lr(self) -> float: ...
-
-
-class Adam(Protocol):
-    """Settings of AdamW."""
-
-    @property
-    def lr(self) -> float: ...
-    @property
-    def betas(self) -> tuple[float, float]: ...
-    @property
-    def weight_decay(self) -> float: ...
-
-
-class Course(Protocol):
-    """What a recipe says of the course of a run, whatever it trains."""
-
-    @property
-    def seed(self) -> int: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def max_minutes(self) -> float | None: ...
-    @property
-    def epoch_steps(self) -> int: ...
-    @property
-    def total_steps(self) -> int: ...
-    @property
-    def optim(self) -> Schedule: ...
-
-    def as_dict(self) -> dict[str, Any]: ...
+from cellslide.train.recipe import AdamConfig, Recipe
 
 
 class Training(L.LightningModule):
@@ -71,9 +25,11 @@ class Training(L.LightningModule):
     holds no scheduler. Parameter groups carry `lr_scale`, their share of the rate.
     """
 
-    def __init__(self, course: Course, model: nn.Module) -> None:
+    recipe: Any
+
+    def __init__(self, recipe: Recipe, model: nn.Module) -> None:
         super().__init__()
-        self.course = course
+        self.recipe = recipe
         self.model = model
         self.elapsed_s = 0.0
         self._clock_s: float | None = None
@@ -84,8 +40,8 @@ class Training(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed this step and set its learning rate."""
-        torch.manual_seed(self.course.seed * 1_000_003 + self.global_step)
-        rate = self.course.optim.lr * learning_rate_factor(self.course, self.global_step, self.minutes)
+        torch.manual_seed(self.recipe.seed * 1_000_003 + self.global_step)
+        rate = self.recipe.optim.lr * learning_rate_factor(self.recipe, self.global_step, self.minutes)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate * group["lr_scale"]
 
@@ -97,13 +53,13 @@ class Training(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Ask for a clean end when the time is up; Lightning validates once more and stops."""
-        limit = self.course.max_minutes
+        limit = self.recipe.max_minutes
         if limit is not None and self.minutes >= limit:
             self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the recipe and the time used."""
-        checkpoint["cellslide"] = {"recipe": self.course.as_dict(), "elapsed_s": self.minutes * 60}
+        checkpoint["cellslide"] = {"recipe": self.recipe.as_dict(), "elapsed_s": self.minutes * 60}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the time used before."""
@@ -126,17 +82,15 @@ class Training(L.LightningModule):
 class ImageTraining(Training):
     """A training on crops of images, uint8 (B, 3, H, W), that validates on whole images, which stay on the host.
 
-    whole  type of a validation image; `recipe` is the course with its own type.
+    whole  type of a validation image.
     """
 
     whole: type[Any]
-    recipe: Any
     mean: Tensor
     std: Tensor
 
     def __init__(self, recipe: Any, model: nn.Module) -> None:
         super().__init__(recipe, model.to(memory_format=torch.channels_last) if recipe.channels_last else model)
-        self.recipe = recipe
         for name, value in (("mean", recipe.model.mean), ("std", recipe.model.std)):
             self.register_buffer(name, 255 * torch.tensor(value).view(1, 3, 1, 1), persistent=False)
 
@@ -177,7 +131,7 @@ def groups_of(model: nn.Module, share: Callable[[str], float]) -> list[Group]:
     return [Group(parameters, *key) for key, parameters in groups.items()]
 
 
-def adamw(groups: Iterable[Group], optim: Adam) -> torch.optim.AdamW:
+def adamw(groups: Iterable[Group], optim: AdamConfig) -> torch.optim.AdamW:
     """Return AdamW over groups of parameters, each with its `lr_scale`."""
     made = [
         {"params": g.parameters, "lr_scale": g.lr_scale, "weight_decay": optim.weight_decay if g.decays else 0.0}
@@ -186,16 +140,16 @@ def adamw(groups: Iterable[Group], optim: Adam) -> torch.optim.AdamW:
     return torch.optim.AdamW(made, lr=optim.lr, betas=optim.betas)
 
 
-def learning_rate_factor(course: Course, step: int, minutes: float = 0.0) -> float:
+def learning_rate_factor(recipe: Recipe, step: int, minutes: float = 0.0) -> float:
     """Return the share of the full learning rate for a step counted from 0: warm-up, then the schedule."""
-    optim = course.optim
+    optim = recipe.optim
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps
     if optim.schedule == "constant":
         return 1.0
     if optim.schedule == "exponential":
-        return float(optim.gamma ** (step // course.epoch_steps))
-    progress = (step - optim.warmup_steps) / max(course.total_steps - optim.warmup_steps, 1)
-    if course.max_minutes is not None:
-        progress = max(progress, minutes / course.max_minutes)
+        return float(optim.gamma ** (step // recipe.epoch_steps))
+    progress = (step - optim.warmup_steps) / max(recipe.total_steps - optim.warmup_steps, 1)
+    if recipe.max_minutes is not None:
+        progress = max(progress, minutes / recipe.max_minutes)
     return optim.final_lr + (1 - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

@@ -1,17 +1,18 @@
-"""The recipe of a training run: one frozen dataclass a topic, read from YAML, every key checked."""
+"""Recipes of trainings: one frozen dataclass a topic, read from YAML, every key checked."""
 
 from __future__ import annotations
 
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cellslide.errors import UsageError, short
 from cellslide.store.foreign_files import read_yaml
+from cellslide.types import ClassSpec
 from cellslide.weights.manifest import is_id
 
 Supervision = Literal["auto", "instances", "foreground", "points"]
@@ -136,56 +137,28 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.scale[0] <= self.scale[1], "augment.scale", self.scale, "a rising pair above 0")
-        for name in (
-            "pale_p",
-            "artefact_p",
-            "rotate_p",
-            "scale_p",
-            "stain_p",
-            "color_p",
-            "blur_p",
-            "sharpen_p",
-            "jpeg_p",
-            "noise_p",
-        ):
+        for name in (f.name for f in dataclasses.fields(self) if f.name.endswith("_p")):
             require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "0 to 1")
 
 
 @dataclass(frozen=True, slots=True)
-class LossConfig:
-    """Weights of the loss terms (CellViT's by default) and the shape of the focal Tversky loss."""
-
-    np_dice: float = 1.0
-    np_tversky: float = 1.0
-    np_ce: float = 0.0
-    hv_mse: float = 2.5
-    hv_msge: float = 8.0
-    nt_ce: float = 0.5
-    nt_dice: float = 0.2
-    nt_tversky: float = 0.5
-    tversky_alpha: float = 0.7
-    tversky_beta: float = 0.3
-    tversky_gamma: float = 4 / 3
-
-
-@dataclass(frozen=True, slots=True)
-class OptimConfig:
+class AdamConfig:
     """AdamW and its schedule.
 
-    schedule  exponential multiplies the rate by `gamma` each epoch, as published; cosine falls to `final_lr` of it.
-    ema       decay of the averaged weights that are validated and shipped; 0 turns averaging off.
+    schedule  exponential multiplies the rate by `gamma` each epoch; cosine falls to `final_lr` of it; constant stays
+              after the warm-up.
+    ema       decay of the averaged weights that are validated and written; 0 turns averaging off.
     """
 
     lr: float = 3e-4
-    encoder_lr_scale: float = 1.0
     weight_decay: float = 1e-4
-    betas: Range = (0.85, 0.95)
-    schedule: Literal["exponential", "cosine"] = "exponential"
+    betas: Range = (0.9, 0.999)
+    schedule: Literal["exponential", "cosine", "constant"] = "cosine"
     gamma: float = 0.85
     warmup_steps: int = 0
     final_lr: float = 0.01
     grad_clip: float = 1.0
-    ema: float = 0.999
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", self.lr, "above 0")
@@ -193,8 +166,21 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class OptimConfig(AdamConfig):
+    """AdamW as CellViT is trained; the encoder learns at `encoder_lr_scale` of the rate."""
+
+    encoder_lr_scale: float = 1.0
+    betas: Range = (0.85, 0.95)
+    schedule: Literal["exponential", "cosine", "constant"] = "exponential"
+    ema: float = 0.999
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Architecture by its registry name, its configuration, and how its images and classes are named."""
+    """Architecture by its registry name, its configuration, and how its images and classes are named.
+
+    encoder_weights  weights that the encoder starts from; encoder_licence: theirs, where their file does not say it.
+    """
 
     arch: str = "cellvta"
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -203,23 +189,15 @@ class ModelConfig:
     classes: tuple[str, ...] = ()
     freeze_encoder: bool = False
     encoder_weights: str | None = None
+    encoder_licence: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeConfig:
-    """HoVer decode of the trained model, used for validation and written to its card."""
+class Recipe:
+    """Everything a run depends on besides its data: what the recipes of all trainings share.
 
-    mode: Literal["published", "fixed"] = "fixed"
-    kernel_px: int = 11
-    min_marker_px: int = 3
-    min_object_px: int = 10
-    energy_threshold: float = 0.4
-    foreground_threshold: float = 0.5
-    hv_gradient_range: Range | None = None
-
-
-class RunLength:
-    """What the recipes of all trainings share: pixel size, length and plain form."""
+    monitor  validation score whose best epoch is kept; "" keeps the last one.
+    tile_px  edge of the tiles that the trained network reads; None: as its architecture says.
+    """
 
     __slots__ = ()
     id: str
@@ -227,6 +205,13 @@ class RunLength:
     batch_size: int
     epochs: int
     epoch_samples: int
+    max_minutes: float | None
+    seed: int
+    precision: Literal["auto", "fp32", "bf16"]
+    optim: AdamConfig
+    model: Any
+    monitor: str = ""
+    tile_px: int | None = None
 
     def check_length(self, least_batch: int, fold: str | None = None) -> None:
         """Raise UsageError for an id, a pixel size, a length or a fold that cannot be."""
@@ -248,63 +233,44 @@ class RunLength:
         """Optimizer steps of the whole run."""
         return self.epoch_steps * self.epochs
 
+    def network(self) -> dict[str, Any]:
+        """Return what the manifest entry says of the network: arch, config, mean, std, and classes where there are any.
+
+        Raises UsageError for a network that cannot learn what the recipe asks.
+        """
+        model = self.model
+        found = {"arch": model.arch, "config": model.config, "mean": model.mean, "std": model.std}
+        return found | ({"classes": class_specs(model.classes)} if hasattr(model, "classes") else {})
+
+    @property
+    def encoder(self) -> tuple[str, str | None] | None:
+        """The weights that the encoder starts from, and the licence that the recipe names, or None."""
+        model = getattr(self, "model", None)
+        weights = getattr(model, "encoder_weights", None)
+        return None if weights is None else (str(weights), getattr(model, "encoder_licence", None))
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain containers from which the recipe can be built again."""
         plain: dict[str, Any] = as_plain(asdict(self))  # type: ignore[call-overload]  # each recipe is a dataclass
         return plain
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe(RunLength):
-    """Everything a run depends on besides the files of the data sets.
+R = TypeVar("R", bound=Recipe)
 
-    An epoch is `epoch_samples` drawn crops of `crop_px`; `max_minutes` also ends the run by the clock, and the learning
-    rate then follows whichever is further, steps or time (so such a run repeats only as far as the clock does).
+
+def load_recipe(kind: type[R], path: Path | None, overrides: Mapping[str, Any] | None = None) -> R:
+    """Read a recipe from YAML (None: all defaults); `overrides` replace its keys, "model.config" those of a topic.
+
+    Raises UsageError that names an unknown key or a value of the wrong kind.
     """
-
-    id: str = "cellvta-small"
-    mpp: float = 0.5
-    crop_px: int = 256
-    batch_size: int = 8
-    epochs: int = 50
-    epoch_samples: int = 800
-    max_minutes: float | None = None
-    nuclei_share: float = 0.8
-    fold: str | None = None
-    seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    channels_last: bool = True
-    datasets: Mapping[str, DatasetConfig] = field(default_factory=dict)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-
-    def __post_init__(self) -> None:
-        self.check_length(1, self.fold)
-        whole = self.crop_px % 16 == 0 and self.crop_px >= 32
-        require(whole, "crop_px", self.crop_px, "a multiple of 16, at least 32")
-        require(0 <= self.nuclei_share <= 1, "nuclei_share", self.nuclei_share, "0 to 1")
-
-
-def load_recipe(
-    path: Path | None, overrides: Mapping[str, Any] | None = None, encoder_weights: str | None = None
-) -> Recipe:
-    """Read a recipe from YAML (None: all defaults); `overrides` replace its top-level keys.
-
-    encoder_weights  wins over the recipe's own, unless None. Raises UsageError that names an unknown key or a value of
-    the wrong kind.
-    """
-    recipe = recipe_from(read_document(path, overrides))
-    if encoder_weights is None:
-        return recipe
-    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, encoder_weights=encoder_weights))
+    return build(kind, read_document(path, overrides))
 
 
 def read_document(path: Path | None, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return what a YAML file of settings holds (None: nothing), its top-level keys replaced by those of `overrides`
-    that are not None; raises UsageError if it is no mapping."""
+    """Return the settings in a YAML file (None: nothing), its keys replaced by those of `overrides` that are not None.
+
+    Raises UsageError if it is no mapping.
+    """
     document: Any = {}
     if path is not None:
         try:
@@ -313,23 +279,36 @@ def read_document(path: Path | None, overrides: Mapping[str, Any] | None = None)
             raise UsageError(f"--recipe {path}: cannot be read ({short(error)})") from error
     if not isinstance(document, dict):
         raise UsageError(f"--recipe {path}: must be a mapping of keys to values")
-    given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    return {**document, **given}
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            topic, _, name = key.rpartition(".")
+            inner = (document.get(topic) or {}) if topic else document
+            inner = {**inner, name: str(value) if isinstance(value, Path) else value}
+            document = {**document, topic: inner} if topic else inner
+    return document
 
 
-def recipe_from(document: Mapping[str, Any]) -> Recipe:
-    """Build a recipe from plain containers; raises UsageError on unknown keys and wrong kinds."""
-    return build(Recipe, document)
+# Colours of classes, those of PanNuke first.
+COLORS = ((255, 0, 0), (34, 221, 77), (35, 92, 236), (254, 255, 0), (255, 159, 68), (35, 255, 255))
+
+
+def class_specs(names: Sequence[str]) -> tuple[ClassSpec, ...]:
+    """Return classes with their colours."""
+    return tuple(ClassSpec(name, COLORS[k % len(COLORS)]) for k, name in enumerate(names))
 
 
 T = TypeVar("T")
 
 
 def build(cls: type[T], document: object, where: str = "") -> T:
-    """Build a dataclass of settings, and those inside it, from plain containers; raises UsageError as `recipe_from`."""
+    """Build a dataclass of settings, and those inside it, from plain containers.
+
+    Raises UsageError on unknown keys and wrong kinds.
+    """
     if not isinstance(document, Mapping):
         raise UsageError(f"recipe {where or 'file'}: must be a mapping, found {document!r}")
-    kinds = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls)
+    kinds = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(document) - set(kinds))
     if unknown:
         raise UsageError(f"recipe {where}: unknown key {', '.join(map(str, unknown))}; known: {', '.join(kinds)}")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cellslide.models.nuclass import NuClass
 
 PUBLISHED_ID = "nuclass"
+PUBLISHED_ARCH = "nuclass"
 # Inputs of the published context: the gate was trained at 384 px of a 1024 px field, path global alone at 512.
 GLOBAL_ALONE_CONTEXT_PX = 512
 # Colours for classes that nobody gave one: far apart, none of them grey.
@@ -62,11 +63,10 @@ def classifier_entry(model: str | None = None, weights: Path | None = None) -> W
 
 def _read(model: str | None, weights: Path | None) -> tuple[WeightsEntry, Path, str, Mapping[str, Any]]:
     """Return entry, file, SHA-256 and tensors; the file's bytes are free again before a network is made of them."""
-    from cellslide.models.checkpoint import read_tensors
-    from cellslide.models.nuclass_layout import canonical_state
+    from cellslide.models.checkpoint import read_checkpoint
 
     entry, file = _find(model, weights)
-    return entry, file.path, file.sha256, canonical_state(read_tensors(file.path, file.data)[0], str(file.path))
+    return entry, file.path, file.sha256, read_checkpoint(file.path, PUBLISHED_ARCH, file.data).state
 
 
 def _find(model: str | None, weights: Path | None) -> tuple[WeightsEntry, WeightsBytes]:
@@ -87,13 +87,11 @@ def _find(model: str | None, weights: Path | None) -> tuple[WeightsEntry, Weight
 
 def describe(file: WeightsBytes, manifest: Manifest) -> WeightsEntry:
     """Return an entry for a published checkpoint: sizes from its tensors, names from its settings or as published."""
-    from cellslide.models.checkpoint import read_tensors
-    from cellslide.models.nuclass_layout import canonical_state, infer_config
+    from cellslide.models.checkpoint import read_checkpoint, read_tensors
 
     path = file.path
-    tensors, content = read_tensors(path, file.data)
-    state = canonical_state(tensors, str(path))
-    config = infer_config(state, str(path))
+    _, content = read_tensors(path, file.data)
+    config = _sizes(read_checkpoint(path, PUBLISHED_ARCH, file.data).state, str(path))
     published = manifest.entries.get(PUBLISHED_ID)
     if published is None:
         raise WeightsError(f"{path}: the manifest has lost its entry {PUBLISHED_ID}: reinstall cellslide")
@@ -177,13 +175,20 @@ def _config(entry: WeightsEntry, state: Mapping[str, Any], where: str) -> Any:
 
 def _sizes_of_tensors(given: Mapping[str, Any], state: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the sizes of a published file, full, cut short or one path alone, with the pooling that is `given`."""
-    from cellslide.models.nuclass_layout import infer_config
-
-    found = infer_config(state, where)
+    found = _sizes(state, where)
     for part in ("local", "context"):
         if found.get(part) and isinstance(given.get(part), Mapping) and given[part].get("pool"):
             found[part] = {**found[part], "pool": given[part]["pool"]}
     return found | {key: value for key, value in given.items() if key not in found}
+
+
+def _sizes(state: Mapping[str, Any], where: str) -> dict[str, Any]:
+    from cellslide.models.checkpoint import Checkpoint, infer_config
+
+    try:
+        return infer_config(Checkpoint(PUBLISHED_ARCH, {}, state))
+    except WeightsError as error:
+        raise WeightsError(f"{where}: {error}") from error
 
 
 def _check_classes(entry: WeightsEntry, state: Mapping[str, Any], where: str) -> None:

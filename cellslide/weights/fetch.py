@@ -129,12 +129,13 @@ def add_weights(path: Path, name: str | None, manifest: Manifest) -> WeightsEntr
 def _load_any(path: Path, manifest: Manifest) -> LoadedModel | LoadedClassifier:
     """Load a file of either kind: by its `model.yaml`, else by the names of its tensors."""
     from cellslide.models.checkpoint import read_tensors
-    from cellslide.models.nuclass_layout import layout_of
+    from cellslide.models.registry import guess_architecture
 
     file = resolve_path(path)
     beside = entry_beside(file)
-    classifies = beside.task == "classify" if beside else layout_of(read_tensors(file)[0]) is not None
-    return load_classifier(weights=file) if classifies else load_file(path, manifest)
+    found = None if beside else guess_architecture(read_tensors(file)[0])
+    task = beside.task if beside else found.task if found else "segment"
+    return load_classifier(weights=file) if task == "classify" else load_file(path, manifest)
 
 
 def _add_known(entry: WeightsEntry, path: Path) -> WeightsEntry:

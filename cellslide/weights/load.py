@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cellslide.errors import UsageError, WeightsError
-from cellslide.types import DetectDecode, HoverDecode, ModelSpec
+from cellslide.models.registry import architecture_of
+from cellslide.types import HoverDecode, ModelSpec
 from cellslide.weights.cache import WeightsBytes, require_file
-from cellslide.weights.manifest import ENTRY_FILE, Manifest, Source, Triple, WeightsEntry, read_entry
+from cellslide.weights.manifest import ENTRY_FILE, Manifest, Source, WeightsEntry, read_entry
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,24 +21,10 @@ if TYPE_CHECKING:
 
 # Published CellViT and CellVTA checkpoints are trained at 40x; those for 20x are known by name or config.
 DEFAULT_MPP = 0.25
-DEFAULT_TILE_PX = 512
 # Covers twice the radius of the largest nuclei and what the network's edge spoils: 32 µm.
 OVERLAP_UM = 32.0
 # Both find nuclei: as outlines, or as boxes and points.
 FINDERS = ("segment", "detect")
-# Which queries count where the entry says nothing: as published, or as the head was trained here.
-DETECT = {
-    "celldetr": DetectDecode(0.4, 0.0),
-    "muse_points": DetectDecode(0.4, 3.0),
-    # A class that beats the background is enough.
-    "dpa_p2pnet": DetectDecode(0.0, 3.0),
-}
-# Means and deviations of images: what pretrained encoders of photographs take, and what CellViT is trained with.
-IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
-IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
-HALVES: Triple = (0.5, 0.5, 0.5)
-# Edges of tiles are multiples of the coarsest stride of a detector.
-DETECTOR_MULTIPLE_PX = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +73,7 @@ def load_file(path: Path, manifest: Manifest, task: str = "segment") -> LoadedMo
         check_task(beside, task)
         return load_entry(beside)
     checkpoint, sha256, size = _read(path)
-    entry = replace(describe(path, checkpoint, manifest), sha256=sha256, size_bytes=size)
-    check_task(entry, task)
+    entry = replace(describe(path, checkpoint, manifest, task), sha256=sha256, size_bytes=size)
     return _finish(entry, checkpoint, path, sha256)
 
 
@@ -124,19 +110,28 @@ def check_task(entry: WeightsEntry, task: str) -> None:
         )
 
 
-def describe(path: Path, checkpoint: Checkpoint, manifest: Manifest) -> WeightsEntry:
-    """Return an entry for a file nobody described: from its tensors and config, then by its name in the manifest."""
-    from cellslide.models import kind_of
+def describe(path: Path, checkpoint: Checkpoint, manifest: Manifest, task: str) -> WeightsEntry:
+    """Return an entry for a file nobody described: from its tensors and config, then by its name in the manifest.
+
+    Raises UsageError if it is made for another task.
+    """
     from cellslide.models.checkpoint import classes_of, infer_config, mpp_of, normalisation_of
 
-    config = infer_config(checkpoint)
+    architecture = architecture_of(checkpoint.arch)
     known = manifest.by_file_name(path.name)
-    known = known if known is not None and known.arch == checkpoint.arch else None
-    kind = kind_of(checkpoint.arch)
-    blank = WeightsEntry("blank", "segment" if kind == "mask" else "detect", checkpoint.arch, source=Source())
-    told = (known.mean, known.std) if known is not None else usual_norm(checkpoint.arch)
-    mean, std = normalisation_of(checkpoint.config) or told
-    classes = classes_of(checkpoint.config, config["num_nuclei_classes"]) if kind == "mask" else ()
+    known = known if known is not None and known.arch == architecture.name else None
+    blank = WeightsEntry(
+        slug(path.stem),
+        architecture.task,
+        architecture.name,
+        source=Source(),
+        mean=architecture.mean,
+        std=architecture.std,
+    )
+    check_task(known or blank, task)
+    config = infer_config(checkpoint)
+    mean, std = normalisation_of(checkpoint.config) or ((known or blank).mean, (known or blank).std)
+    classes = classes_of(checkpoint.config, config.get("num_nuclei_classes", 0)) if architecture.kind == "mask" else ()
     return replace(
         known or blank,
         id=slug(path.stem),
@@ -150,15 +145,6 @@ def describe(path: Path, checkpoint: Checkpoint, manifest: Manifest) -> WeightsE
     )
 
 
-def usual_norm(arch: str) -> tuple[Triple, Triple]:
-    """Return mean and std that networks of an architecture (short name) are trained with, if nothing says otherwise."""
-    from cellslide.models import celldetr_layout
-
-    if arch == "celldetr":
-        return celldetr_layout.MEAN, celldetr_layout.STD
-    return (IMAGENET_MEAN, IMAGENET_STD) if arch in ("muse_points", "dpa_p2pnet") else (HALVES, HALVES)
-
-
 def slug(stem: str) -> str:
     """Return an id made of a file's stem."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:100] or "weights"
@@ -169,14 +155,13 @@ def _mpp_by_name(name: str) -> float:
 
 
 def _finish(entry: WeightsEntry, checkpoint: Checkpoint, path: Path, sha256: str) -> LoadedModel:
-    from cellslide.models import canonical_arch
     from cellslide.models.checkpoint import build_empty, classes_of, infer_config, load_strict
 
-    if canonical_arch(entry.arch) != checkpoint.arch:
+    if architecture_of(entry.arch).name != checkpoint.arch:
         raise WeightsError(f"{path}: a {checkpoint.arch} checkpoint, {entry.id} is {entry.arch}")
     config = dict(entry.config) or infer_config(checkpoint)
     module = load_strict(build_empty(checkpoint.arch, config), checkpoint.state, str(path))
-    n_types = _n_types(entry, checkpoint, module)
+    n_types = _n_types(entry, module)
     if not entry.classes and n_types:
         entry = replace(entry, classes=classes_of(checkpoint.config, n_types + 1))
     if len(entry.classes) != n_types:
@@ -185,36 +170,32 @@ def _finish(entry: WeightsEntry, checkpoint: Checkpoint, path: Path, sha256: str
     return LoadedModel(replace(spec, embedding_dim=getattr(module, "embedding_dim", 0)), module, entry)
 
 
-def _n_types(entry: WeightsEntry, checkpoint: Checkpoint, module: nn.Module) -> int:
-    """Return how many classes a network tells apart, background not among them; 0 if it does not type nuclei."""
-    n_types = getattr(module, "n_types", None)
-    if isinstance(n_types, int):
-        # The only class of a detector, if nobody names it, is the nucleus itself.
-        return n_types if n_types > 1 or entry.classes else 0
-    head = checkpoint.state.get("nuclei_type_maps_decoder.decoder0_header.2.bias")
-    return 0 if head is None else len(head) - 1
+def _n_types(entry: WeightsEntry, module: nn.Module) -> int:
+    """Return how many classes a network gives, background not among them; 0 if it does not type nuclei."""
+    n_types = int(getattr(module, "n_types", 0))
+    # The only class of a detector, if nobody names it, is the nucleus itself.
+    return n_types if entry.task == "segment" or n_types > 1 or entry.classes else 0
 
 
 def spec_of(entry: WeightsEntry, config: Mapping[str, Any], sha256: str) -> ModelSpec:
     """Return what the pipeline must know of `entry`."""
-    from cellslide.models import canonical_arch, kind_of
-
-    mpp, kind = entry.mpp or DEFAULT_MPP, kind_of(entry.arch)
-    if (kind == "mask") != (entry.task == "segment"):
+    mpp, architecture = entry.mpp or DEFAULT_MPP, architecture_of(entry.arch)
+    kind = architecture.kind
+    if kind == "classify" or kind == "backbone" or architecture.task != entry.task:
         raise WeightsError(f"{entry.id}: {entry.arch} gives {kind}s, so its task is not {entry.task}")
     overlap = entry.overlap_px if entry.overlap_px is not None else 2 * round(OVERLAP_UM / mpp / 2)
     return ModelSpec(
         name=entry.id,
         kind=kind,
         mpp=mpp,
-        tile_px=entry.tile_px or DEFAULT_TILE_PX,
+        tile_px=entry.tile_px or architecture.tile_px,
         overlap_px=overlap,
         mean=entry.mean,
         std=entry.std,
         classes=entry.classes,
-        multiple_px=16 if kind == "mask" else DETECTOR_MULTIPLE_PX,
+        multiple_px=architecture.multiple_px,
         decode=entry.decode or published_decode(mpp),
-        detect=entry.detect or DETECT.get(canonical_arch(entry.arch), DetectDecode()),
+        detect=entry.detect or architecture.detect,
         weights_id=entry.id,
         weights_sha256=sha256,
         licence=entry.licence or "",

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cellslide.errors import UsageError, WeightsError
+from cellslide.models.registry import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD
 from cellslide.weights.cache import WeightsBytes, require_file
-from cellslide.weights.load import DEFAULT_MPP, IMAGENET_MEAN, IMAGENET_STD, entry_beside, resolve_path, slug
+from cellslide.weights.load import DEFAULT_MPP, entry_beside, resolve_path, slug
 from cellslide.weights.manifest import Manifest, Source, Triple, WeightsEntry
 
 if TYPE_CHECKING:
@@ -69,9 +70,13 @@ def _find(model: str | None, weights: Path | None) -> tuple[WeightsEntry, Weight
 
 
 def _checked(entry: WeightsEntry) -> WeightsEntry:
-    if entry.task not in TASKS or not entry.arch.startswith("muse"):
+    if entry.task not in TASKS or not _is_muse(entry.arch):
         raise UsageError(f"--model {entry.id}: {entry.arch} is no MUSE; see `cellslide weights list --task backbone`")
     return entry
+
+
+def _is_muse(arch: str) -> bool:
+    return arch in ARCHITECTURES and ARCHITECTURES[arch].family == "muse"
 
 
 def _described(file: WeightsBytes, manifest: Manifest) -> WeightsEntry:
@@ -81,7 +86,7 @@ def _described(file: WeightsBytes, manifest: Manifest) -> WeightsEntry:
     blank = WeightsEntry(
         "blank", "backbone", "muse", source=Source(), mpp=DEFAULT_MPP, mean=IMAGENET_MEAN, std=IMAGENET_STD
     )
-    use = known if known is not None and known.arch.startswith("muse") else blank
+    use = known if known is not None and known.task in TASKS and _is_muse(known.arch) else blank
     return replace(use, id=slug(path.stem), file=path.name, root=path.parent, sha256=file.sha256, size_bytes=None)
 
 
@@ -92,7 +97,7 @@ def _read(entry: WeightsEntry, file: WeightsBytes) -> tuple[dict[str, Any], Mapp
 
     path = file.path
     checkpoint = read_checkpoint(path, data=file.data)
-    if not checkpoint.arch.startswith("muse"):
+    if not _is_muse(checkpoint.arch):
         raise WeightsError(f"{path}: a {checkpoint.arch} checkpoint, not a MUSE")
     state = backbone_state(checkpoint.state, str(path))
     told = {name: value for name, value in entry.config.items() if name != "head"}

@@ -23,7 +23,7 @@ from scipy.spatial import KDTree
 import cellslide
 from cellslide.api import Model
 from cellslide.evaluate.dataset import Sample, read_dataset
-from cellslide.train.export import licences
+from cellslide.train.data import licences
 from cellslide.types import Float64
 
 NAME, NOTE = "not_nucleus", "and places that are no nuclei"

@@ -22,8 +22,7 @@ from skimage.segmentation import watershed
 
 from cellslide.evaluate.dataset import Sample, read_dataset
 from cellslide.inference.device import cpu_computes_bf16
-from cellslide.train.data import resample_image
-from cellslide.train.export import licences
+from cellslide.train.data import licences, resample_image
 from cellslide.weights import LoadedModel, load_model
 
 IGNORE = 65535

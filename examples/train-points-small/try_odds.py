@@ -13,12 +13,12 @@ import click
 import numpy as np
 import torch
 
-from cellslide.models import build_model
-from cellslide.train.cellvta import load_start
-from cellslide.train.points import PointsTraining, ScoreBoard, find_points
-from cellslide.train.points_data import load_point_sets
-from cellslide.train.points_recipe import load_points_recipe
-from cellslide.train.points_run import model_config
+from cellslide.train.export import load_start
+from cellslide.train.points.data import load_point_sets
+from cellslide.train.points.recipe import PointsRecipe
+from cellslide.train.points.training import PointsTraining, ScoreBoard, find_points
+from cellslide.train.recipe import load_recipe
+from cellslide.train.task import build_recipe
 
 BIAS = "cls_head.layers.3.bias"
 
@@ -30,9 +30,9 @@ BIAS = "cls_head.layers.3.bias"
 @click.option("--odds", multiple=True, help="Factors of the classes and background, with commas; repeatable.")
 def main(run: Path, dataset: Path, weights: Path | None, odds: tuple[str, ...]) -> None:
     """Score the detector of training folder RUN on the validation images of DATASET."""
-    recipe = load_points_recipe(run / "recipe.yaml", {"datasets": {dataset.name: {"val": {"split": "val"}}}})
+    recipe = load_recipe(PointsRecipe, run / "recipe.yaml", {"datasets": {dataset.name: {"val": {"split": "val"}}}})
     images = load_point_sets([dataset], recipe)[0].val
-    model = build_model("muse_points", model_config(recipe))
+    model = build_recipe(recipe)
     load_start(model, weights or run / "model.safetensors")
     training = PointsTraining(recipe, model).eval()
     bias = model.get_submodule("head").get_parameter(BIAS)

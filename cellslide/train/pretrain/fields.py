@@ -24,7 +24,9 @@ from cellslide.store.cell_table import open_table
 from cellslide.store.run_record import TABLE
 from cellslide.store.shapes import ring_boxes
 from cellslide.train.data import IGNORE_LABEL, choose_samples, pixel_size
+from cellslide.train.pretrain.recipe import PretrainRecipe
 from cellslide.train.recipe import DatasetConfig
+from cellslide.train.task import FitOptions
 from cellslide.types import Float64, Int32, Int64, Plane, SlideInfo, UInt8
 
 Box = tuple[int, int, int, int]
@@ -46,11 +48,6 @@ class Sources:
     def datasets(self) -> tuple[Path, ...]:
         """The folders that are data sets."""
         return tuple(Path(p) for p in self.paths if (Path(p) / MANIFEST).is_file())
-
-    @property
-    def named(self) -> list[tuple[str, Path]]:
-        """Name and folder of each data set."""
-        return [(path.resolve().name, path) for path in self.datasets]
 
 
 class Pixels(Protocol):
@@ -122,46 +119,52 @@ class FieldSet:
         """Nuclei of all fields."""
         return sum(len(item.xy) for item in self.fields)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return what a model's card says of it."""
-        return {"name": self.name, "weight": self.weight, "fields": len(self.fields), "nuclei": self.n_nuclei}
+
+def read_sources(options: FitOptions, recipe: PretrainRecipe) -> list[FieldSet]:
+    """Return what the sources of a run hold; see `load_fields`."""
+    return load_fields(sources_of(options), recipe)
 
 
-@dataclass(frozen=True, slots=True)
-class FieldRules:
-    """How sources become fields; see the recipes for what each setting means."""
-
-    mpp: float
-    field_px: int
-    min_nuclei: int
-    slides_weight: float
-    datasets: dict[str, DatasetConfig]
+def named_datasets(options: FitOptions, sets: Sequence[FieldSet]) -> list[tuple[str, Path]]:
+    """Return name and folder of each data set among the sources of a run."""
+    return [(path.resolve().name, path) for path in sources_of(options).datasets]
 
 
-def load_fields(sources: Sources, rules: FieldRules) -> list[FieldSet]:
+def sources_of(options: FitOptions) -> Sources:
+    """Return the sources of a run."""
+    paths, extra = tuple(map(str, options.sources)), options.extra
+    return Sources(paths, extra.get("nuclei"), extra.get("slide_mpp"))
+
+
+def field_set_card(fields: FieldSet, recipe: PretrainRecipe) -> dict[str, Any]:
+    """Return what a model's card says of a source."""
+    return {"name": fields.name, "weight": fields.weight, "fields": len(fields.fields), "nuclei": fields.n_nuclei}
+
+
+def load_fields(sources: Sources, recipe: PretrainRecipe) -> list[FieldSet]:
     """Return the fields of data sets (folders with a manifest), and those of all slides as one set.
 
     Rows of a data set's test split are never read. Raises UsageError where a slide has no cells, or nothing is left.
     """
     folders = sources.datasets
-    chosen = choose_samples(folders, rules.datasets, DatasetConfig())
-    sets = [_of_dataset(path, part.train, rules) for path, part in zip(folders, chosen, strict=True)]
+    chosen = choose_samples(folders, recipe.datasets, DatasetConfig())
+    sets = [_of_dataset(path, part.train, recipe) for path, part in zip(folders, chosen, strict=True)]
     rest = [path for path in sources.paths if Path(path) not in folders]
     if rest:
         targets = expand_targets(rest, sources.nuclei or Path())
-        fields = [found for target in targets for found in of_slide(target, rules, sources.mpp)]
-        sets.append(FieldSet(SLIDES, rules.slides_weight, tuple(fields)))
+        fields = [found for target in targets for found in of_slide(target, recipe, sources.mpp)]
+        sets.append(FieldSet(SLIDES, recipe.slides_weight, tuple(fields)))
     sets = [s for s in sets if s.fields and s.weight > 0]
     if not sets:
-        raise UsageError(f"no field with at least {rules.min_nuclei} nuclei: lower min_nuclei in --recipe")
+        raise UsageError(f"no field with at least {recipe.min_nuclei} nuclei: lower min_nuclei in --recipe")
     return sets
 
 
-def _of_dataset(path: Path, samples: Sequence[Sample], rules: FieldRules) -> FieldSet:
+def _of_dataset(path: Path, samples: Sequence[Sample], recipe: PretrainRecipe) -> FieldSet:
     name = path.resolve().name
-    config = rules.datasets.get(name, DatasetConfig())
+    config = recipe.datasets.get(name, DatasetConfig())
     fields = (of_sample(sample, config) for sample in samples)
-    return FieldSet(name, config.weight, tuple(f for f in fields if len(f.xy) >= max(rules.min_nuclei, 1)))
+    return FieldSet(name, config.weight, tuple(f for f in fields if len(f.xy) >= max(recipe.min_nuclei, 1)))
 
 
 def of_sample(sample: Sample, config: DatasetConfig) -> Field:
@@ -194,7 +197,7 @@ def places_of(mask: Int32) -> tuple[Float64, Float64]:
     return np.ascontiguousarray(xy), box.reshape(-1, 4)
 
 
-def of_slide(target: Target, rules: FieldRules, mpp: float | None = None) -> Iterator[Field]:
+def of_slide(target: Target, recipe: PretrainRecipe, mpp: float | None = None) -> Iterator[Field]:
     """Yield the fields of a slide that hold enough nuclei, row by row; no pixel is read yet.
 
     Raises UsageError where no nuclei were found yet.
@@ -205,15 +208,15 @@ def of_slide(target: Target, rules: FieldRules, mpp: float | None = None) -> Ite
         )
     with open_target(target, mpp) as slide:
         check_slide(target, slide)
-        plane = Plane.of(slide.info, rules.mpp)
+        plane = Plane.of(slide.info, recipe.mpp)
         info = slide.info
     xy, box = _cells_of(target.folder / TABLE, plane)
-    own = np.floor(xy / rules.field_px).astype(np.int64)
+    own = np.floor(xy / recipe.field_px).astype(np.int64)
     order = np.lexsort((own[:, 0], own[:, 1]))
     starts = np.flatnonzero((np.diff(own[order], axis=0) != 0).any(axis=1)) + 1
     for rows in np.split(order, starts):
-        if len(rows) >= max(rules.min_nuclei, 1):
-            yield _slide_field(info, plane, own[rows[0]], rules.field_px, xy[rows], box[rows])
+        if len(rows) >= max(recipe.min_nuclei, 1):
+            yield _slide_field(info, plane, own[rows[0]], recipe.field_px, xy[rows], box[rows])
 
 
 def _slide_field(info: SlideInfo, plane: Plane, place: Int64, side: int, xy: Float64, box: Float64) -> Field:

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cellslide.errors import UsageError
 from cellslide.train.loaders import batch_loader
 from cellslide.train.module import Training, adamw, groups_of
 from cellslide.train.pretrain.data import ShardedDraws
 from cellslide.train.pretrain.distill import cosine_between, mean_of_devices
-from cellslide.train.pretrain.fields import FieldRules, FieldSet, Sources, load_fields
-from cellslide.train.pretrain.recipe import CellDETRPretrainRecipe, MuseRecipe
 from cellslide.train.pretrain.watch import Watch
-from cellslide.train.run import RunOptions, Start, find_start
-
-
-@dataclass(frozen=True, slots=True)
-class Feed:
-    """Where samples come from: the data by draw number, processes that prepare them, and the epochs done before."""
-
-    data: Dataset[Any]
-    workers: int = 0
-    first_epoch: int = 0
+from cellslide.train.task import Run
 
 
 class Pretraining(Training):
@@ -40,22 +27,14 @@ class Pretraining(Training):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        recipe: MuseRecipe | CellDETRPretrainRecipe,
-        model: nn.Module,
-        student: nn.Module,
-        feed: Feed,
-        stop_on_collapse: bool,
-    ) -> None:
-        super().__init__(recipe, model)
-        self.recipe = recipe
+    def __init__(self, run: Run, model: nn.Module, student: nn.Module, data: Dataset[Any]) -> None:
+        super().__init__(run.recipe, model)
+        self.run, self.data = run, data
         # A plain list hides the student where it is the written model itself, which would be stored twice.
         self._student = [student]
-        self.feed = feed
-        self.watch = Watch(recipe.watch, stop_on_collapse)
+        self.watch = Watch(self.recipe.watch, bool(run.options.extra.get("stop_on_collapse")))
         self._minutes = 0.0
-        mean, std = (255 * torch.tensor(v).view(1, 3, 1, 1) for v in (recipe.model.mean, recipe.model.std))
+        mean, std = (255 * torch.tensor(v).view(1, 3, 1, 1) for v in (self.recipe.model.mean, self.recipe.model.std))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
@@ -67,8 +46,8 @@ class Pretraining(Training):
         """Return the loader of this device's part; Lightning asks once the devices know of each other."""
         steps, batch = self.recipe.epoch_steps, self.recipe.batch_size
         sampler = ShardedDraws(steps, batch, self.trainer.global_rank, self.trainer.world_size)
-        sampler.set_epoch(self.feed.first_epoch)
-        return batch_loader(self.feed.data, sampler, batch // sampler.world, self.feed.workers)
+        sampler.set_epoch(self.run.first_epoch)
+        return batch_loader(self.data, sampler, batch // sampler.world, self.run.options.workers)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW; biases, norms and other vectors have no weight decay, the backbone its own rate."""
@@ -110,36 +89,18 @@ class Pretraining(Training):
         for group in self.trainer.optimizers[0].param_groups:
             group["weight_decay"] = decay * group["decays"]
 
-    def say(self, values: Mapping[str, Tensor | float]) -> None:
+    def log_means(self, values: Mapping[str, Tensor | float]) -> None:
         """Log the epoch's means, each step's over the devices that have a value; NaN is none."""
         numbers = [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in values.values()]
-        told = torch.stack(numbers).detach()
-        known = mean_of_devices((~told.isnan()).float())
-        mean = mean_of_devices(told.nan_to_num()) / known
+        stacked = torch.stack(numbers).detach()
+        known = mean_of_devices((~stacked.isnan()).float())
+        mean = mean_of_devices(stacked.nan_to_num()) / known
         shown = {name: value for name, value, share in zip(values, mean, known.tolist(), strict=True) if share > 0}
         self.log_dict(shown, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def on_train_epoch_end(self) -> None:
-        """Say whether it learns; raises CollapseError where it does not and was asked to stop then."""
+        """Print whether it learns; raises CollapseError where it does not and was asked to stop then."""
         metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         lines = self.watch.judge(metrics, self.watched)
         if self.trainer.is_global_zero:
             print(*lines, sep="\n", flush=True)
-
-
-def begin(
-    sources: Sources, recipe: MuseRecipe | CellDETRPretrainRecipe, options: RunOptions
-) -> tuple[Start, list[FieldSet]]:
-    """Return where a pretraining begins and what it learns from, and say so; chance is seeded.
-
-    Raises UsageError for sources, a recipe or --devices that do not fit.
-    """
-    if options.devices < 1 or recipe.batch_size % options.devices:
-        raise UsageError(f"--devices {options.devices}: must divide batch_size {recipe.batch_size} of the recipe")
-    start = find_start(options, recipe)
-    rules = FieldRules(recipe.mpp, recipe.field_px, recipe.min_nuclei, recipe.slides_weight, dict(recipe.datasets))
-    sets = load_fields(sources, rules)
-    for s in sets:
-        print(f"data {s.name}: {len(s.fields)} fields, {s.n_nuclei} nuclei, weight {s.weight:g}", flush=True)
-    torch.manual_seed(recipe.seed)
-    return start, sets

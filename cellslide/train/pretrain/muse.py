@@ -7,35 +7,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cellslide.errors import UsageError
-from cellslide.models import build_model
 from cellslide.models.muse import MuseBackbone
 from cellslide.models.muse_layout import backbone_state, fill_backbone
 from cellslide.store.atomic import beside
-from cellslide.train.export import ModelWriter, model_writer, trained_entry, weights_in
+from cellslide.train.export import weights_in
 from cellslide.train.pretrain.data import MuseViews, Views
 from cellslide.train.pretrain.distill import Center, DinoHead, cosine_between, follow, image_loss, nucleus_loss
-from cellslide.train.pretrain.fields import FieldSet, Sources
-from cellslide.train.pretrain.module import Feed, Pretraining, begin
+from cellslide.train.pretrain.module import Pretraining
 from cellslide.train.pretrain.recipe import HeadConfig, MuseRecipe
 from cellslide.train.pretrain.watch import read
-from cellslide.train.run import Outcome, RunOptions, fit
-from cellslide.weights.manifest import WeightsEntry
+from cellslide.train.task import Run
 
 # What the published checkpoints call the backbone of their `teacher`.
 PUBLISHED_PREFIX = "module."
 TEACHER = "teacher.pth"
 
 
-class Said(NamedTuple):
-    """What a network says of views: image vectors (B, V, E), nucleus vectors (n, D) in the order of `seen`."""
+class ViewFeatures(NamedTuple):
+    """Features of views: image vectors (B, V, E), nucleus vectors (n, D) in the order of `seen`."""
 
     image: Tensor
     nuclei: Tensor
@@ -50,7 +45,7 @@ class MuseStudent(nn.Module):
         self.image_head = DinoHead(backbone.image_dim, head)
         self.nucleus_head = DinoHead(backbone.dim, head)
 
-    def forward(self, views: Sequence[Tensor], xy: Tensor, seen: Tensor) -> Said:
+    def forward(self, views: Sequence[Tensor], xy: Tensor, seen: Tensor) -> ViewFeatures:
         """Return the features of views of several sizes, each (B, V_i, 3, S, S), and of their nuclei that are `seen`.
 
         xy (B, V, M, 2) in pixels of each view, seen bool (B, V, M), both over the views of all sizes in their order.
@@ -65,7 +60,7 @@ class MuseStudent(nn.Module):
                 # In float32: half precision would round a nucleus's place to a tenth of a pixel of the map.
                 nuclei.append(self.backbone.nucleus_features(found.map.float(), places).unflatten(0, (b, v)))
             first += v
-        return Said(torch.cat(images, dim=1), torch.cat(nuclei, dim=1)[seen])
+        return ViewFeatures(torch.cat(images, dim=1), torch.cat(nuclei, dim=1)[seen])
 
 
 class MuseTraining(Pretraining):
@@ -74,10 +69,11 @@ class MuseTraining(Pretraining):
     watched = ("image", "nucleus")
     recipe: MuseRecipe
 
-    def __init__(self, recipe: MuseRecipe, backbone: MuseBackbone, feed: Feed, stop_on_collapse: bool = False) -> None:
+    def __init__(self, run: Run, backbone: MuseBackbone) -> None:
+        recipe = run.recipe
         student = MuseStudent(backbone, recipe.head)
         teacher = copy.deepcopy(student).requires_grad_(False)
-        super().__init__(recipe, teacher, student, feed, stop_on_collapse)
+        super().__init__(run, teacher, student, MuseViews(run.sets, recipe))
         self.student = student
         momentum = recipe.distill.center_momentum
         self.image_center = Center(recipe.head.prototypes, momentum)
@@ -101,19 +97,21 @@ class MuseTraining(Pretraining):
         distill = self.recipe.distill
         global_, local = self.normalized_views(views)
         with torch.no_grad():
-            told = self.teacher([global_], views.xy[:, :2], views.seen[:, :2])
-            logits = self.teacher.image_head(told.image), self.teacher.nucleus_head(told.nuclei)
+            taught = self.teacher([global_], views.xy[:, :2], views.seen[:, :2])
+            logits = self.teacher.image_head(taught.image), self.teacher.nucleus_head(taught.nuclei)
             wanted = self.image_center.targets(logits[0], self.teacher_temp)
             wanted_nuclei = self.nucleus_center.targets(logits[1], self.teacher_temp)
-        said = self.student([global_, local], views.xy, views.seen)
-        log_probs = (self.student.image_head(said.image) / distill.student_temp).log_softmax(-1)
-        log_nuclei = (self.student.nucleus_head(said.nuclei) / distill.student_temp).log_softmax(-1)
+        learned = self.student([global_, local], views.xy, views.seen)
+        log_probs = (self.student.image_head(learned.image) / distill.student_temp).log_softmax(-1)
+        log_nuclei = (self.student.nucleus_head(learned.nuclei) / distill.student_temp).log_softmax(-1)
         of_images = image_loss(wanted, log_probs)
         of_nuclei, matched = nucleus_loss(wanted_nuclei, log_nuclei, views.seen)
         total = self.check_finite(distill.image * of_images + distill.nucleus * of_nuclei)
-        self.say({"train/loss": total, "train/image": of_images, "train/nucleus": of_nuclei, "train/matched": matched})
-        self.say(read(told.image.flatten(0, 1), wanted.flatten(0, 1), self.image_center.value).as_dict("image"))
-        self.say(read(told.nuclei, wanted_nuclei, self.nucleus_center.value).as_dict("nucleus"))
+        self.log_means(
+            {"train/loss": total, "train/image": of_images, "train/nucleus": of_nuclei, "train/matched": matched}
+        )
+        self.log_means(read(taught.image.flatten(0, 1), wanted.flatten(0, 1), self.image_center.value).as_dict("image"))
+        self.log_means(read(taught.nuclei, wanted_nuclei, self.nucleus_center.value).as_dict("nucleus"))
         self.image_center.update(logits[0].flatten(0, 1))
         self.nucleus_center.update(logits[1])
         return total
@@ -139,50 +137,19 @@ class MuseTraining(Pretraining):
         super().on_train_batch_end(outputs, batch, batch_idx)
 
 
-def pretrain_muse(
-    sources: Sources, recipe: MuseRecipe, options: RunOptions, stop_on_collapse: bool = False
-) -> MuseTraining:
-    """Pretrain, or go on from `folder/last.ckpt` if it is there; returns the module with student and teacher.
-
-    `options.init` is a backbone to start from: what an earlier run wrote, or a published checkpoint.
-    Raises UsageError for sources or a recipe that do not fit, CollapseError if asked to, Interrupted on a signal.
-    """
-    start, sets = begin(sources, recipe, options)
-    backbone = build_model(recipe.model.arch, recipe.model.config)
-    if not isinstance(backbone, MuseBackbone):
-        raise UsageError(f"recipe model.arch: {recipe.model.arch} must be muse, muse_vit_s, muse_vit_b or muse_r50")
-    if options.init is not None and start.checkpoint is None:
-        fill_backbone(backbone, weights_in(options.init))
-    feed = Feed(MuseViews(sets, recipe), options.workers, start.first_epoch)
-    module = MuseTraining(recipe, backbone, feed, stop_on_collapse)
-    outcome = Outcome(writer(recipe, sets, sources), "", 0.0, recipe.optim.grad_clip)
-    fit(module, (None, None), options, start, outcome)
-    return module
+def load_init(backbone: MuseBackbone, path: Path) -> None:
+    """Fill the backbone with one to begin with: what an earlier run wrote, or a published checkpoint."""
+    fill_backbone(backbone, weights_in(path))
 
 
-def writer(recipe: MuseRecipe, sets: Sequence[FieldSet], sources: Sources) -> ModelWriter:
-    """Return what writes the teacher: its backbone as a model of its own, and whole in the published layout."""
-    write_backbone = model_writer(recipe, [s.as_dict() for s in sets], lambda _: entry_of(recipe, sources))
-
-    def write(folder: Path, state: Mapping[str, Tensor], metrics: Mapping[str, float], step: int) -> None:
-        write_backbone(folder, backbone_state(state, str(folder)), metrics, step)
-        write_published(folder / TEACHER, state)
-
-    return write
+def backbone_of(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the tensors of a teacher that are written as a model of its own."""
+    return backbone_state(state, "the teacher")
 
 
-def write_published(path: Path, state: Mapping[str, Tensor]) -> None:
+def write_teacher(folder: Path, state: Mapping[str, Tensor]) -> None:
     """Write a teacher as the published checkpoints are laid out: `teacher`, names below `module.`."""
     named = {PUBLISHED_PREFIX + name: value.detach().cpu() for name, value in state.items()}
     # To an open file: torch puts the name of a path into the file.
-    with beside(path) as scratch, scratch.open("wb") as file:
+    with beside(folder / TEACHER) as scratch, scratch.open("wb") as file:
         torch.save({"teacher": named}, file)
-
-
-def entry_of(recipe: MuseRecipe, sources: Sources) -> WeightsEntry:
-    """Return the manifest entry of a pretrained backbone, without what its file tells."""
-    return replace(
-        trained_entry(recipe, "backbone", recipe.model.arch, recipe.model, sources.named, {}),
-        config=recipe.model.config,
-        citation="MUSE, Yang et al. 2026 (method); weights trained with cellslide",
-    )

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from cellslide.models import celldetr_layout
-from cellslide.train.celldetr_recipe import MatcherConfig
-from cellslide.train.recipe import AugmentConfig, DatasetConfig, Range, RunLength, build, read_document, require
-from cellslide.weights.load import IMAGENET_MEAN, IMAGENET_STD
+from cellslide.models.registry import CELLDETR_MEAN, CELLDETR_STD, IMAGENET_MEAN, IMAGENET_STD, architecture_of
+from cellslide.train.celldetr.recipe import MatcherConfig
+from cellslide.train.recipe import AdamConfig, AugmentConfig, DatasetConfig, Range, Recipe, require
 from cellslide.weights.manifest import Triple
 
 
@@ -62,8 +60,8 @@ class DetrChoice(BackboneChoice):
     """The same for CellDETR, with its published image norm."""
 
     arch: str = "celldetr"
-    mean: Triple = celldetr_layout.MEAN
-    std: Triple = celldetr_layout.STD
+    mean: Triple = CELLDETR_MEAN
+    std: Triple = CELLDETR_STD
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +109,7 @@ class DistillConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class PretrainOptim:
+class PretrainOptim(AdamConfig):
     """AdamW with warm-up and cosine; the weight decay goes from `weight_decay` to `final_weight_decay` by a cosine.
 
     backbone_lr_scale  share of the rate that the backbone learns at.
@@ -121,15 +119,12 @@ class PretrainOptim:
     backbone_lr_scale: float = 1.0
     weight_decay: float = 0.04
     final_weight_decay: float = 0.4
-    betas: Range = (0.9, 0.999)
-    schedule: Literal["exponential", "cosine", "constant"] = "cosine"
-    gamma: float = 0.85
     warmup_steps: int = 9400
     final_lr: float = 0.001
     grad_clip: float = 3.0
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "optim.lr", self.lr, "above 0")
+        AdamConfig.__post_init__(self)
         scale = self.backbone_lr_scale
         require(0 < scale <= 1, "optim.backbone_lr_scale", scale, "above 0, at most 1")
 
@@ -165,22 +160,21 @@ class WatchConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class MuseRecipe(RunLength):
-    """Everything a MUSE pretraining depends on besides its images and nuclei.
+class PretrainRecipe(Recipe):
+    """Everything a pretraining depends on besides its images and nuclei.
 
     mpp               µm/px at which slides are read.
-    field_px          edge of the regions that slides are cut into, at `mpp` (2048 at 0.25 as published).
+    field_px          edge of the regions that slides are cut into, at `mpp`.
     min_nuclei        fields with fewer nuclei are left out.
-    max_nuclei        nuclei of a sample that take part in the nucleus loss at most, drawn by chance.
+    max_nuclei        nuclei of a sample that take part at most, drawn by chance.
     batch_size        samples in a step over all devices.
-    views             what is cut, by the epoch from which it holds: the field of view may grow.
     slides_weight     share of samples drawn from slides, relative to the weights of the data sets.
-    augment           flips, colour and degradation of each view; scale and place come from the views.
+    augment           flips, colour and degradation; scale and place come from the samples.
 
     An epoch is `epoch_samples` drawn samples; `max_minutes` also ends the run by the clock.
     """
 
-    id: str = "muse"
+    id: str
     mpp: float = 0.25
     field_px: int = 2048
     min_nuclei: int = 20
@@ -193,21 +187,41 @@ class MuseRecipe(RunLength):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     slides_weight: float = 1.0
     datasets: Mapping[str, DatasetConfig] = field(default_factory=dict)
-    views: tuple[ViewConfig, ...] = (ViewConfig(),)
     model: BackboneChoice = field(default_factory=BackboneChoice)
-    head: HeadConfig = field(default_factory=HeadConfig)
-    distill: DistillConfig = field(default_factory=DistillConfig)
     optim: PretrainOptim = field(default_factory=PretrainOptim)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
-        self.check_length(least_batch=2)
+        self.check_length(least_batch=1)
         require(self.field_px >= 32, "field_px", self.field_px, "32 or more")
         require(self.max_nuclei >= 1, "max_nuclei", self.max_nuclei, "1 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class MuseRecipe(PretrainRecipe):
+    """A MUSE pretraining, at the published sizes.
+
+    views  what is cut, by the epoch from which it holds: the field of view may grow.
+    """
+
+    id: str = "muse"
+    views: tuple[ViewConfig, ...] = (ViewConfig(),)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+    def __post_init__(self) -> None:
+        PretrainRecipe.__post_init__(self)
+        require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
         starts = [view.from_epoch for view in self.views]
         rising = bool(starts) and starts[0] == 0 and starts == sorted(set(starts))
         require(rising, "views.from_epoch", starts, "0 for the first, and rising")
+
+    def network(self) -> dict[str, Any]:
+        """Return what the manifest entry says of the network; raises UsageError if it is no MUSE."""
+        arch = self.model.arch
+        require(architecture_of(arch).family == "muse", "model.arch", arch, "muse, muse_vit_s, muse_vit_b or muse_r50")
+        return PretrainRecipe.network(self)
 
     def views_at(self, epoch: int) -> ViewConfig:
         """Return the views of an epoch."""
@@ -235,20 +249,16 @@ class NoiseConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class CellDETRPretrainRecipe(RunLength):
-    """Everything a cell-level contrastive pretraining depends on besides its images and boxes.
+class CellDETRPretrainRecipe(PretrainRecipe):
+    """A cell-level contrastive pretraining.
 
     crop_px     edge of the crops at `mpp` (256 as published), a multiple of 32.
-    max_nuclei  boxes of a crop at most, drawn by chance.
     detection   weight of the detector's own terms, whose boxes are known too; 0 leaves it as it is.
     matcher     weights of these terms, and of the matching.
     box_um      edge of the box put around a nucleus of which only the centre is known.
-
-    Otherwise as `MuseRecipe`.
     """
 
     id: str = "celldetr-contrastive"
-    mpp: float = 0.25
     crop_px: int = 256
     field_px: int = 1024
     min_nuclei: int = 4
@@ -257,34 +267,27 @@ class CellDETRPretrainRecipe(RunLength):
     batch_size: int = 16
     epochs: int = 30
     epoch_samples: int = 64_000
-    max_minutes: float | None = None
-    seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    slides_weight: float = 1.0
-    datasets: Mapping[str, DatasetConfig] = field(default_factory=dict)
     model: DetrChoice = field(default_factory=DetrChoice)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     detection: float = 1.0
     matcher: MatcherConfig = field(default_factory=MatcherConfig)
     optim: ContrastOptim = field(default_factory=ContrastOptim)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
-        self.check_length(least_batch=1)
+        PretrainRecipe.__post_init__(self)
         require(self.crop_px >= 32 and self.crop_px % 32 == 0, "crop_px", self.crop_px, "a multiple of 32")
-        require(self.field_px >= 32, "field_px", self.field_px, "32 or more")
         require(self.min_nuclei >= 2, "min_nuclei", self.min_nuclei, "2 or more: a nucleus is told from others")
         require(self.max_nuclei >= 2, "max_nuclei", self.max_nuclei, "2 or more")
         require(self.detection >= 0, "detection", self.detection, "0 or more")
         require(self.box_um > 0, "box_um", self.box_um, "above 0")
 
+    def network(self) -> dict[str, Any]:
+        """Return what the manifest entry says of the network: no classes, and the head of the contrast.
 
-def load_muse_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -> MuseRecipe:
-    """Read a recipe from YAML (None: all defaults); `overrides` replace its top-level keys; raises UsageError."""
-    return build(MuseRecipe, read_document(path, overrides))
-
-
-def load_celldetr_recipe(path: Path | None, overrides: Mapping[str, Any] | None = None) -> CellDETRPretrainRecipe:
-    """Read a recipe from YAML (None: all defaults); `overrides` replace its top-level keys; raises UsageError."""
-    return build(CellDETRPretrainRecipe, read_document(path, overrides))
+        Raises UsageError for one that has no representation to contrast.
+        """
+        model = self.model
+        ok = model.arch == "celldetr" and model.config.get("repr_layers", 1) > 0
+        require(ok, "model", model.arch, "celldetr with config.repr_layers 1 or more")
+        config = {**model.config, "num_classes": 0, "projection": True}
+        return {**PretrainRecipe.network(self), "config": config, "task": "backbone"}

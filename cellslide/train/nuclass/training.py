@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cellslide.errors import UsageError
+from cellslide.models import build_model
+from cellslide.models.backbones import to_timm
 from cellslide.models.nuclass import NuClass, ParameterGroup, Part
-from cellslide.train.cell_data import CellCrops, normalise
-from cellslide.train.features import FeatureBatch
+from cellslide.models.state_dict import below
+from cellslide.train.export import WEIGHTS, load_fitting, read_state
+from cellslide.train.framework import accelerator_of
+from cellslide.train.loaders import draw_loader
 from cellslide.train.module import Group, Training, adamw
-from cellslide.train.nuclass_losses import balanced_cross_entropy, gate_loss, global_loss
-from cellslide.train.nuclass_recipe import CellOptimConfig, NuClassRecipe
+from cellslide.train.nuclass.cells import CellCrops, CellDataset, class_counts, exact_loader, images_of, normalise
+from cellslide.train.nuclass.features import FeatureBatch, feature_loaders, kept_features
+from cellslide.train.nuclass.losses import balanced_cross_entropy, effective_number_weights, gate_loss, global_loss
+from cellslide.train.nuclass.recipe import CellOptimConfig, NuClassRecipe, Stage
+from cellslide.train.task import FitOptions, Run
 from cellslide.types import Float32, Int64
 
 PathStage = Literal["local", "global"]
@@ -227,3 +236,73 @@ def score_cells(prob: Float32, label: Int64) -> dict[str, float]:
         f1.append(2 * both / int((found == k).sum() + (label == k).sum()))
     nll = -np.log(np.maximum(prob[np.arange(len(label)), label], 1e-12)).mean()
     return {"accuracy": float((found == label).mean()), "macro_f1": float(np.mean(f1)), "nll": float(nll)}
+
+
+def build(stage: Stage, recipe: NuClassRecipe, options: FitOptions) -> NuClass:
+    """Return the network as far as a stage needs it, with the paths of earlier runs in it."""
+    sizes = {"num_classes": len(recipe.classes), "num_organs": len(recipe.organs)}
+    model = build_model("nuclass", {**recipe.stage_config(stage), **sizes})
+    assert isinstance(model, NuClass)
+    extra = options.extra
+    if stage == "global":
+        begin_with_local(model, extra["local_run"], recipe)
+    if extra.get("context_init") is not None:
+        context = model.context_backbone
+        load_fitting(context, to_timm(read_state(extra["context_init"]), context), extra["context_init"])
+    if stage == "gate":
+        load_paths(model, extra["local_run"], extra["global_run"])
+    return model
+
+
+def begin_with_local(model: NuClass, run: Path, recipe: NuClassRecipe) -> None:
+    """Fill the local path from its run, and what the global path takes over from it (section 3.2)."""
+    load_fitting(model.modelA, below(read_state(run / WEIGHTS), "modelA."), run / WEIGHTS)
+    theirs = model.local_backbone.state_dict()
+    if not model.shares_backbone:
+        model.global_backbone.load_state_dict(theirs)
+    if recipe.context_training.start_from_local:
+        load_fitting(model.context_backbone, theirs, run / WEIGHTS)
+
+
+def load_path(model: NuClass, path: Path) -> None:
+    """Fill a network from one of the same stage (a file or a run's folder), or its crop backbone from a file of one."""
+    state = read_state(path)
+    if any(name.startswith("modelA.") for name in state):
+        load_fitting(model, state, path)
+    else:
+        load_fitting(model.local_backbone, to_timm(state, model.local_backbone), path)
+
+
+def load_paths(model: NuClass, local: Path, global_: Path) -> None:
+    """Fill both paths; raises UsageError where the global path was trained beside another local one."""
+    state, beside = read_state(local / WEIGHTS), read_state(global_ / WEIGHTS)
+    own, other = below(state, "modelA."), below(beside, "modelA.")
+    if own.keys() != other.keys() or any(not torch.equal(own[name], other[name]) for name in own):
+        raise UsageError(f"--global {global_}: was trained beside another local path than --local {local}")
+    assert model.modelB is not None
+    load_fitting(model.modelA, own, local / WEIGHTS)
+    load_fitting(model.modelB, below(beside, "modelB."), global_ / WEIGHTS)
+
+
+def module(stage: Stage, run: Run, model: NuClass) -> PathTraining | GateTraining:
+    """Return what trains a stage of a network."""
+    if stage == "gate":
+        return GateTraining(run.recipe, model)
+    counts = class_counts([image for s in run.sets for image in s.train], len(run.recipe.classes))
+    return PathTraining(run.recipe, model, stage, effective_number_weights(counts, run.recipe.loss.effective_beta))
+
+
+def loaders(stage: Stage, run: Run, model: NuClass) -> tuple[Any, Any]:
+    """Return the loaders of cells, augmented to train and as they are to validate; the gate's hold their features.
+
+    These are kept in the run's folder.
+    """
+    recipe, options, (train, val) = run.recipe, run.options, images_of(run.sets)
+    if stage != "gate":
+        wide = stage == "global"
+        return draw_loader(CellDataset(train, recipe, wide), run), exact_loader(val, recipe, wide)
+    name, device = accelerator_of(options.device)
+    model.to(torch.device(f"{name}:{device[0]}" if isinstance(device, list) else name))
+    folder = options.folder / "features"
+    kept = [kept_features(folder, n, model, i, recipe, options.workers) for n, i in (("train", train), ("val", val))]
+    return feature_loaders(kept[0], kept[1], recipe, run.first_epoch)

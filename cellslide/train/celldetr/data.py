@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import Sample
 from cellslide.evaluate.detection import centroids
-from cellslide.train.celldetr_recipe import CellDETRRecipe
+from cellslide.train.celldetr.recipe import CellDETRRecipe
 from cellslide.train.data import CropDataset, ImageSet, TrainImage, prepare, read_sets, supervision_of
-from cellslide.train.loaders import draw_loader
+from cellslide.train.loaders import draw_loader, whole_loader
 from cellslide.train.recipe import DatasetConfig
+from cellslide.train.task import Run
 from cellslide.types import Bool, Float32, Float64, Int32, Int64, UInt8
 
 
@@ -37,6 +38,11 @@ class MarkedImage:
     xy: Float64
     label: Int64
     known: Bool
+
+    @property
+    def n_nuclei(self) -> int:
+        """Nuclei of the image."""
+        return len(self.xy)
 
 
 BoxSet = ImageSet[TrainImage, MarkedImage]
@@ -153,8 +159,6 @@ def collate(items: Sequence[BoxCrop]) -> BoxCrops:
     )
 
 
-def box_loader(
-    sets: Sequence[BoxSet], recipe: CellDETRRecipe, workers: int, first_epoch: int = 0
-) -> DataLoader[BoxCrops]:
-    """Return the loader of training batches; see `draw_loader`."""
-    return draw_loader(BoxDataset(sets, recipe), recipe, workers, first_epoch, collate)
+def loaders(run: Run, model: Any) -> tuple[DataLoader[BoxCrops], DataLoader[MarkedImage]]:
+    """Return the loaders of training batches and of the whole images that validate; see `draw_loader`."""
+    return draw_loader(BoxDataset(run.sets, run.recipe), run, collate), whole_loader(run.sets)

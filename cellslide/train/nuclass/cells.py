@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -24,9 +24,8 @@ from cellslide.evaluate.dataset import Sample
 from cellslide.inference.crops import CropCutter, RegionRead, crop_corners
 from cellslide.slides.slide import slide_from_array
 from cellslide.train.augment import crop_matrix, recolor
-from cellslide.train.data import choose_samples
-from cellslide.train.loaders import draw_loader
-from cellslide.train.nuclass_recipe import CellSetConfig, NuClassRecipe
+from cellslide.train.data import ImageSet, card_of, choose_samples
+from cellslide.train.nuclass.recipe import CellSetConfig, NuClassRecipe
 from cellslide.train.recipe import AugmentConfig
 from cellslide.types import CropSpec, Float64, Int64, Plane, UInt8
 
@@ -56,14 +55,7 @@ class CellImage:
         return len(self.label)
 
 
-@dataclass(frozen=True, slots=True)
-class CellSet:
-    """The images of one data set that train, and those that validate."""
-
-    name: str
-    path: Path
-    train: tuple[CellImage, ...]
-    val: tuple[CellImage, ...]
+CellSet = ImageSet[CellImage, CellImage]
 
 
 class CellCrops(NamedTuple):
@@ -88,7 +80,9 @@ def load_cell_sets(paths: Sequence[Path], recipe: NuClassRecipe) -> list[CellSet
         name = path.resolve().name
         config = recipe.datasets.get(name, CellSetConfig())
         parts = ([s for s in part if s.points_path is not None] for part in (chosen.train, chosen.val))
-        sets.append(CellSet(name, path, *(tuple(prepare_cells(s, config, recipe) for s in part) for part in parts)))
+        sets.append(
+            ImageSet(name, path, 1.0, *(tuple(prepare_cells(s, config, recipe) for s in part) for part in parts))
+        )
     if not sum(len(image) for s in sets for image in s.train):
         raise UsageError(f"DATASET: no cell of the classes {', '.join(recipe.classes)} is left to train on")
     return sets
@@ -240,22 +234,35 @@ class ExactCells(Dataset[CellCrops]):
         return CellCrops(cut_exact(image, xy, self.recipe.local), context, organ, label)
 
 
-def cell_loader(
-    images: Sequence[CellImage], recipe: NuClassRecipe, context: bool, workers: int, first_epoch: int = 0
-) -> DataLoader[CellCrops]:
-    """Return the loader of augmented batches; see `draw_loader`."""
-    return draw_loader(CellDataset(images, recipe, context), recipe, workers, first_epoch)
-
-
 def exact_loader(images: Sequence[CellImage], recipe: NuClassRecipe, context: bool) -> DataLoader[CellCrops]:
     """Return the loader of the cells as they are, in a fixed order."""
     return DataLoader(ExactCells(images, recipe, context), batch_size=None)  # type: ignore[arg-type]
 
 
-def class_counts(sets: Sequence[CellSet], n_classes: int) -> Int64:
-    """Return the training cells of each class, int64 (K,)."""
-    labels = [image.label for s in sets for image in s.train]
-    return np.bincount(np.concatenate(labels), minlength=n_classes).astype(np.int64)
+def images_of(sets: Sequence[CellSet]) -> tuple[list[CellImage], list[CellImage]]:
+    """Return the images of all sets that train and those that validate, without those that show no cell."""
+    train, val = (
+        [image for part in parts for image in part if len(image)]
+        for parts in zip(*((s.train, s.val) for s in sets), strict=True)
+    )
+    return train, val
+
+
+def cell_set_card(images: CellSet, recipe: NuClassRecipe) -> dict[str, Any]:
+    """Return what a card says of a data set, its cells counted by class."""
+
+    def count(items: Sequence[CellImage]) -> dict[str, Any]:
+        cells = class_counts(items, len(recipe.classes)).tolist()
+        unknown = sum(image.organ < 0 for image in items)
+        return {"images": len(items), "organ_unknown": unknown, "cells": dict(zip(recipe.classes, cells, strict=True))}
+
+    return card_of(images, count)
+
+
+def class_counts(images: Sequence[CellImage], n_classes: int) -> Int64:
+    """Return the cells of each class, int64 (K,)."""
+    labels = np.concatenate([np.empty(0, np.int64), *(image.label for image in images)])
+    return np.bincount(labels, minlength=n_classes).astype(np.int64)
 
 
 def normalise(crops: Tensor, recipe: NuClassRecipe) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from cellslide.train.points_recipe import PointLossConfig
+from cellslide.train.points.recipe import PointLossConfig
 
 UNKNOWN = -1
 

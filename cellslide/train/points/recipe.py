@@ -7,24 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from cellslide.train.recipe import (
-    AugmentConfig,
-    DatasetConfig,
-    ModelConfig,
-    OptimConfig,
-    RunLength,
-    build,
-    read_document,
-    require,
-)
-from cellslide.weights.load import IMAGENET_MEAN, IMAGENET_STD
+from cellslide.models.registry import IMAGENET_MEAN, IMAGENET_STD
+from cellslide.train.recipe import AugmentConfig, DatasetConfig, ModelConfig, OptimConfig, Recipe, require
 
 FIELD_MULTIPLE = 32
-# What a recipe need not say of its model: MUSE takes ImageNet's mean and standard deviation.
-MODEL = {"arch": "muse_points", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +80,16 @@ class PointDetectConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class PointsRecipe(RunLength):
+class PointModelConfig(ModelConfig):
+    """The same for a point detector: MUSE takes ImageNet's mean and standard deviation."""
+
+    arch: str = "muse_points"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+@dataclass(frozen=True, slots=True)
+class PointsRecipe(Recipe):
     """Everything a run depends on besides the files of the data sets.
 
     field_px      edge of the fields that the network sees; larger than the annotated windows for large-field training
@@ -118,7 +115,8 @@ class PointsRecipe(RunLength):
     channels_last: bool = True
     monitor: str = "val/mean_f1"
     datasets: Mapping[str, DatasetConfig] = field(default_factory=dict)
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(arch="muse_points"))
+    tile_px: int | None = None
+    model: PointModelConfig = field(default_factory=PointModelConfig)
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=1e-4, betas=(0.9, 0.999), schedule="cosine", final_lr=0.1)
     )
@@ -138,16 +136,10 @@ class PointsRecipe(RunLength):
         n, given = len(self.model.classes), len(self.loss.class_weight)
         require(given in (0, n), "loss.class_weight", list(self.loss.class_weight), f"empty or {n} numbers")
 
-
-def load_points_recipe(
-    path: Path | None, overrides: Mapping[str, Any] | None = None, encoder_weights: Path | None = None
-) -> PointsRecipe:
-    """Read a recipe from YAML (None: all defaults); `overrides` replace its top-level keys. Raises UsageError.
-
-    encoder_weights  wins over the recipe's own, unless None.
-    """
-    document = read_document(path, overrides)
-    model = {**MODEL, **(document.get("model") or {})}
-    if encoder_weights is not None:
-        model["encoder_weights"] = str(encoder_weights)
-    return build(PointsRecipe, {**document, "model": model})
+    def network(self) -> dict[str, Any]:
+        """Return what the manifest entry says of the network; its classes are those that the recipe names."""
+        head = dict(self.model.config.get("head") or {})
+        n = len(self.model.classes)
+        given = head.setdefault("n_classes", n)
+        require(given == n, "model.config.head.n_classes", given, f"{n}, as model.classes names")
+        return {**Recipe.network(self), "config": {**self.model.config, "head": head}}

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from cellslide.models.celldetr_layout import MEAN, STD
+from cellslide.models.registry import CELLDETR_MEAN, CELLDETR_STD
+from cellslide.train.hover.recipe import HoverRecipe
 from cellslide.train.recipe import (
+    AdamConfig,
     AugmentConfig,
     DatasetConfig,
     ModelConfig,
     Range,
     Recipe,
-    RunLength,
-    build,
-    read_document,
+    class_specs,
     require,
 )
 
@@ -29,39 +28,32 @@ class DetrModelConfig:
     """The network's configuration, how its images are normalised, its classes, and weights to begin with.
 
     classes          names of the points' classes, in order; empty finds nuclei without typing them.
-    encoder_weights  file with the backbone's weights, under any prefix.
+    encoder_weights  file with the backbone's weights, under any prefix; encoder_licence: theirs, where the file does
+                     not say it.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
-    mean: tuple[float, float, float] = MEAN
-    std: tuple[float, float, float] = STD
+    mean: tuple[float, float, float] = CELLDETR_MEAN
+    std: tuple[float, float, float] = CELLDETR_STD
     classes: tuple[str, ...] = ()
     encoder_weights: str | None = None
+    encoder_licence: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class DetrOptimConfig:
-    """AdamW; the backbone learns at `encoder_lr_scale` of the rate, sampling offsets at `point_lr_scale` of it.
-
-    ema  decay of the averaged weights that are validated and written; 0 turns averaging off.
-    """
+class DetrOptimConfig(AdamConfig):
+    """AdamW; the backbone learns at `encoder_lr_scale` of the rate, sampling offsets at `point_lr_scale` of it."""
 
     lr: float = 8e-5
     encoder_lr_scale: float = 0.1
     point_lr_scale: float = 1.0
-    weight_decay: float = 1e-4
-    betas: Range = (0.9, 0.999)
-    schedule: Literal["exponential", "cosine", "constant"] = "cosine"
-    gamma: float = 0.85
     warmup_steps: int = 600
     final_lr: float = 0.0
     grad_clip: float = 0.1
-    ema: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "optim.lr", self.lr, "above 0")
+        AdamConfig.__post_init__(self)
         require(0 <= self.encoder_lr_scale <= 1, "optim.encoder_lr_scale", self.encoder_lr_scale, "0 to 1")
-        require(0 <= self.ema < 1, "optim.ema", self.ema, "0 up to, not including, 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +97,7 @@ class DetrLossConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class CellDETRRecipe(RunLength):
+class CellDETRRecipe(Recipe):
     """Everything a run depends on besides the files of the data sets.
 
     mode     parallel teaches classes on annotated boxes, sequential on the boxes that the detection decoder gives.
@@ -156,31 +148,33 @@ class CellDETRRecipe(RunLength):
         require(within, "thresholds", self.thresholds, f"between score_threshold {self.score_threshold} and 1")
         require(0 <= self.nms_um <= 50, "nms_um", self.nms_um, "0 to 50 µm")
 
-    def crops(self) -> Recipe:
+    def network(self) -> dict[str, Any]:
+        """Return what the manifest entry says of the network: classes counted by who lists them, the training's mode.
+
+        Raises UsageError for a network that cannot learn what the recipe asks.
+        """
+        model, n_classes, contrast = self.model, len(self.model.classes), self.loss.contrastive > 0
+        own = {"num_classes": n_classes, "projection": contrast, "placed": n_classes > 0 or not contrast}
+        config = {**own, "mode": self.mode, "score_threshold": self.score_threshold, **model.config}
+        det_classes, layers = config.get("det_classes", 1), config.get("repr_layers", 1)
+        require(det_classes == 1, "model.config.det_classes", det_classes, "1; the representation decoder types nuclei")
+        require(layers > 0 or n_classes == 0, "model.config.repr_layers", layers, "1 or more with model.classes")
+        classes = class_specs(model.classes)
+        return {"arch": "celldetr", "config": config, "mean": model.mean, "std": model.std, "classes": classes}
+
+    def crops(self) -> HoverRecipe:
         """Return what reading and drawing of crops asks of a recipe."""
-        return Recipe(
-            mpp=self.mpp,
-            crop_px=self.crop_px,
-            batch_size=self.batch_size,
-            epochs=self.epochs,
-            epoch_samples=self.epoch_samples,
-            nuclei_share=self.nuclei_share,
-            seed=self.seed,
-            datasets=self.datasets,
-            model=ModelConfig(classes=self.model.classes),
-            augment=self.augment,
+        names = (
+            "mpp",
+            "crop_px",
+            "batch_size",
+            "epochs",
+            "epoch_samples",
+            "nuclei_share",
+            "seed",
+            "datasets",
+            "augment",
         )
-
-
-def load_celldetr_recipe(
-    path: Path | None, overrides: Mapping[str, Any] | None = None, encoder_weights: Path | None = None
-) -> CellDETRRecipe:
-    """Read a recipe from YAML (None: all defaults); `overrides` replace its top-level keys.
-
-    encoder_weights  wins over `model.encoder_weights`.
-    Raises UsageError that names an unknown key or a value of the wrong kind.
-    """
-    recipe = build(CellDETRRecipe, read_document(path, overrides))
-    if encoder_weights is None:
-        return recipe
-    return replace(recipe, model=replace(recipe.model, encoder_weights=str(encoder_weights)))
+        return HoverRecipe(
+            **{name: getattr(self, name) for name in names}, model=ModelConfig(classes=self.model.classes)
+        )

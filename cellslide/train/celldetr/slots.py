@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cellslide.models.celldetr import GLOBAL_BOX, Slots, contrastive_slots
-from cellslide.train.celldetr_losses import noise_boxes
+from cellslide.train.celldetr.losses import noise_boxes
 
 # The published noise of copies that keep their class, and of those that lose it.
 NEAR, FAR = (0.1, 0.3), (0.6, 0.9)

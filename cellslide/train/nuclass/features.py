@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from cellslide.models.nuclass import NuClass
 from cellslide.store.atomic import beside
-from cellslide.train.cell_data import CellCrops, CellDataset, CellImage, exact_loader, normalise
+from cellslide.train.framework import precision_of
 from cellslide.train.loaders import DrawSampler, start_worker
-from cellslide.train.nuclass_recipe import NuClassRecipe
+from cellslide.train.nuclass.cells import CellCrops, CellDataset, CellImage, exact_loader, normalise
+from cellslide.train.nuclass.recipe import NuClassRecipe
 
 
 class FeatureBatch(NamedTuple):
@@ -104,8 +105,6 @@ def compute_features(model: NuClass, batches: Iterable[CellCrops], recipe: NuCla
 
 
 def _precision(recipe: NuClassRecipe, device: torch.device) -> AbstractContextManager[Any]:
-    from cellslide.train.run import precision_of
-
     return torch.autocast(device.type, torch.bfloat16, enabled=precision_of(recipe, device.type) == "bf16-mixed")
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cellslide.train.data import Crops
-from cellslide.train.recipe import LossConfig
+from cellslide.train.hover.recipe import LossConfig
 
 
 class LossParts(NamedTuple):

@@ -1,4 +1,4 @@
-"""Training of CellVTA, and of every model with its three branches: criterion, optimiser, schedule and validation."""
+"""Training of CellVTA, and of every model with its three branches: criterion, encoder and validation."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from cellslide.models.checkpoint import check_fit
 from cellslide.nuclei.hover_decode import hover_instances
 from cellslide.train.data import Crops, TrainImage
 from cellslide.train.export import read_state
-from cellslide.train.losses import hover_losses
+from cellslide.train.hover.losses import hover_losses
+from cellslide.train.hover.recipe import HoverRecipe
 from cellslide.train.module import ImageTraining
-from cellslide.train.recipe import Recipe
 from cellslide.types import HoverDecode, HoverMaps, Int32, UInt8
 from cellslide.weights.backbone import fill_backbone
 
 
-class CellVTATraining(ImageTraining):
+class HoverTraining(ImageTraining):
     """Trains a model that maps images (B, 3, H, W) to raw logits by published name."""
 
     whole = TrainImage
-    recipe: Recipe
+    recipe: HoverRecipe
 
-    def __init__(self, recipe: Recipe, model: nn.Module) -> None:
+    def __init__(self, recipe: HoverRecipe, model: nn.Module) -> None:
         super().__init__(recipe, model)
         self._scores: list[dict[str, float]] = []
         if recipe.model.freeze_encoder:
@@ -46,7 +46,7 @@ class CellVTATraining(ImageTraining):
         """Return the share of the learning rate of a parameter: the ViT has its own."""
         return self.recipe.optim.encoder_lr_scale if name.startswith(encoder_parts(self.model)) else 1.0
 
-    def train(self, mode: bool = True) -> CellVTATraining:
+    def train(self, mode: bool = True) -> HoverTraining:
         """Switch modes, leaving a frozen encoder in evaluation mode."""
         super().train(mode)
         if mode and self.recipe.model.freeze_encoder:
@@ -106,13 +106,6 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
     return [module for name, module in model.named_modules() if f"{name}." in encoder_parts(model)]
 
 
-def load_start(model: nn.Module, path: Path) -> None:
-    """Load weights to start from (a file, or the folder of a run); raises as `read_state`, and if they do not fit."""
-    state = read_state(path)
-    check_fit(model.state_dict(), state, f"{path}: does not fit")
-    model.load_state_dict(state)
-
-
 def load_encoder(model: nn.Module, source: str) -> None:
     """Fill the encoder with published weights and leave everything else as it is.
 
@@ -132,7 +125,7 @@ def load_encoder(model: nn.Module, source: str) -> None:
 
 
 @torch.no_grad()
-def score_image(training: CellVTATraining, item: TrainImage) -> dict[str, float]:
+def score_image(training: HoverTraining, item: TrainImage) -> dict[str, float]:
     """Return loss-free scores of one image: bPQ where instances are trusted, detection F1 within 3 µm where known."""
     maps = predict_maps(training, item.image)
     found = instances_of(maps, training.recipe)
@@ -162,7 +155,7 @@ def _dice(true: Any, found: Any) -> float:
     return float(2 * (true & found).sum() / max(true.sum() + found.sum(), 1))
 
 
-def predict_maps(training: CellVTATraining, image: UInt8) -> HoverMaps:
+def predict_maps(training: HoverTraining, image: UInt8) -> HoverMaps:
     """Run the model on one whole image (H, W, 3), mirrored to a multiple of 16 and cut back."""
     height, width = image.shape[:2]
     padded = np.pad(image, ((0, -height % 16), (0, -width % 16), (0, 0)), mode="reflect")
@@ -176,6 +169,6 @@ def predict_maps(training: CellVTATraining, image: UInt8) -> HoverMaps:
     )
 
 
-def instances_of(maps: HoverMaps, recipe: Recipe) -> Int32:
+def instances_of(maps: HoverMaps, recipe: HoverRecipe) -> Int32:
     """Return the instance map (H, W) under the recipe's decode settings."""
     return hover_instances(maps, HoverDecode(**asdict(recipe.decode)))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cellslide.train.nuclass_recipe import GateLossConfig
+from cellslide.train.nuclass.recipe import GateLossConfig
 from cellslide.types import Float32, Int64
 
 TINY = 1e-7

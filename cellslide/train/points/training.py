@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,13 +16,19 @@ from torch import Tensor, nn
 
 from cellslide.evaluate.detection import Tally
 from cellslide.evaluate.protocols import BRCA_M2C, OPTIMAL, Marks
+from cellslide.models import muse_layout
+from cellslide.models.backbones import holds_network
+from cellslide.models.checkpoint import read_tensors
+from cellslide.models.muse import ConvEncoder
 from cellslide.models.point_head import Keep, MusePoints, PointOutput, found_points
 from cellslide.nuclei.nms import point_nms
+from cellslide.train.export import weights_in
 from cellslide.train.module import ImageTraining
-from cellslide.train.points_data import SUPERVISED, UNLABELLED, Fields, PointImage
-from cellslide.train.points_losses import PointLosses, Truth, consistency_weight, inside, mask_loss, point_losses
-from cellslide.train.points_recipe import FIELD_MULTIPLE, PointsRecipe
+from cellslide.train.points.data import SUPERVISED, UNLABELLED, Fields, PointImage
+from cellslide.train.points.losses import PointLosses, Truth, consistency_weight, inside, mask_loss, point_losses
+from cellslide.train.points.recipe import FIELD_MULTIPLE, PointsRecipe
 from cellslide.types import Bool, Float64, Int64, UInt8
+from cellslide.weights.backbone import fill_backbone
 
 ENCODER = "backbone.encoder."
 
@@ -239,3 +246,17 @@ class ScoreBoard:
             scores["mean_f1"] = float(np.mean(list(f1.values())))
         self.clear()
         return scores
+
+
+def load_backbone(model: nn.Module, path: str | Path) -> None:
+    """Fill the backbone from a published or pretrained one, or from that of a detector (a file, or a run's folder).
+
+    A file that holds the convolutional encoder alone, as timm or EfficientNet-Lite name it, fills the encoder. Heads in
+    the file are left out; raises WeightsError where a tensor of the backbone is missing or of another shape.
+    """
+    file = weights_in(Path(path))
+    encoder = model.get_submodule("backbone").encoder
+    if isinstance(encoder, ConvEncoder) and holds_network(read_tensors(file)[0], encoder.encoder):
+        fill_backbone(encoder.encoder, str(file))
+    else:
+        muse_layout.fill_backbone(model.get_submodule("backbone"), file)

@@ -13,8 +13,8 @@ from torch import Tensor
 from cellslide.evaluate.detection import RADIUS_UM, Tally, class_tallies, pair_points, tally
 from cellslide.nuclei.nms import point_nms
 from cellslide.slides.tiles import TileGrid
-from cellslide.train.celldetr_data import MarkedImage
-from cellslide.train.celldetr_recipe import CellDETRRecipe
+from cellslide.train.celldetr.data import MarkedImage
+from cellslide.train.celldetr.recipe import CellDETRRecipe
 from cellslide.types import Float64, Int64, Plane, UInt8
 
 # Maps uint8 images (B, 3, H, W) to the detector's outputs by name.

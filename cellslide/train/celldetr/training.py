@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cellslide.errors import WeightsError
+from cellslide.models.backbones import efficientnet_to_timm, is_efficientnet
 from cellslide.models.celldetr import CellDETR, DetrOutput, Found, Slots, parallel_slots
-from cellslide.train.celldetr_data import BoxCrops, MarkedImage
-from cellslide.train.celldetr_losses import (
+from cellslide.models.celldetr_layout import own_names
+from cellslide.models.checkpoint import check_fit
+from cellslide.train.celldetr.data import BoxCrops, MarkedImage
+from cellslide.train.celldetr.losses import (
     PARALLEL_FACTOR,
     SEQUENTIAL_FACTOR,
     Pairs,
@@ -21,10 +26,14 @@ from cellslide.train.celldetr_losses import (
     noise_boxes,
     set_losses,
 )
-from cellslide.train.celldetr_recipe import CellDETRRecipe
-from cellslide.train.celldetr_scores import BoxScores
-from cellslide.train.celldetr_slots import NEAR, denoising_slots, noised_slots
+from cellslide.train.celldetr.recipe import CellDETRRecipe
+from cellslide.train.celldetr.scores import BoxScores
+from cellslide.train.celldetr.slots import NEAR, denoising_slots, noised_slots
+from cellslide.train.export import read_state
 from cellslide.train.module import ImageTraining
+
+# What one training has and another has not: heads of the classes, and of the contrast.
+HEADS = ("decouple_class_embed.", "contrastive_project.")
 
 
 class CellDETRTraining(ImageTraining):
@@ -142,3 +151,43 @@ def known_at(known: Tensor, boxes: Tensor) -> Tensor:
 def own_rows(values: Tensor, slots: Slots, group: int = 0) -> Tensor:
     """Return the rows (M, C) of `values` (B, N, C) that stand for the images' own boxes, or for a group of copies."""
     return torch.cat([rows[group * n : (group + 1) * n] for rows, n in zip(values, slots.counts, strict=True)])
+
+
+def load_init(model: nn.Module, path: Path) -> None:
+    """Fill a network from a file of weights, or from the folder of a run; a head that the two do not share stays.
+
+    A head is that of the classes or of the contrast: a contrastive checkpoint lacks the first. Raises WeightsError for
+    anything else that does not fit, UsageError if there is no file.
+    """
+    state, wanted = own_names(read_state(path)), model.state_dict()
+    shapes = [{name: value.shape for name, value in names.items()} for names in (state, wanted)]
+    other = tuple(h for h in HEADS if _under(h, shapes[0]) != _under(h, shapes[1]))
+    if other:
+        print(f"init {path}: not taken are the heads {', '.join(h.rstrip('.') for h in other)}", flush=True)
+    state = {name: value for name, value in state.items() if not name.startswith(other)}
+    wanted = {name: value for name, value in wanted.items() if not name.startswith(other)}
+    check_fit(wanted, state, f"{path}: does not fit")
+    model.load_state_dict(state, strict=False)
+
+
+def _under(prefix: str, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
+    return {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def load_backbone(model: CellDETR, path: str | Path) -> None:
+    """Fill the backbone from any file that holds its weights under one prefix; raises WeightsError if none does.
+
+    Counters of batch norms, which constants have not, do not matter. An EfficientNet-Lite is read under its published
+    names too.
+    """
+    state = read_state(Path(path))
+    body = model.detr.backbone[0].body
+    state = efficientnet_to_timm(state, body) if is_efficientnet(state) else state
+    wanted = {name: value for name, value in body.state_dict().items() if not name.endswith("num_batches_tracked")}
+    first = next(iter(wanted))
+    for prefix in sorted({name.removesuffix(first) for name in state if name.endswith(first)}):
+        found = {name: state[prefix + name] for name in wanted if prefix + name in state}
+        if found.keys() == wanted.keys() and all(found[name].shape == wanted[name].shape for name in wanted):
+            body.load_state_dict(found, strict=False)
+            return
+    raise WeightsError(f"{path}: holds no backbone {model.config.backbone} as model.config of --recipe describes it")

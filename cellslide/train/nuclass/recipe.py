@@ -11,9 +11,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cellslide.errors import UsageError
-from cellslide.train.recipe import AugmentConfig, Range, RunLength, ValConfig, build, read_document, require
+from cellslide.models.registry import IMAGENET_MEAN, IMAGENET_STD
+from cellslide.train.recipe import (
+    AdamConfig,
+    AugmentConfig,
+    Recipe,
+    ValConfig,
+    build,
+    class_specs,
+    load_recipe,
+    read_document,
+    require,
+)
 from cellslide.types import CropSpec
-from cellslide.weights.load import IMAGENET_MEAN, IMAGENET_STD
 
 Stage = Literal["local", "global", "gate"]
 
@@ -44,32 +54,24 @@ class CellSetConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class CellOptimConfig:
+class CellOptimConfig(AdamConfig):
     """AdamW with a rate of its own for heads, the local backbone and the context backbone.
 
     layer_decay  each earlier layer of a backbone learns at this share of the next one's rate.
-    schedule     constant after the warm-up, as published, or cosine down to `final_lr` of the rate.
-    ema          decay of the averaged weights that are validated and written; 0 turns averaging off.
     """
 
-    lr: float = 3e-4
     backbone_lr: float = 3e-6
     context_lr: float = 1e-6
     layer_decay: float = 0.85
     weight_decay: float = 2e-5
-    betas: Range = (0.9, 0.999)
     schedule: Literal["exponential", "cosine", "constant"] = "constant"
-    gamma: float = 0.85
     warmup_steps: int = 1500
-    final_lr: float = 0.01
-    grad_clip: float = 1.0
-    ema: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "backbone_lr", "context_lr"):
+        AdamConfig.__post_init__(self)
+        for name in ("backbone_lr", "context_lr"):
             require(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "above 0")
         require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "above 0, at most 1")
-        require(0 <= self.ema < 1, "optim.ema", self.ema, "0 up to, not including, 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,7 @@ class GateLossConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class NuClassRecipe(RunLength):
+class NuClassRecipe(Recipe):
     """Everything a stage depends on besides the files of the data sets.
 
     local, context    the crops, in pixels of the plane at `mpp`.
@@ -187,6 +189,16 @@ class NuClassRecipe(RunLength):
         require(len(self.classes) >= 2, "classes", list(self.classes), "two names or more")
         require(0 <= self.unknown_organ_p <= 1, "unknown_organ_p", self.unknown_organ_p, "0 to 1")
 
+    def network(self) -> dict[str, Any]:
+        """Return what the manifest entry says of the network, but its sizes, which the stage decides."""
+        found = {"arch": "nuclass", "mean": self.mean, "std": self.std}
+        return found | {"classes": class_specs(self.classes), "organs": self.organs}
+
+    def stage_config(self, stage: Stage) -> dict[str, Any]:
+        """Return the network's sizes in a stage; classes and organs are counted by who lists them."""
+        missing: dict[Stage, dict[str, Any]] = {"local": {"context": None}, "global": {"gate": False}, "gate": {}}
+        return {**self.model, **missing[stage]}
+
 
 # What a later stage takes from the run before it where its own recipe is silent, and what must then be the same.
 INHERITED = ("mpp", "local", "context", "classes", "organs", "model", "mean", "std", "datasets", "augment",
@@ -194,25 +206,20 @@ INHERITED = ("mpp", "local", "context", "classes", "organs", "model", "mean", "s
 SAME = ("mpp", "local", "classes", "organs", "model", "mean", "std")
 
 
-def nuclass_recipe_from(document: Mapping[str, Any]) -> NuClassRecipe:
-    """Build a recipe from plain containers; raises UsageError on unknown keys and wrong kinds."""
-    return build(NuClassRecipe, document)
-
-
-def load_nuclass_recipe(
-    path: Path | None, overrides: Mapping[str, Any] | None = None, before: NuClassRecipe | None = None
-) -> NuClassRecipe:
-    """Read a recipe from YAML, its top-level keys replaced by `overrides`; `before` is that of the stage before.
+def load_nuclass_recipe(path: Path | None, overrides: Mapping[str, Any], before: Path | None = None) -> NuClassRecipe:
+    """Read a recipe from YAML, its keys replaced by `overrides`; `before` is the folder of the stage before.
 
     Raises UsageError on unknown keys, wrong kinds, and where the network or its crops differ from those of `before`.
     """
-    document = read_document(path, overrides)
     if before is None:
-        return nuclass_recipe_from(document)
-    known = before.as_dict()
-    recipe = nuclass_recipe_from({**{key: known[key] for key in INHERITED}, **document})
+        return load_recipe(NuClassRecipe, path, overrides)
+    if not (before / "recipe.yaml").is_file():
+        raise UsageError(f"{before}: not the folder of a training run, recipe.yaml is missing")
+    known = load_recipe(NuClassRecipe, before / "recipe.yaml").as_dict()
+    document = read_document(path, overrides)
+    recipe = build(NuClassRecipe, {**{key: known[key] for key in INHERITED}, **document})
     now = recipe.as_dict()
     other = [key for key in SAME if now[key] != known[key]]
     if other:
-        raise UsageError(f"--recipe: {', '.join(other)} must be as in the stage before ({before.id}); leave them out")
+        raise UsageError(f"--recipe: {', '.join(other)} must be as in the stage before ({before}); leave them out")
     return recipe

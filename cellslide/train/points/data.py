@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -24,11 +24,12 @@ from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import MANIFEST, Sample
 from cellslide.evaluate.detection import centroids
 from cellslide.train.augment import crop_matrix, recolor
-from cellslide.train.data import IGNORE_LABEL, ImageSet, pixel_size, read_sets, resample_image, resample_labels
-from cellslide.train.loaders import Draws, draw_loader
-from cellslide.train.points_losses import UNKNOWN
-from cellslide.train.points_recipe import PointsRecipe
+from cellslide.train.data import IGNORE_LABEL, ImageSet, card_of, pixel_size, read_sets, resample_image, resample_labels
+from cellslide.train.loaders import Draws, draw_loader, whole_loader
+from cellslide.train.points.losses import UNKNOWN
+from cellslide.train.points.recipe import PointsRecipe
 from cellslide.train.recipe import DatasetConfig
+from cellslide.train.task import Run
 from cellslide.types import Bool, Float64, Int32, Int64, UInt8
 
 Int8 = NDArray[np.int8]
@@ -280,8 +281,17 @@ def join(batch: Sequence[Fields]) -> Fields:
     return Fields(*(torch.cat(parts) for parts in zip(*batch, strict=True)))
 
 
-def field_loader(
-    sets: Sequence[PointSet], recipe: PointsRecipe, workers: int, first_epoch: int = 0
-) -> DataLoader[Fields]:
-    """Return the loader of training batches; see `draw_loader`."""
-    return draw_loader(FieldDataset(sets, recipe), recipe, workers, first_epoch, join)
+def loaders(run: Run, model: Any) -> tuple[DataLoader[Fields], DataLoader[PointImage]]:
+    """Return the loaders of training batches and of the whole images that validate; see `draw_loader`."""
+    return draw_loader(FieldDataset(run.sets, run.recipe), run, join), whole_loader(run.sets)
+
+
+def point_set_card(images: PointSet, recipe: PointsRecipe) -> dict[str, Any]:
+    """Return what a card says of a data set, its nuclei counted by class."""
+
+    def count(items: Sequence[PointImage]) -> dict[str, Any]:
+        labels = np.concatenate([np.empty(0, np.int64), *(item.label for item in items)])
+        nuclei = {name: int((labels == k).sum()) for k, name in enumerate(recipe.model.classes)}
+        return {"images": len(items), "nuclei": nuclei | {"of unknown class": int((labels == UNKNOWN).sum())}}
+
+    return card_of(images, count)

@@ -1,0 +1,1 @@
+"""Training of CellDETR, which finds nuclei as boxes."""

@@ -1,0 +1,1 @@
+"""Training of networks with HoVer-Net's maps: CellVTA, CellViT, HoVer U-Net."""

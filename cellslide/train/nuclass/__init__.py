@@ -1,0 +1,1 @@
+"""Training of NuClass, which types nuclei, in three stages."""
