@@ -20,7 +20,14 @@ from tests.painted import DISC, grid_centres, paint_slide
 NEEDS = {
     "a device, a scheduler, or more than one process": ("cuda", "--scheduler", "--jobs"),
     "a network": ("--download", "--online", "muse-vit", "weights fetch", "weights add"),
-    "weights that do not ship": ("mine.safetensors", "backbone.pth", "runs/", "CLASSIFIER", "--model ID"),
+    "weights that do not ship": (
+        "mine.safetensors",
+        "model.safetensors",
+        "backbone.pth",
+        "runs/",
+        "CLASSIFIER",
+        "--model ID",
+    ),
     "a training": ("train ", "pretrain "),
     "a server": ("view ",),
     "minutes": ("bench", "demo", "--model classical"),
@@ -63,21 +70,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "slides").mkdir()
     for name, mpp in (("slide.svs", 0.5), ("slides/a.ndpi", 0.5), ("scan.tif", None), ("slide.tif", None)):
         paint_slide(
-            root / name, 160, 120, mpp, grid_centres(160, 120, 40), 9.0, background="tissue", disc_color=DISC
+            root / name, 320, 240, mpp, grid_centres(320, 240, 36), 9.0, background="tissue", disc_color=DISC
         )  # fmt: skip
     for name in ("list.csv", "slides.csv"):
         (root / name).write_text("path,organ\nslide.svs,breast\n")
-    points = "".join(f"{x},{y}\n" for x, y in grid_centres(160, 120, 40))
+    points = "".join(f"{x},{y}\n" for x, y in grid_centres(320, 240, 36))
     (root / "nuclei.csv").write_text("x,y\n" + points)
     square = '{"type":"Polygon","coordinates":[[[%d,%d],[%d,%d],[%d,%d],[%d,%d],[%d,%d]]]}'
     feature = '{"type":"Feature","geometry":%s,"properties":{"objectType":"%s"}}'
     corners = ((-8, -8), (8, -8), (8, 8), (-8, 8), (-8, -8))
     nuclei = [
-        square % tuple(int(v) for dx, dy in corners for v in (x + dx, y + dy)) for x, y in grid_centres(160, 120, 40)
+        square % tuple(int(v) for dx, dy in corners for v in (x + dx, y + dy)) for x, y in grid_centres(320, 240, 36)
     ]
     collection = '{"type":"FeatureCollection","features":[%s]}'
     (root / "qupath.geojson").write_text(collection % ",".join(feature % (n, "detection") for n in nuclei))
-    roi = square % (0, 0, 150, 0, 150, 110, 0, 110, 0, 0)
+    roi = square % (0, 0, 300, 0, 300, 220, 0, 220, 0, 0)
     (root / "tumour.geojson").write_text(collection % feature % (roi, "annotation"))
     labels = discs((96, 96), [(30, 30), (60, 60)], 9)
     for name in ("dataset", "data/tnbc", "data/mine", "data/typed", "data/brca-m2c", "data/other-organ"):
