@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from cellslide.batch.workers import Work, over_devices
 from cellslide.errors import Interrupted, UsageError
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 
 Ended = tuple["Target", "SlideOutcome"]
 LaneOf = Callable[[int], "Progress"]
+WorkT = TypeVar("WorkT", bound=Work, contravariant=True)
 
 
-class SlideExecutor(Protocol):
+class SlideExecutor(Protocol[WorkT]):
     """Does slides and yields each with how it ended, as they end.
 
     lane_of  gives the progress of the k-th of the slides that are worked on at once.
     Raises Interrupted when asked to stop, and what no slide would escape.
     """
 
-    def run(self, work: SlideWork, targets: Sequence[Target], lane_of: LaneOf, stop: StopCheck) -> Iterator[Ended]:
+    def run(self, work: WorkT, targets: Sequence[Target], lane_of: LaneOf, stop: StopCheck) -> Iterator[Ended]:
         """Do the slides."""
 
 
@@ -83,7 +84,9 @@ class DaskWorkers:
             yield from over_cluster(cluster, job, targets, lane_of, stop)
 
 
-def choose_executor(devices: tuple[str, ...], scheduler: str | None = None, jobs: int | None = None) -> SlideExecutor:
+def choose_executor(
+    devices: tuple[str, ...], scheduler: str | None = None, jobs: int | None = None
+) -> SlideExecutor[SlideWork]:
     """Return where `--device`, `--scheduler` and `--jobs` send the work; raises UsageError where they do not agree."""
     if scheduler is None and jobs is None:
         return Inline(devices[0]) if len(devices) == 1 else DeviceProcesses(devices)

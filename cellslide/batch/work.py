@@ -103,10 +103,13 @@ class SlideWork:
 
     def on(self, device: str | None, processes: int) -> SlideWork:
         """Return the work of one of so many processes: on a device, if named, with its share of the cores."""
-        segment, classify = (
-            work and replace(work, config=replace(work.config, infer=on_device(work.config.infer, device, processes)))
-            for work in (self.segment, self.classify)
-        )
+        segment, classify = self.segment, self.classify
+        if segment is not None:
+            infer = on_device(segment.config.infer, device, processes)
+            segment = replace(segment, config=replace(segment.config, infer=infer))
+        if classify is not None:
+            infer = on_device(classify.config.infer, device, processes)
+            classify = replace(classify, config=replace(classify.config, infer=infer))
         return replace(self, segment=segment, classify=classify)
 
     @contextmanager

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from cellslide.batch.local_copy import LocalCopies
     from cellslide.batch.run import SlideOutcome
     from cellslide.batch.summary import Ledger
-    from cellslide.batch.work import SlideWork
     from cellslide.batch.workers import Work
     from cellslide.classify.targets import Target
     from cellslide.slides.inputs import SlideInput
 
+AnyWork = TypeVar("AnyWork", bound="Work")
 # So long (s) the command may take to end when all is done; Dask now and then never does.
 END_S = 30.0
 
@@ -83,9 +83,9 @@ def choose_slides(args: Sequence[str], output: Path, shard: tuple[int, int] | No
 
 
 def do_slides(
-    work: SlideWork | Work,
+    work: AnyWork,
     targets: Sequence[Target],
-    executor: SlideExecutor,
+    executor: SlideExecutor[AnyWork],
     output: Path,
     named: Iterable[str] = (),
     *,

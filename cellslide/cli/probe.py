@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cellslide.cli.embed import reading_options
-from cellslide.cli.options import model_options, verbosity_options
+from cellslide.cli.options import model_options, settings_of, verbosity_options
 from cellslide.cli.typed import dataset_mpp_option
 from cellslide.errors import UsageError
 
@@ -83,18 +83,19 @@ def _read(source: Path, flags: dict[str, Any]) -> tuple[str, Labelled]:
 
 
 def _embed(source: Path, flags: dict[str, Any]) -> tuple[str, Labelled]:
-    from cellslide.cli.embed import load as load_embedder
-    from cellslide.cli.embed import to_config
     from cellslide.cli.typed import tracked
-    from cellslide.embed import embed_array
+    from cellslide.config import EmbedConfig, InferConfig
+    from cellslide.embed import embed_array, open_embedder
     from cellslide.embed.probe import gather
     from cellslide.evaluate.dataset import read_dataset
     from cellslide.evaluate.report import pixel_size
+    from cellslide.weights.muse import load_muse
 
     data, mpp = read_dataset(source), flags.pop("mpp")
     for sample in data.samples:  # Before a network is loaded for nothing.
         pixel_size(sample, mpp)
-    embedder = load_embedder(to_config(flags))
+    config = settings_of(EmbedConfig, flags, infer=settings_of(InferConfig, flags))
+    embedder = open_embedder(load_muse(config.model, config.weights), config)
 
     def read(sample: Sample, size: float, xy: Float64) -> Float32:
         return embed_array(embedder, sample.load_image(), size, xy)

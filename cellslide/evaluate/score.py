@@ -306,7 +306,7 @@ def _typed_pairs(pairs: Pairs, true_class: Int64, pred_class: Int64, pred: Nucle
 
 def _synonyms(known: Set[str]) -> dict[str, str]:
     """Return the class of the data set that each synonym of one counts as; `known` and names are keys."""
-    found = {}
+    found: dict[str, str] = {}
     for group in SYNONYMS:
         there = [name for name in group if name in known]
         if len(there) == 1:
