@@ -127,7 +127,7 @@ def test_readme_names_only_commands_that_exist() -> None:
 
 def test_every_command_is_in_the_table() -> None:
     files = (CHECKOUT / "cellslide" / "cli").glob("*.py")
-    defined = {p.stem for p in files if re.search(r"^def command\(", p.read_text(), flags=re.MULTILINE)}
+    defined = {p.stem for p in files if re.search(r"^(def command\(|command\b.*= )", p.read_text(), flags=re.MULTILINE)}
     assert defined == {where.split(":")[0].rsplit(".", 1)[1] for where, _ in COMMANDS.values()}
 
 

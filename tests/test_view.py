@@ -733,7 +733,7 @@ def test_enter_prints_another_link(viewed: Viewed) -> None:
         os.write(ours, b"\n")
         other = process.stdout.readline().strip()
         assert other != link and other.startswith(f"http://{LOOPBACK}:{port}/")
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 143
     os.close(ours)
     os.close(theirs)

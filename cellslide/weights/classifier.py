@@ -262,7 +262,7 @@ def calibration_of(entry: WeightsEntry) -> Calibration:
 def _number_or_row(entry: WeightsEntry, key: str, value: Any) -> Any:
     if key == "safe_accepts":
         return bool(value)
-    if key not in ("thresholds", "reliability_local", "reliability_global"):
+    if key not in ("thresholds", "class_prior", "reliability_local", "reliability_global"):
         number = float(value)
         if key.startswith("temperature") and not number > 0:
             raise ValueError(f"{key} {number}: must be above 0")
