@@ -16,6 +16,7 @@ FOLDER = CHECKOUT / "examples" / "notebooks"
 MADE = {
     "one_slide": ("table", "frame", "picture"),
     "cohort": ("cohort", "density", "failed"),
+    "correct_train_compare": ("found", "scores", "comparison"),
 }
 
 
@@ -45,6 +46,8 @@ def drawn_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.usefixtures("drawn_nowhere")
 def test_cells_run_in_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "correct_train_compare":
+        pytest.importorskip("cellslide.train.framework", reason="extra `train` is not installed")
     monkeypatch.chdir(tmp_path)
     # Commands that a notebook starts find the package that is tested.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH")))))
@@ -56,3 +59,5 @@ def test_cells_run_in_order(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert all(len(value) for value in made)
     if name == "cohort":
         assert list(made[2]) == ["missing.tif"] and len(made[0]) == 3 and (made[0]["mm2"] > 0).all()
+    if name == "correct_train_compare":
+        assert made[2].notna().all(axis=None) and made[2].loc["F1", "ships"] > 0.5
