@@ -272,7 +272,7 @@ def segment(
 def _run(
     slide: SlideInput, segmenter: Segmenter, by: SlideClassifier | None, out: Path, progress: Progress | None
 ) -> CellTable:
-    """Find the nuclei of one slide, type them where there is a classifier, and say which tiles failed, if some did."""
+    """Find the nuclei of one slide, type them where there is a classifier, and log which tiles failed, if some did."""
     from cellslide.pipeline import run_slide
 
     record, _ = run_slide(slide, segmenter, by, out, _watch(progress))

@@ -139,7 +139,7 @@ class Found:
         return merged_cells(self.parts, self.layout, self.setup.spec)
 
     def type(self, by: SlideClassifier, organ: Organ, watch: Watch) -> Typing:
-        """Run the classifier on the cells; what it says is kept on disk."""
+        """Run the classifier on the cells; its probabilities are kept on disk."""
         places = [np.asarray(cells.centroid_xy, np.float64) for cells in self.merged()]
         xy = np.concatenate([np.empty((0, 2)), *places])
         return type_cells(self.folder, xy, self.slide, by.classifier, organ, watch)
@@ -187,7 +187,7 @@ class Found:
         write_formats(self.folder, self.setup.config.output, self.record, watch, "cells")
 
     def forget(self, typing: Typing | Exception | None) -> None:
-        """Delete what was kept for a run that goes on; called when the record tells that the slide is complete."""
+        """Delete what was kept for a run that goes on; called when the record is that of a complete slide."""
         if isinstance(typing, Typing):
             PartialProbs.discard(self.folder)
         if self.record.status == "done":

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-COLUMNS = (
-    "file",
-    "mask",
-    "points",
-    "split",
-    "patient",
-    "organ",
-    "mpp",
-    "width",
-    "height",
-    "n_nuclei",
-    "note",
-    "cohort",
-)
 PAPER = (240, 230, 238)
 NUCLEUS = (90, 60, 140)
 
@@ -68,12 +53,3 @@ def add_image(
         lines = ["x,y,class", *(f"{x},{y},{name}" for x, y, name in points)]
         (root / row["points"]).write_text("\n".join(lines) + "\n")
     return row | columns
-
-
-def write_manifest(root: Path, rows: Sequence[Mapping[str, str]]) -> Path:
-    """Write manifest.csv and return the folder."""
-    with (root / "manifest.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    return root

@@ -276,6 +276,16 @@ def test_classes_are_projected(folder: Path, slide: Slide) -> None:
     assert record.config["classify"]["counts"]["mass_lost"] == pytest.approx(prob[:, 1].mean(), abs=1e-5)
 
 
+def test_the_mass_that_is_lost_is_a_mean_over_nuclei(folder: Path, slide: Slide) -> None:
+    taxonomy = Taxonomy("t", np.array([[1], [0]], np.float32), ("Tumour",))
+    rejecting = replace(rule("local", taxonomy=taxonomy), classes=("pink", NOT_NUCLEUS))
+    record, _ = classify_table(folder, slide, classifier(), rejecting, BREAST)
+    kept = obs(folder, "is_nucleus").astype(bool)
+    assert 0 < kept.sum() < len(kept)
+    mean = obs(folder, "mass_lost")[kept].mean()
+    assert record.config["classify"]["counts"]["mass_lost"] == pytest.approx(mean, abs=1e-5)
+
+
 def test_a_table_without_cells_is_typed(tmp_path: Path) -> None:
     paint_slide(tmp_path / "e.tif", 200, 200, 0.5)
     settings = SegmentConfig(tissue=TissueConfig(enabled=False), infer=INFER, output=OUTPUT)

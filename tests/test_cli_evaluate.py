@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cellslide.cli.main import cli
+from cellslide.evaluate.dataset import write_manifest
 from cellslide.evaluate.detection import centroids
 from cellslide.evaluate.matching import overlaps, panoptic_quality
 from cellslide.evaluate.predictors import nuclei_of
 from cellslide.types import Cells, ClassSpec, ModelSpec
-from tests.labelled import add_image, discs, write_manifest
+from tests.labelled import add_image, discs
 
 SHAPE = (60, 100)
 CENTRES = [(15.0, 20.0), (45, 40), (80, 20)]
@@ -219,7 +220,8 @@ def test_image_without_nuclei_counts_false_positives_only(tmp_path: Path) -> Non
 
 
 def test_cell_tables_as_predictions(tmp_path: Path, masks: Path) -> None:
-    from cellslide.store.cell_table import CellTableWriter
+    from cellslide.store.anndata_columns import Columns
+    from cellslide.store.cell_table import CellTableWriter, TableExtender, open_table
     from cellslide.types import Level, RunRecord, SlideInfo
 
     prob = np.array([[0.9, 0.1]] * 3, np.float32)
@@ -233,6 +235,14 @@ def test_cell_tables_as_predictions(tmp_path: Path, masks: Path) -> None:
         writer.close(RunRecord("0", "done", {}, {}, [], "cpu", "torch", "fp32", 0, "2024-01-01T00:00:00Z"))
     scores = scores_of("--predictions", tmp_path / "out", masks, folder=tmp_path)
     assert scores["detection"]["f1"] == 1.0 and scores["instance"]["bdq"] == pytest.approx(1, abs=1e-6)
+    # What a classifier rejected is no nucleus.
+    with open_table(tmp_path / "out" / "a" / "cells.zarr") as table:
+        extender, n = TableExtender(table), len(table)
+        extender.append(Columns({"is_nucleus": np.arange(n) > 0}, {}))
+        extender.close(table.run, (ClassSpec("t", (1, 2, 3)),))
+    fewer = scores_of("--predictions", tmp_path / "out", masks, folder=tmp_path)
+    assert fewer["detection"]["precision"] == 1.0
+    assert fewer["detection"]["recall"] == pytest.approx(1 - 1 / scores["n_nuclei"])
     (tmp_path / "out" / "a" / "cells.zarr").rename(tmp_path / "a.zarr")
     (tmp_path / "out" / "wrong" / "cells.zarr").rename(tmp_path / "out" / "a" / "cells.zarr")
     result = run("--predictions", tmp_path / "out", masks)
@@ -253,6 +263,8 @@ def test_wrong_use_ends_with_2_and_one_line(masks: Path, tmp_path: Path) -> None
     assert size.exit_code == 2 and "50 x 60 px" in size.output
     for arguments in (
         ("--predictions", folder, "--model", "classical", masks),
+        ("--predictions", folder, "--tta", masks),
+        ("--model", "classical", "--tta", masks),
         ("--model", "classical", tmp_path),
         ("--model", "classical", masks, "--split", "test"),
         ("--model", "classical", masks, "--weights", folder / "a.npy"),

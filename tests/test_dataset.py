@@ -10,8 +10,8 @@ import tifffile
 from PIL import Image
 
 from cellslide.errors import UsageError
-from cellslide.evaluate.dataset import read_dataset, read_labels, read_points
-from tests.labelled import add_image, discs, paint, write_manifest
+from cellslide.evaluate.dataset import read_dataset, read_labels, read_points, write_manifest
+from tests.labelled import add_image, discs, paint
 
 # Wider than high, so that exchanged axes show.
 LABELS = discs((40, 64), [(10, 12), (50, 30)], 6)

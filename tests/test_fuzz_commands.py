@@ -12,18 +12,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 import cellslide.pipeline
 import cellslide.weights
 import cellslide.weights.classifier
 from cellslide.cli.main import cli
+from cellslide.evaluate.dataset import write_manifest
 from cellslide.store.cell_table import open_table
 from cellslide.view.answers import Viewer
 from tests.fake_classifier import fake_loaded
 from tests.fakes import fake_model
-from tests.labelled import add_image, discs, write_manifest
+from tests.foreign_files import qupath_export
+from tests.labelled import add_image, discs
 from tests.painted import DISC, PINK_DISC, paint_slide
 
 CENTRES = [(x, y) for y in (60, 120) for x in (60, 140, 220)]
@@ -35,7 +39,7 @@ ODD: tuple[Any, ...] = (
 )  # fmt: skip
 # What Python says of a fault of ours; what is written for users names no such thing.
 UNFORESEEN = re.compile(
-    r"Traceback|unexpected |: (Type|Key|Index|Attribute|Value|Zero\w+|Assertion|Recursion|Unicode\w+)Error: "
+    r"Traceback|unexpected [A-Z]\w+: |: (Type|Key|Index|Attribute|Value|Zero\w+|Assertion|Recursion|Unicode\w+)Error: "
 )
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
@@ -146,7 +150,7 @@ def check_good(result: Result, out: Path, where: str) -> None:
         assert str(out / "bad") in result.output, f"{where}: {result.output[-2000:]}"
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(16))
 def test_a_damaged_folder_beside_a_good_one(
     seed: int, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -189,6 +193,22 @@ def test_a_damaged_slide_in_a_list(seed: int, made: Path, tmp_path: Path) -> Non
     if result.exit_code != 2:
         with open_table(tmp_path / "out" / "good" / "cells.zarr") as table:
             assert len(table) == len(CENTRES)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_damaged_cells_regions_and_masks_for_a_good_slide(seed: int, made: Path, tmp_path: Path) -> None:
+    rng, slide = random.Random(2_000 + seed), made / "good.tif"
+    cells, roi, mask = tmp_path / "cells.geojson", tmp_path / "roi.json", tmp_path / "mask.png"
+    text = json.dumps(qupath_export([(float(x), float(y)) for x, y in CENTRES]))
+    for path in (cells, roi):
+        path.write_text(text)
+    Image.fromarray(np.full((90, 140), 255, np.uint8)).save(mask)
+    for path in (cells, roi, mask):
+        where = (spoil_json if path is roi else spoil_bytes)(rng, path)
+        flag = {cells: "--cells", roi: "--roi", mask: "--tissue-mask"}[path]
+        command = "classify" if path is cells else "segment"
+        result = call(command, slide, "-o", tmp_path / path.stem, flag, path, *(TYPING if path is cells else FINDING))
+        assert result.exit_code == 0 or path.name in result.output, (where, result.output)
 
 
 @pytest.mark.parametrize("seed", range(8))

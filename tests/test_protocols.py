@@ -13,10 +13,10 @@ from scipy.spatial import KDTree
 
 from cellslide.cli.main import cli
 from cellslide.errors import UsageError
-from cellslide.evaluate.dataset import read_dataset, read_points
+from cellslide.evaluate.dataset import read_dataset, read_points, write_manifest
 from cellslide.evaluate.detection import Tally, hover_type_score
 from cellslide.evaluate.protocols import BRCA_M2C, OPTIMAL, PROTOCOLS, Marks, protocol_of
-from tests.labelled import add_image, discs, write_manifest
+from tests.labelled import add_image, discs
 
 SHAPE = (60, 100)
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from cellslide.evaluate.dataset import write_manifest
 from tests.conftest import CHECKOUT
-from tests.labelled import add_image, discs, write_manifest
+from tests.labelled import add_image, discs
 from tests.painted import DISC, grid_centres, paint_slide
 
 PAGE = CHECKOUT / "docs" / "python.md"

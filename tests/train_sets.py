@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-COLUMNS = ("file", "mask", "points", "split", "patient", "organ", "mpp", "width", "height", "licence", "note")
+from cellslide.evaluate.dataset import write_manifest
 
 
 def painted(seed: int, size: int = 64, n: int = 8, radius: int = 5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -30,19 +29,17 @@ def write_set(root: Path, rows: list[dict[str, str]], masks: bool = True, points
     """Write a data set with one painted image for each row; rows give manifest columns."""
     for name in ("images", "masks", "points"):
         (root / name).mkdir(parents=True, exist_ok=True)
-    with (root / "manifest.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        for i, row in enumerate(rows):
-            image, labels, centres = painted(i)
-            Image.fromarray(image).save(root / f"images/{i}.png")
-            given = {"file": f"images/{i}.png", "split": "train", "mpp": "0.5", "licence": "CC0 1.0", **row}
-            if masks:
-                Image.fromarray(labels).save(root / f"masks/{i}.png")
-                given["mask"] = f"masks/{i}.png"
-            if points:
-                text = "x,y,class\n" + "".join(f"{x},{y},{'ab'[k % 2]}\n" for k, (x, y) in enumerate(centres))
-                (root / f"points/{i}.csv").write_text(text)
-                given["points"] = f"points/{i}.csv"
-            writer.writerow(given | {"width": "64", "height": "64"})
-    return root
+    written = []
+    for i, row in enumerate(rows):
+        image, labels, centres = painted(i)
+        Image.fromarray(image).save(root / f"images/{i}.png")
+        given = {"file": f"images/{i}.png", "split": "train", "mpp": "0.5", "licence": "CC0 1.0", **row}
+        if masks:
+            Image.fromarray(labels).save(root / f"masks/{i}.png")
+            given["mask"] = f"masks/{i}.png"
+        if points:
+            text = "x,y,class\n" + "".join(f"{x},{y},{'ab'[k % 2]}\n" for k, (x, y) in enumerate(centres))
+            (root / f"points/{i}.csv").write_text(text)
+            given["points"] = f"points/{i}.csv"
+        written.append(given | {"width": "64", "height": "64"})
+    return write_manifest(root, written)

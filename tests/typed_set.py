@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.labelled import add_image, discs, write_manifest
+from cellslide.evaluate.dataset import write_manifest
+from tests.labelled import add_image, discs
 
 COLORS = {"blue": (90, 60, 140), "pink": (180, 60, 120)}
 # Pink enough that a whole context is pink, whatever the disc in its middle.

@@ -85,7 +85,7 @@ def organ_finder(spec: ClassifierSpec, given: str | None) -> Callable[[str | Non
 
 @dataclass(frozen=True, slots=True)
 class SlideWork:
-    """Find the nuclei of slides, type them, or both; `copies` says where slides are copied to first."""
+    """Find the nuclei of slides, type them, or both; `copies` is where slides are copied to first."""
 
     segment: SegmentWork | None = None
     classify: ClassifyWork | None = None

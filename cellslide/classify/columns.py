@@ -1,4 +1,4 @@
-"""From what the network said of cells to columns of the table, by the rule that decides; no network here."""
+"""From probabilities of cells to columns of the table, by the rule that decides; no network here."""
 
 from __future__ import annotations
 
@@ -103,13 +103,14 @@ def decided(probs: PathProbs, known: Bool, rule: Rule, tally: Tally) -> Columns:
     rows = np.flatnonzero(known)
     part = PathProbs(probs.local[rows], probs.global_[rows], probs.gate[rows])
     decision = decide(part, rule.decision, rule.calibration)
+    rejected = is_rejected(decision, rule.classes)
     tally.add(decision, probs, known, rule.classes)
     n = len(known)
     codes, path = np.full(n, -1, np.int16), np.full(n, -1, np.int8)
     codes[rows], path[rows] = decision.class_index, decision.path
     abstained, is_nucleus = np.zeros(n, np.bool_), np.ones(n, np.bool_)
     abstained[rows] = decision.abstained
-    is_nucleus[rows] = ~is_rejected(decision, rule.classes)
+    is_nucleus[rows] = ~rejected
     obs: dict[str, Column] = {
         "class": Categorical(codes, rule.classes),
         "class_prob": _spread(decision.class_prob, rows, n),
@@ -121,23 +122,23 @@ def decided(probs: PathProbs, known: Bool, rule: Rule, tally: Tally) -> Columns:
     obsm = {"prob": _spread(decision.prob, rows, n), "prob_local": probs.local, "prob_global": probs.global_}
     if rule.taxonomy is None:
         return Columns(obs, obsm)
-    further = _projected(decision.prob, rows, n, rule.taxonomy, tally)
+    further, lost = _projected(decision.prob, rows, n, rule.taxonomy)
+    tally.mass_lost += float(np.sum(lost[~rejected]))
     return Columns({**obs, **further.obs}, {**obsm, **further.obsm})
 
 
-def _projected(prob: Float32, rows: Int64, n: int, taxonomy: Taxonomy, tally: Tally) -> Columns:
-    """Return the classes of a taxonomy: the most probable, its probability, all, and what falls on none."""
+def _projected(prob: Float32, rows: Int64, n: int, taxonomy: Taxonomy) -> tuple[Columns, Float32]:
+    """Return the classes of a taxonomy (the most probable, its probability, all), and what falls on none of `rows`."""
     p_eval, lost = project(prob, taxonomy)
-    tally.mass_lost += float(np.sum(lost))
     codes = np.full(n, -1, np.int16)
     # Where nothing is left, no class is named.
     codes[rows] = np.where(p_eval.max(axis=1, initial=0) > 0, p_eval.argmax(axis=1), -1)
     obs: dict[str, Column] = {
         "projected": Categorical(codes, taxonomy.names),
         "projected_prob": _spread(p_eval.max(axis=1, initial=0), rows, n),
-        "mass_lost": _spread(np.asarray(lost), rows, n),
+        "mass_lost": _spread(lost, rows, n),
     }
-    return Columns(obs, {"prob_projected": _spread(p_eval, rows, n)})
+    return Columns(obs, {"prob_projected": _spread(p_eval, rows, n)}), lost
 
 
 def _spread(values: NDArray[Any], rows: Int64, n: int) -> Float32:

@@ -13,7 +13,7 @@ from cellslide.types import Calibration, ClassifierSpec
 
 @dataclass(frozen=True, slots=True)
 class RuleSettings:
-    """What the flags of the decision say, see `DecisionConfig`; `thresholds` is a file, `taxonomy` a name or a file."""
+    """The flags of the decision, see `DecisionConfig`; `thresholds` is a file, `taxonomy` a name or a file."""
 
     gate: GateRule = "mix"
     tau: float | None = None

@@ -75,7 +75,7 @@ class Typing:
 
 @dataclass(frozen=True, slots=True)
 class SlideClassifier:
-    """A classifier, the rule that decides from what it says, and what gives a slide's organ for the list's word."""
+    """A classifier, the rule that decides from its probabilities, and what gives a slide's organ."""
 
     classifier: Classifier
     rule: Rule
@@ -91,7 +91,7 @@ class SlideClassifier:
 def classify_table(
     folder: Path, slide: Slide, classifier: Classifier, rule: Rule, organ: Organ, watch: Watch = IDLE
 ) -> tuple[RunRecord, bool]:
-    """Type the cells of `folder/cells.zarr` from the pixels of `slide`; tells whether they were typed so before.
+    """Type the cells of `folder/cells.zarr` from the pixels of `slide`; also return whether they were typed so before.
 
     Where the network's part is done, only the rule is applied anew. Raises UsageError when the folder holds work done
     with other settings, Interrupted when asked to stop (what is done is kept).
@@ -105,7 +105,7 @@ def classify_table(
 def type_table(
     folder: Path, slide: Slide, classifier: Classifier, rule: Rule, organ: Organ, watch: Watch = IDLE
 ) -> Typing | tuple[RunRecord, bool]:
-    """Do the network's part of `classify_table` and keep what it says on disk; `write_typed` does the rest.
+    """Do the network's part of `classify_table` and keep its probabilities on disk; `write_typed` does the rest.
 
     Where that part is done, return what `classify_table` does.
     """
@@ -125,7 +125,7 @@ def type_table(
 def type_cells(
     folder: Path, xy: Float64, slide: Slide, classifier: Classifier, organ: Organ, watch: Watch = IDLE
 ) -> Typing:
-    """Run the network on cells `xy` (N, 2), level-0 pixels, that it has not seen yet; keep in `folder` what it says.
+    """Run the network on cells `xy` (N, 2), level-0 pixels, that it has not seen yet; keep its results in `folder`.
 
     Raises UsageError where other settings began it, Interrupted when asked to stop, SlideError without any number.
     """

@@ -122,9 +122,11 @@ def command(
     typing = {name: flags.pop(name) for name in TYPING_FLAGS}
     tta, tiles = flags.pop("tta"), TileConfig(tile_size, overlap)
     infer = InferConfig(**flags)
+    if tta and (predictions is not None or model == CLASSICAL or is_classifier(model, weights)):
+        raise UsageError(
+            "--tta: is for models of outlines; leave it out with --predictions, a classifier or the baseline"
+        )
     if predictions is None and (nuclei is not None or is_classifier(model, weights)):
-        if tta:
-            raise UsageError("--tta: scores a model of outlines alone; leave it out with a classifier")
         how = Typing(nuclei or "given", typing.pop("detector"), typing.pop("organ"), typing, infer, tiles, reliability,
                      no_progress, rule)  # fmt: skip
         _check_detected(how, per_image, protocol)

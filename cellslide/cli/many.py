@@ -92,7 +92,7 @@ def do_slides(
     log_json: bool,
     no_progress: bool,
 ) -> int:
-    """Do slides and tell how they end: on the terminal, as lines of JSON, in summaries; return the exit code.
+    """Do slides and show how they end: on the terminal, as lines of JSON, in summaries; return the exit code.
 
     named  folders of results that get a summary too.
     """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ from cellslide.types import Float64, Int32, UInt8
 
 MANIFEST = "manifest.csv"
 REQUIRED_COLUMNS = ("file",)
+COLUMNS = (
+    "file", "mask", "points", "split", "patient", "organ", "cohort", "mpp", "width", "height", "n_nuclei", "licence",
+    "note",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +183,15 @@ def _read_tiff(path: Path) -> NDArray[Any]:
         return np.asarray(tifffile.imread(path))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as TIFF ({error})") from error
+
+
+def write_manifest(root: Path, rows: Iterable[Mapping[str, object]]) -> Path:
+    """Write the manifest of a data set, a row an image, its keys from `COLUMNS`; returns the folder."""
+    with (root / MANIFEST).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return root
 
 
 def _read_rows(path: Path, required: tuple[str, ...] = REQUIRED_COLUMNS) -> list[dict[str, str]]:

@@ -96,8 +96,13 @@ def _read_table(path: Path, sample: Sample) -> Nuclei:
             raise UsageError(
                 f"{path}: made from an image of {size[0]} x {size[1]} px, not {sample.width} x {sample.height}"
             )
-        # A box is no outline: only where it lies is compared.
-        parts = [chunk.cells for chunk in table.iter_chunks(outlines=table.kind == "mask")]
+        # A box is no outline: only where it lies is compared. What was rejected is no nucleus.
+        obs = ("is_nucleus",) if "is_nucleus" in table.columns else ()
+        chunks = table.iter_chunks(obs=obs, outlines=table.kind == "mask")
+        parts = [
+            chunk.cells.take(np.asarray(chunk.columns.obs[obs[0]], np.bool_)) if obs else chunk.cells
+            for chunk in chunks
+        ]
         names = () if table.class_names == (NUCLEUS.name,) else table.class_names
         if parts:
             return nuclei_of(concat(parts), (sample.height, sample.width), names)

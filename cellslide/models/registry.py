@@ -1,4 +1,4 @@
-"""The architectures: one record each, which says how a network is built, recognised and read, and what it finds.
+"""The architectures: one record each: how a network is built, recognised and read, and what it finds.
 
 Importing this file imports no torch: what needs it is named by module and imported when it is first called.
 """

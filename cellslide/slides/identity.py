@@ -1,4 +1,4 @@
-"""What says that a slide, or a file that was given, is the one that it was."""
+"""Whether a slide, or a file that was given, is the one that it was: hashes of its bytes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def content_sha256(path: Path) -> str:
 
 
 def is_slide(path: Path, known: str) -> bool:
-    """Tell whether a slide is the one that a record's `sha256_head` stands for, of versions before 0.2 too."""
+    """Return whether a slide is the one that a record's `sha256_head` stands for, of versions before 0.2 too."""
     return known == slide_sha256(path) or known == _head_sha256(path)
 
 
@@ -91,7 +91,10 @@ def refuse_other_slide(folder: Path, record: RunRecord, overwrite: bool) -> None
     if not (folder / TABLE).is_dir() and not (folder / PARTS_FOLDER).is_dir():
         return
     try:
-        words = other_slide(read_record(folder), Path(record.slide["path"]))
+        earlier = read_record(folder)
+        if earlier is not None and earlier.slide.get("sha256_head") == record.slide["sha256_head"]:
+            return  # Known without reading the slide again.
+        words = other_slide(earlier, Path(record.slide["path"]))
     except SlideError:
         return  # What is no record is answered where it is needed.
     if words and overwrite:

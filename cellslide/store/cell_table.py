@@ -10,6 +10,7 @@ import importlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -279,6 +280,17 @@ class CellChunk:
         return len(self.cells)
 
 
+@contextmanager
+def _readable(path: Path, what: str) -> Iterator[None]:
+    """Raise TableError for whatever zarr raises on a part of a table that is damaged."""
+    try:
+        yield
+    except (CellslideError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise TableError(f"{path}: {what} is damaged ({type(error).__name__}: {short(error)})") from error
+
+
 class CellTable:
     """A complete table on disk, read by row range; usable in a `with` block."""
 
@@ -319,7 +331,8 @@ class CellTable:
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> Column:
         """Return rows [start, stop) of one obs column; raises TableError where there is none of that name."""
-        return read_obs(self.group, name, start, stop, self._nodes)
+        with _readable(self.path, name):
+            return read_obs(self.group, name, start, stop, self._nodes)
 
     def vector(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return rows of a column that is not categorical; raises TableError otherwise."""
@@ -330,7 +343,8 @@ class CellTable:
 
     def matrix(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return rows [start, stop) of `obsm[name]`, or of the shape features for the name "X"."""
-        return read_matrix(self.group, name if name == "X" else f"obsm/{name}", start, stop, self._nodes)
+        with _readable(self.path, name):
+            return read_matrix(self.group, name if name == "X" else f"obsm/{name}", start, stop, self._nodes)
 
     def rings(self, start: int, stop: int) -> tuple[Float64, Int64] | None:
         """Return the outlines of rows [start, stop) as flat rings, or None where the model gives points."""
@@ -477,7 +491,8 @@ class TableExtender:
 
     def append(self, block: Columns) -> None:
         """Add the new columns of the next rows."""
-        self.columns.append(block)
+        with _readable(self.table.path, "a column"):
+            self.columns.append(block)
 
     def close(self, run: RunRecord, classes: Sequence[ClassSpec] | None = None) -> None:
         """Finish and rename into place; `classes` replaces the class names and colours.
@@ -486,10 +501,11 @@ class TableExtender:
         """
         if self.columns.n != self.table.n:
             raise TableError(f"{self.columns.n} rows of new columns for {self.table.n} cells in {self.table.path}")
-        self.columns.close()
-        if classes is not None:
-            _write_classes(self.group, classes)
-        write_word(self.group, "uns/run", json.dumps(record.to_dict(run)))
+        with _readable(self.table.path, "a column"):
+            self.columns.close()
+            if classes is not None:
+                _write_classes(self.group, classes)
+            write_word(self.group, "uns/run", json.dumps(record.to_dict(run)))
         self.table.close()
         self.staging.publish()
 

@@ -84,7 +84,7 @@ TrainSet = ImageSet[TrainImage, TrainImage]
 
 
 def set_card(images: ImageSet[Any, Any], recipe: Recipe) -> dict[str, Any]:
-    """Return what a card says of a data set whose images count their nuclei."""
+    """Return the card's entry of a data set whose images count their nuclei."""
 
     def count(items: Sequence[Any]) -> dict[str, int]:
         return {"images": len(items), "nuclei": sum(item.n_nuclei for item in items)}
@@ -93,7 +93,7 @@ def set_card(images: ImageSet[Any, Any], recipe: Recipe) -> dict[str, Any]:
 
 
 def card_of(images: ImageSet[Any, Any], count: Callable[[Sequence[Any]], Any]) -> dict[str, Any]:
-    """Return what a card says of a data set; `count` gives that of the images that train, or validate."""
+    """Return the card's entry of a data set; `count` gives that of the images that train, or validate."""
     return {
         "name": images.name,
         "weight": images.weight,

@@ -234,7 +234,7 @@ class Recipe:
         return self.epoch_steps * self.epochs
 
     def network(self) -> dict[str, Any]:
-        """Return what the manifest entry says of the network: arch, config, mean, std, and classes where there are any.
+        """Return the manifest entry's keys of the network: arch, config, mean, std, and classes where there are any.
 
         Raises UsageError for a network that cannot learn what the recipe asks.
         """

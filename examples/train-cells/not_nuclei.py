@@ -22,25 +22,11 @@ from scipy.spatial import KDTree
 
 import cellslide
 from cellslide.api import Model
-from cellslide.evaluate.dataset import Sample, read_dataset
+from cellslide.evaluate.dataset import Sample, read_dataset, write_manifest
 from cellslide.train.data import licences
 from cellslide.types import Float64
 
 NAME, NOTE = "not_nucleus", "and places that are no nuclei"
-COLUMNS = (
-    "file",
-    "mask",
-    "points",
-    "split",
-    "patient",
-    "organ",
-    "mpp",
-    "width",
-    "height",
-    "n_nuclei",
-    "licence",
-    "note",
-)
 
 
 def wrong_objects(model: Model, sample: Sample, mpp: float, least_um: float) -> Float64:
@@ -88,33 +74,18 @@ def main(dataset: Path, output: Path, weights: tuple[str, ...], drawn: int, leas
         (output / folder).mkdir(parents=True, exist_ok=True)
     models = [cellslide.load_model(weights=path) for path in weights]
     licence = "; ".join(licences(dataset))
-    with (output / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(COLUMNS)
-        for s in (s for s in read_dataset(dataset).samples if s.split != "test"):
-            if s.mpp is None:
-                raise click.ClickException(f"{s.image_path}: mpp is empty in the manifest")
-            found = [wrong_objects(model, s, s.mpp, least_um) for model in models]
-            extra = np.concatenate([*found, drawn_places(s, s.mpp, drawn, least_um)] if drawn else found)
-            image, points, n = copy_sample(s, extra, output)
-            height, width = s.load_image().shape[:2]
-            rows.writerow(
-                [
-                    image,
-                    "",
-                    points,
-                    s.split,
-                    s.patient,
-                    s.organ,
-                    s.mpp,
-                    width,
-                    height,
-                    n,
-                    licence,
-                    NOTE,
-                ]
-            )
-            click.echo(f"{s.stem}: {len(extra)} places that are no nuclei, {n} points")
+    rows: list[dict[str, object]] = []
+    for s in (s for s in read_dataset(dataset).samples if s.split != "test"):
+        if s.mpp is None:
+            raise click.ClickException(f"{s.image_path}: mpp is empty in the manifest")
+        found = [wrong_objects(model, s, s.mpp, least_um) for model in models]
+        extra = np.concatenate([*found, drawn_places(s, s.mpp, drawn, least_um)] if drawn else found)
+        image, points, n = copy_sample(s, extra, output)
+        about = {"split": s.split, "patient": s.patient, "organ": s.organ, "mpp": s.mpp}
+        size = {"width": s.width, "height": s.height, "n_nuclei": n}
+        rows.append({"file": image, "points": points, **about, **size, "licence": licence, "note": NOTE})
+        click.echo(f"{s.stem}: {len(extra)} places that are no nuclei, {n} points")
+    write_manifest(output, rows)
     for model in models:
         model.close()
 

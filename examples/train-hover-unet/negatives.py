@@ -9,7 +9,6 @@ run found there.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import shapely
 from shapely.geometry import shape
 
+from cellslide.evaluate.dataset import write_manifest
 from cellslide.slides.slide import open_slide
 from cellslide.store.cell_table import open_table
 from cellslide.types import Plane
@@ -29,7 +29,6 @@ REGIONS = Path(__file__).with_name("negatives.geojson")
 LICENCES = {"CMU-1-Small-Region.svs": "CC0 1.0", "HE_example.tif": "Apache-2.0"}
 MARGIN_PX = 96
 IGNORE = 65535
-COLUMNS = ["file", "mask", "split", "organ", "mpp", "width", "height", "n_nuclei", "licence", "note"]
 
 
 def regions() -> list[dict[str, Any]]:
@@ -50,27 +49,27 @@ def tiles(slides: Path, output: Path) -> None:
     """Cut the regions out of SLIDES as a data set: 0 inside a region, 65535, not known, around it."""
     for folder in ("images", "masks"):
         (output / folder).mkdir(parents=True, exist_ok=True)
-    with (output / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(COLUMNS)
-        for i, region in enumerate(regions()):
-            with open_slide(slides / region["slide"]) as slide:
-                info = slide.info
-                x0, y0, x1, y1 = (int(v) for v in region["polygon"].bounds)
-                plane = Plane.of(info, info.mpp_x)
-                left, top = max(x0 - MARGIN_PX, 0), max(y0 - MARGIN_PX, 0)
-                right, bottom = min(x1 + MARGIN_PX, info.width_px), min(y1 + MARGIN_PX, info.height_px)
-                image = slide.read_plane(plane, (left, top, right, bottom))
-            mask = np.full(image.shape[:2], IGNORE, np.uint16)
-            ring = np.array(region["polygon"].exterior.coords) - (left, top)
-            cv2.fillPoly(mask, [np.int32(ring)], 0)
-            name = f"{Path(region['slide']).stem}-{i:02}.png"
-            cv2.imwrite(str(output / "images" / name), image[..., ::-1])
-            cv2.imwrite(str(output / "masks" / name), mask)
-            height, width = mask.shape
-            about = ("train", "", info.mpp_x, width, height, 0, LICENCES[region["slide"]], region["reason"])
-            rows.writerow([f"images/{name}", f"masks/{name}", *about])
-            click.echo(f"{name}: {region['reason']}")
+    rows: list[dict[str, object]] = []
+    for i, region in enumerate(regions()):
+        with open_slide(slides / region["slide"]) as slide:
+            info = slide.info
+            x0, y0, x1, y1 = (int(v) for v in region["polygon"].bounds)
+            plane = Plane.of(info, info.mpp_x)
+            left, top = max(x0 - MARGIN_PX, 0), max(y0 - MARGIN_PX, 0)
+            right, bottom = min(x1 + MARGIN_PX, info.width_px), min(y1 + MARGIN_PX, info.height_px)
+            image = slide.read_plane(plane, (left, top, right, bottom))
+        mask = np.full(image.shape[:2], IGNORE, np.uint16)
+        ring = np.array(region["polygon"].exterior.coords) - (left, top)
+        cv2.fillPoly(mask, [np.int32(ring)], 0)
+        name = f"{Path(region['slide']).stem}-{i:02}.png"
+        cv2.imwrite(str(output / "images" / name), image[..., ::-1])
+        cv2.imwrite(str(output / "masks" / name), mask)
+        height, width = mask.shape
+        size = {"mpp": info.mpp_x, "width": width, "height": height, "n_nuclei": 0}
+        about = {"split": "train", "licence": LICENCES[region["slide"]], "note": region["reason"]}
+        rows.append({"file": f"images/{name}", "mask": f"masks/{name}", **size, **about})
+        click.echo(f"{name}: {region['reason']}")
+    write_manifest(output, rows)
 
 
 @main.command()

@@ -9,7 +9,6 @@ nothing.
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,26 +19,12 @@ import torch
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from cellslide.evaluate.dataset import Sample, read_dataset
+from cellslide.evaluate.dataset import Sample, read_dataset, write_manifest
 from cellslide.inference.device import cpu_computes_bf16
 from cellslide.train.data import licences, resample_image
 from cellslide.weights import LoadedModel, load_model
 
 IGNORE = 65535
-COLUMNS = [
-    "file",
-    "mask",
-    "points",
-    "split",
-    "patient",
-    "organ",
-    "mpp",
-    "width",
-    "height",
-    "n_nuclei",
-    "licence",
-    "note",
-]
 
 
 @dataclass(frozen=True)
@@ -135,16 +120,15 @@ def main(dataset: Path, weights: Path, output: Path, mpp: float | None, split: s
     for folder in ("images", "masks"):
         (output / folder).mkdir(parents=True, exist_ok=True)
     licence, note = "; ".join(licences(dataset)), "outlines by a model"
-    with (output / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(COLUMNS)
-        for s in (s for s in read_dataset(dataset, split).samples if s.patient not in excluded):
-            n = outline(model, s, mpp, output, Rules())
-            image, mask = f"images/{s.stem}.png", f"masks/{s.stem}.png"
-            height, width = cv2.imread(str(output / mask), cv2.IMREAD_UNCHANGED).shape
-            about = (s.split, s.patient, s.organ, mpp, width, height, n, licence, note)
-            rows.writerow([image, mask, "", *about])
-            click.echo(f"{s.stem}: {n} nuclei")
+    rows: list[dict[str, object]] = []
+    for s in (s for s in read_dataset(dataset, split).samples if s.patient not in excluded):
+        n = outline(model, s, mpp, output, Rules())
+        image, mask = f"images/{s.stem}.png", f"masks/{s.stem}.png"
+        height, width = cv2.imread(str(output / mask), cv2.IMREAD_UNCHANGED).shape
+        about = {"split": s.split, "patient": s.patient, "organ": s.organ, "mpp": mpp, "licence": licence, "note": note}
+        rows.append({"file": image, "mask": mask, "width": width, "height": height, "n_nuclei": n, **about})
+        click.echo(f"{s.stem}: {n} nuclei")
+    write_manifest(output, rows)
 
 
 if __name__ == "__main__":

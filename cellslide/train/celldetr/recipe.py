@@ -149,7 +149,7 @@ class CellDETRRecipe(Recipe):
         require(0 <= self.nms_um <= 50, "nms_um", self.nms_um, "0 to 50 µm")
 
     def network(self) -> dict[str, Any]:
-        """Return what the manifest entry says of the network: classes counted by who lists them, the training's mode.
+        """Return the manifest entry's keys of the network: classes counted by who lists them, the training's mode.
 
         Raises UsageError for a network that cannot learn what the recipe asks.
         """

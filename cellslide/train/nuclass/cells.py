@@ -249,7 +249,7 @@ def images_of(sets: Sequence[CellSet]) -> tuple[list[CellImage], list[CellImage]
 
 
 def cell_set_card(images: CellSet, recipe: NuClassRecipe) -> dict[str, Any]:
-    """Return what a card says of a data set, its cells counted by class."""
+    """Return the card's entry of a data set, its cells counted by class."""
 
     def count(items: Sequence[CellImage]) -> dict[str, Any]:
         cells = class_counts(items, len(recipe.classes)).tolist()

@@ -190,7 +190,7 @@ class NuClassRecipe(Recipe):
         require(0 <= self.unknown_organ_p <= 1, "unknown_organ_p", self.unknown_organ_p, "0 to 1")
 
     def network(self) -> dict[str, Any]:
-        """Return what the manifest entry says of the network, but its sizes, which the stage decides."""
+        """Return the manifest entry's keys of the network, but its sizes, which the stage decides."""
         found = {"arch": "nuclass", "mean": self.mean, "std": self.std}
         return found | {"classes": class_specs(self.classes), "organs": self.organs}
 

@@ -287,7 +287,7 @@ def loaders(run: Run, model: Any) -> tuple[DataLoader[Fields], DataLoader[PointI
 
 
 def point_set_card(images: PointSet, recipe: PointsRecipe) -> dict[str, Any]:
-    """Return what a card says of a data set, its nuclei counted by class."""
+    """Return the card's entry of a data set, its nuclei counted by class."""
 
     def count(items: Sequence[PointImage]) -> dict[str, Any]:
         labels = np.concatenate([np.empty(0, np.int64), *(item.label for item in items)])

@@ -137,7 +137,7 @@ class PointsRecipe(Recipe):
         require(given in (0, n), "loss.class_weight", list(self.loss.class_weight), f"empty or {n} numbers")
 
     def network(self) -> dict[str, Any]:
-        """Return what the manifest entry says of the network; its classes are those that the recipe names."""
+        """Return the manifest entry's keys of the network; its classes are those that the recipe names."""
         head = dict(self.model.config.get("head") or {})
         n = len(self.model.classes)
         given = head.setdefault("n_classes", n)

@@ -137,7 +137,7 @@ def sources_of(options: FitOptions) -> Sources:
 
 
 def field_set_card(fields: FieldSet, recipe: PretrainRecipe) -> dict[str, Any]:
-    """Return what a model's card says of a source."""
+    """Return the card's entry of a source."""
     return {"name": fields.name, "weight": fields.weight, "fields": len(fields.fields), "nuclei": fields.n_nuclei}
 
 

@@ -218,7 +218,7 @@ class MuseRecipe(PretrainRecipe):
         require(rising, "views.from_epoch", starts, "0 for the first, and rising")
 
     def network(self) -> dict[str, Any]:
-        """Return what the manifest entry says of the network; raises UsageError if it is no MUSE."""
+        """Return the manifest entry's keys of the network; raises UsageError if it is no MUSE."""
         arch = self.model.arch
         require(architecture_of(arch).family == "muse", "model.arch", arch, "muse, muse_vit_s, muse_vit_b or muse_r50")
         return PretrainRecipe.network(self)
@@ -282,7 +282,7 @@ class CellDETRPretrainRecipe(PretrainRecipe):
         require(self.box_um > 0, "box_um", self.box_um, "above 0")
 
     def network(self) -> dict[str, Any]:
-        """Return what the manifest entry says of the network: no classes, and the head of the contrast.
+        """Return the manifest entry's keys of the network: no classes, and the head of the contrast.
 
         Raises UsageError for one that has no representation to contrast.
         """
