@@ -488,7 +488,7 @@ def test_levels_rounded_up_or_down_stay(tmp_path: Path, suffix: str) -> None:
 
 def dicom(shared: Path, folder: Path, colours: str, said: str, subsampling: str = "444") -> Path:
     """Write the field as one level of DICOM, its frames JPEG in `colours` while the header says `said`."""
-    pydicom = pytest.importorskip("pydicom")
+    pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed: pip install 'cellslide[test]'")
     from pydicom.encaps import encapsulate
     from pydicom.uid import generate_uid
 
@@ -541,7 +541,7 @@ def test_dicom_frames_are_in_the_colours_that_their_streams_say(
 
 def sparse(shared: Path, folder: Path, order: Sequence[int], kind: str | None, places: bool = True) -> Path:
     """Write the field as one level of DICOM in tiles of 128 px: those of `order`, with their places."""
-    pydicom = pytest.importorskip("pydicom")
+    pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed: pip install 'cellslide[test]'")
     from pydicom.encaps import encapsulate
 
     dicom(shared, folder, "ycbcr", "YBR_FULL_422", "422")
