@@ -21,7 +21,7 @@ from cellslide.inference.stream import Detector
 from cellslide.pipeline import segment_slide
 from cellslide.slides.inputs import SlideInput
 from cellslide.types import HoverMaps, Instances, ModelSpec, NoOutput, RunRecord, UInt8
-from tests.fakes import fake_model
+from tests.support.fakes import fake_model
 
 STEP_PX, RADIUS_PX, EDGE_PX, MPP = 12, 3.5, 1008, 0.5
 A_TILE = (EDGE_PX // STEP_PX) ** 2

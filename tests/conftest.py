@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.browser import Chromium, started
+from tests.support.browser import Chromium, started
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 

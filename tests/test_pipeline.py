@@ -29,9 +29,9 @@ from cellslide.slides.slide import Slide, slide_from_array
 from cellslide.store.cell_table import CellTable, open_table
 from cellslide.types import Cells, Plane, RunRecord, UInt8
 from cellslide.weights import LoadedModel
-from tests.fakes import CLASSES, FakeMask, fake_model
-from tests.painted import DISC, PINK_DISC, PaintedSlide, paint_slide
-from tests.test_infer import TINY
+from tests.inference.test_torch_engine import TINY
+from tests.support.fakes import CLASSES, FakeMask, fake_model
+from tests.support.painted import DISC, PINK_DISC, PaintedSlide, paint_slide
 
 BASE = SegmentConfig(
     tissue=TissueConfig(enabled=False),
@@ -531,7 +531,7 @@ def test_signals_ask_for_a_stop_and_handlers_come_back() -> None:
 
 
 def test_memory_that_runs_out_on_the_way_changes_nothing(slide: PaintedSlide, tmp_path: Path) -> None:
-    from tests.fakes import HungryMask
+    from tests.support.fakes import HungryMask
 
     _, expected = segment(slide.path, tmp_path / "a")
     hungry = LoadedModel(fake_model().spec, HungryMask(fits=2), entry=None)

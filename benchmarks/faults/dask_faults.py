@@ -26,13 +26,13 @@ import numpy as np
 
 from cellslide.store.cell_table import open_table
 from cellslide.store.run_record import read_record
-from tests.painted import grid_centres, paint_slide
+from tests.support.painted import grid_centres, paint_slide
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, STEP = (700, 500), 60
 CELLSLIDE = (
     "import sys, cellslide.weights\n"
-    "from tests.cluster_fakes import load_deadly\n"
+    "from tests.support.cluster_fakes import load_deadly\n"
     "cellslide.weights.load_model = load_deadly\n"
     "from cellslide.cli.main import cli\n"
     "cli(sys.argv[1:])\n"

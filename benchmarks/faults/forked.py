@@ -48,8 +48,8 @@ def use_fakes() -> None:
     import cellslide.inference.search
     import cellslide.weights
     import cellslide.weights.classifier
-    from tests.fake_classifier import fake_loaded
-    from tests.fakes import fake_model
+    from tests.support.fake_classifier import fake_loaded
+    from tests.support.fakes import fake_model
 
     torch.set_num_threads(1)
     cellslide.weights.load_model = lambda *args: fake_model()

@@ -86,7 +86,7 @@ class Kitchen:
 
 def poison_slides(whole: Path, folder: Path) -> None:
     """Write the poisoned slides."""
-    from tests.hostile_files import bad_slides, spoil_tile, write_png_bomb
+    from tests.support.hostile_files import bad_slides, spoil_tile, write_png_bomb
 
     folder.mkdir()
     for name, content in bad_slides(whole).items():
@@ -97,7 +97,7 @@ def poison_slides(whole: Path, folder: Path) -> None:
 
 def poison_nuclei(folder: Path) -> None:
     """Write the poisoned files of nuclei."""
-    from tests.hostile_files import bad_nuclei
+    from tests.support.hostile_files import bad_nuclei
 
     folder.mkdir()
     for name, content in bad_nuclei().items():
@@ -108,7 +108,7 @@ def poison_weights(folder: Path, marker: Path) -> None:
     """Write weights that make the file `marker` when they are unpickled."""
     import torch
 
-    from tests.hostile_files import Evil
+    from tests.support.hostile_files import Evil
 
     folder.mkdir()
     for name in ("w.pth", "w.pt", "w.ckpt"):
