@@ -20,10 +20,10 @@ from cellslide.errors import MissingDependencyError, PixelSizeError, UsageError
 from cellslide.store.anndata_columns import Categorical, TableError
 from cellslide.types import Cells
 from tests.conftest import CHECKOUT
+from tests.painted import DISC, PINK_DISC, PaintedSlide, paint_slide
 from tests.support.fake_classifier import fake_loaded
 from tests.support.fake_muse import fake_muse
 from tests.support.fakes import fake_model
-from tests.support.painted import DISC, PINK_DISC, PaintedSlide, paint_slide
 from tests.support.typed_set import write_typed_set
 
 CENTRES = [(60, 60), (180, 60), (300, 60), (60, 180), (180, 180), (300, 180)]

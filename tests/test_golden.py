@@ -21,9 +21,9 @@ import pytest
 from click.testing import CliRunner
 from scipy.spatial import cKDTree
 
+from tests.painted import DISC, PINK_DISC, grid_centres, paint_slide
 from tests.support.fake_classifier import fake_loaded
 from tests.support.fakes import CLASSES, fake_model
-from tests.support.painted import DISC, PINK_DISC, grid_centres, paint_slide
 
 RECORD = Path(__file__).with_name("golden.json")
 FORMATS = "zarr,geojson,parquet,csv,labels,h5ad,tissuumaps"

@@ -30,8 +30,8 @@ from cellslide.store.cell_table import CellTable, open_table
 from cellslide.types import Cells, Plane, RunRecord, UInt8
 from cellslide.weights import LoadedModel
 from tests.inference.test_torch_engine import TINY
+from tests.painted import DISC, PINK_DISC, PaintedSlide, paint_slide
 from tests.support.fakes import CLASSES, FakeMask, fake_model
-from tests.support.painted import DISC, PINK_DISC, PaintedSlide, paint_slide
 
 BASE = SegmentConfig(
     tissue=TissueConfig(enabled=False),

@@ -27,8 +27,8 @@ from cellslide.store.cell_table import open_table
 from cellslide.store.run_record import read_record
 from cellslide.types import RunRecord
 from tests.classify.test_rows import BREAST, INFER, classifier, rule
+from tests.painted import DISC, PINK_DISC, paint_slide
 from tests.support.fakes import fake_model
-from tests.support.painted import DISC, PINK_DISC, paint_slide
 
 CONFIG = SegmentConfig(
     tissue=TissueConfig(enabled=False), infer=INFER, output=OutputConfig(formats=("zarr", "geojson", "csv"))

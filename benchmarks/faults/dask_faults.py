@@ -26,7 +26,7 @@ import numpy as np
 
 from cellslide.store.cell_table import open_table
 from cellslide.store.run_record import read_record
-from tests.support.painted import grid_centres, paint_slide
+from tests.painted import grid_centres, paint_slide
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, STEP = (700, 500), 60

@@ -125,7 +125,7 @@ class Campaign:
 
 def paint(path: Path) -> None:
     """Paint discs of two colours, some of them on the seams of tiles."""
-    from tests.support.painted import DISC, PINK_DISC, paint_slide
+    from tests.painted import DISC, PINK_DISC, paint_slide
 
     places = [(x, y) for y in range(32, 320, 32) for x in range(32, 450, 32)]
     colors = [(DISC, PINK_DISC)[k % 2] for k in range(len(places))]

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from benchmarks.faults.forked import use_fakes
-from tests.support.painted import paint_slide
+from tests.painted import paint_slide
 
 
 def paint(folder: Path, slides: int) -> dict[str, int]:

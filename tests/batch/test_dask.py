@@ -39,8 +39,8 @@ from cellslide.store.atomic import write_json
 from cellslide.store.cell_table import open_table
 from cellslide.store.run_record import read_record
 from cellslide.store.tile_checkpoint import PARTS_FOLDER
+from tests.painted import paint_slide
 from tests.support.cluster_fakes import POISON, load_deadly, load_fake_classifier
-from tests.support.painted import paint_slide
 
 distributed = pytest.importorskip("distributed", reason="Dask is not installed: pip install 'cellslide[cluster]'")
 

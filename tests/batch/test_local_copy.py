@@ -22,8 +22,8 @@ from cellslide.progress import Silent, Watch
 from cellslide.slides import reopen
 from cellslide.slides.inputs import SlideInput
 from cellslide.store.run_record import read_record
+from tests.painted import paint_slide
 from tests.support.fakes import fake_model
-from tests.support.painted import paint_slide
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -17,9 +17,9 @@ from cellslide.config import InferConfig, parse_devices
 from cellslide.errors import Interrupted, UsageError
 from cellslide.progress import Silent
 from cellslide.weights import LoadedModel
+from tests.painted import paint_slide
 from tests.support.fakes import fake_model
 from tests.support.hazards import Hazard, Light, LightSource
-from tests.support.painted import paint_slide
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,9 @@ from cellslide.store.run_record import fingerprint, read_record
 from cellslide.types import Calibration, PathProbs, Plane
 from cellslide.weights.organs import Organ
 from tests.classify.test_rows import BREAST, INFER, NAMES, OUTPUT, assert_same, classifier, config, rule
+from tests.painted import DISC, PINK_DISC, paint_slide
 from tests.support.fake_classifier import SPEC, FakeNuClass
 from tests.support.fakes import fake_model
-from tests.support.painted import DISC, PINK_DISC, paint_slide
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from cellslide.store.anndata_columns import Categorical
 from cellslide.store.cell_table import open_table
 from cellslide.store.recovery import tables_below
 from cellslide.store.run_record import read_record
+from tests.painted import DISC, PINK_DISC, paint_slide
 from tests.support.fake_classifier import SPEC, FakeNuClass, fake_loaded
 from tests.support.fakes import fake_model
-from tests.support.painted import DISC, PINK_DISC, paint_slide
 
 QUICK = ("--device", "cpu", "--no-progress")
 SEGMENT = (*QUICK, "--no-tissue", "--workers", "0")

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from cellslide.cli.main import cli
-from tests.support.painted import paint_slide
+from tests.painted import paint_slide
 
 KEYS = [
     "path", "vendor", "width", "height", "levels", "mpp_x", "mpp_y", "mpp_source", "objective_power", "bounds",

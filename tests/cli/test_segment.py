@@ -18,8 +18,8 @@ from cellslide.store.cell_table import open_table
 from cellslide.types import ModelSpec
 from cellslide.weights import LoadedModel
 from tests.conftest import CHECKOUT
+from tests.painted import paint_slide
 from tests.support.fakes import fake_model
-from tests.support.painted import paint_slide
 
 FLAGS = ("--no-tissue", "--device", "cpu", "--workers", "0", "--no-progress")
 

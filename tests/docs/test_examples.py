@@ -18,7 +18,7 @@ import yaml
 from cellslide.cli.main import cli
 from cellslide.store.run_record import read_record
 from tests.conftest import CHECKOUT
-from tests.support.painted import paint_slide
+from tests.painted import paint_slide
 
 EXAMPLES = CHECKOUT / "examples"
 RECIPES = [

@@ -24,9 +24,9 @@ from click.testing import CliRunner
 from cellslide.cli.main import cli
 from tests.conftest import CHECKOUT
 from tests.house.test_style import PROJECT
+from tests.painted import grid_centres, paint_slide
 from tests.support.cluster_fakes import load_fake_classifier
 from tests.support.fakes import fake_model
-from tests.support.painted import grid_centres, paint_slide
 
 FOLDER = CHECKOUT / "docs" / "how-to"
 PAGES = sorted(path for path in FOLDER.glob("*.md") if path.name != "README.md")

@@ -11,8 +11,8 @@ import pytest
 
 from cellslide.evaluate.dataset import write_manifest
 from tests.conftest import CHECKOUT
+from tests.painted import DISC, grid_centres, paint_slide
 from tests.support.labelled import add_image, discs
-from tests.support.painted import DISC, grid_centres, paint_slide
 
 PAGE = CHECKOUT / "docs" / "python.md"
 

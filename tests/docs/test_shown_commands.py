@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from cellslide.cli.main import cli
 from cellslide.evaluate.dataset import write_manifest
 from tests.conftest import CHECKOUT
+from tests.painted import DISC, grid_centres, paint_slide
 from tests.support.labelled import add_image, discs
-from tests.support.painted import DISC, grid_centres, paint_slide
 
 # Why an example is only understood here: what it needs beyond the package and one small slide.
 NEEDS = {

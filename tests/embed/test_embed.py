@@ -22,9 +22,9 @@ from cellslide.slides.slide import Slide, open_slide, slide_from_array
 from cellslide.store.cell_table import CellTableWriter, open_table
 from cellslide.store.run_record import read_record
 from cellslide.types import Cells, RunRecord
+from tests.painted import DISC, PINK_DISC, paint_slide
 from tests.support.fake_muse import FakeMuse, fake_muse
 from tests.support.fakes import fake_spec
-from tests.support.painted import DISC, PINK_DISC, paint_slide
 
 WIDTH, HEIGHT, RADIUS = 620, 360, 9.0
 # Corners, edges, the borders of windows at 64 px, and places between.

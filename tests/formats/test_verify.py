@@ -29,8 +29,8 @@ from cellslide.slides.slide import open_slide
 from cellslide.store.cell_table import open_table
 from cellslide.types import ModelKind
 from tests.classify.test_rows import BREAST, INFER, classifier, rule
+from tests.painted import DISC, PINK_DISC, grid_centres, paint_slide
 from tests.support.fakes import CLASSES, fake_model
-from tests.support.painted import DISC, PINK_DISC, grid_centres, paint_slide
 from tests.support.random_cells import BOUNDS, as_kind, ellipses, model_spec, slide_info
 from tests.support.random_cells import write_table as write_random
 

@@ -22,8 +22,8 @@ from cellslide.slides.readers.plain import ArrayReader
 from cellslide.slides.slide_formats import SLIDE_FORMATS, SlideFormat
 from cellslide.store.atomic import write_text
 from cellslide.store.cell_table import CellTable
+from tests.painted import PaintedSlide, grid_centres, paint_slide
 from tests.support.fakes import fake_model
-from tests.support.painted import PaintedSlide, grid_centres, paint_slide
 
 QUICK = ("--device", "cpu", "--no-progress", "--no-tissue", "--workers", "0")
 

@@ -19,7 +19,7 @@ from cellslide.errors import WeightsError
 from cellslide.models import registry
 from cellslide.models.registry import ARCHITECTURES, Architecture, architecture_of
 from cellslide.types import DetectDecode
-from tests.support.painted import grid_centres, paint_slide
+from tests.painted import grid_centres, paint_slide
 
 
 class ToyNetwork(nn.Module):

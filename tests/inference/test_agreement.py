@@ -12,8 +12,8 @@ from cellslide.config import InferConfig, SegmentConfig, TissueConfig
 from cellslide.inference.segmenter import open_segmenter
 from cellslide.pipeline import segment_slide
 from cellslide.slides.inputs import SlideInput
+from tests.painted import paint_slide
 from tests.support.fakes import fake_model
-from tests.support.painted import paint_slide
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from cellslide.inference.crops import (
 )
 from cellslide.slides.slide import Slide, open_slide, slide_from_array
 from cellslide.types import CropSpec, Float64, Plane, UInt8
-from tests.support.painted import write_pyramid
+from tests.painted import write_pyramid
 
 CPU = torch.device("cpu")
 SPECS = (

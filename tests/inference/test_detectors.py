@@ -27,8 +27,8 @@ from cellslide.store.shapes import polygons_from_wkb, ring_boxes
 from cellslide.types import DetectDecode, Float32, ModelKind, RunRecord
 from cellslide.weights import LoadedModel
 from tests.classify.test_rows import BREAST, classifier, rule
+from tests.painted import DISC, PINK_DISC, PaintedSlide, paint_slide
 from tests.support.fakes import CLASSES, EMBEDDED, fake_model
-from tests.support.painted import DISC, PINK_DISC, PaintedSlide, paint_slide
 from tests.support.qupath_rules import file_faults, read_features
 from tests.test_pipeline import BASE, StopAfter, assert_same, columns
 

@@ -28,8 +28,8 @@ from cellslide.store.anndata_columns import Categorical, Columns
 from cellslide.store.cell_table import CellTable, CellTableWriter, TableExtender, open_table
 from cellslide.store.run_record import plain, write_record
 from cellslide.types import Cells, ClassSpec, ModelSpec, RunRecord, SlideInfo
+from tests.painted import paint_slide
 from tests.support.fake_paths import CLASSES, SPEC, fake_classifier
-from tests.support.painted import paint_slide
 
 NAN = float("nan")
 # local, global, g; the fourth cell was not typed, the global path of the fifth did not run.

@@ -41,9 +41,9 @@ from cellslide.store.lock import hold
 from cellslide.store.run_record import read_record, write_record
 from cellslide.types import ClassSpec, FailedTile, Plane, RunRecord
 from tests.classify.test_rows import BREAST, INFER, OUTPUT, classifier, rule
+from tests.painted import DISC, PINK_DISC, paint_slide
 from tests.support.browser import Chromium
 from tests.support.fakes import fake_model
-from tests.support.painted import DISC, PINK_DISC, paint_slide
 from tests.support.random_cells import CLASSES, ellipses, model_spec, run_record, slide_info, write_table
 
 NEITHER = (118, 60, 124)

@@ -18,7 +18,7 @@ from cellslide.slides.readers import WHITE, OpenSlideReader, TiffReader, composi
 from cellslide.slides.resample import axis_taps
 from cellslide.slides.slide import Slide, inspect_slide, nominal_downsample, open_slide, slide_from_array
 from cellslide.types import Plane, UInt8
-from tests.support.painted import GLASS, grid_centres, paint_slide, shrink, write_pyramid
+from tests.painted import GLASS, grid_centres, paint_slide, shrink, write_pyramid
 
 MPP = 0.5
 WIDTH, HEIGHT = 331, 218

@@ -22,7 +22,7 @@ from cellslide.slides.slide import Slide, open_slide, slide_from_array
 from cellslide.slides.tiles import select_tiles, tile_grid
 from cellslide.slides.tissue import TissueMask, find_tissue, write_tissue
 from cellslide.types import Plane, SlideInfo, UInt8
-from tests.support.painted import GLASS, TISSUE, grid_centres, paint_slide
+from tests.painted import GLASS, TISSUE, grid_centres, paint_slide
 
 MPP = 0.5
 AUTO = TissueConfig()

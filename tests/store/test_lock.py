@@ -19,8 +19,8 @@ from cellslide.store.atomic import Staging
 from cellslide.store.lock import PREFIX, STALE_S, hold
 from cellslide.store.recovery import put_back, restore
 from tests.conftest import CHECKOUT
+from tests.painted import paint_slide
 from tests.support.fakes import fake_model
-from tests.support.painted import paint_slide
 from tests.test_pipeline import BASE, segment_slides, source
 
 

@@ -19,8 +19,8 @@ from cellslide.train.pretrain.data import BoxCrops, MuseViews, ShardedDraws, cro
 from cellslide.train.pretrain.fields import OnSlide, Sources, load_fields, places_of
 from cellslide.train.pretrain.recipe import CellDETRPretrainRecipe, MuseRecipe, ViewConfig
 from tests.classify.test_rows import INFER
+from tests.painted import DISC, paint_slide
 from tests.support.fakes import fake_model
-from tests.support.painted import DISC, paint_slide
 from tests.support.pretrain_sets import PLAIN, grey_field, grey_of, grey_sets
 from tests.support.train_sets import write_set
 

@@ -22,8 +22,8 @@ from cellslide.pipeline import segment_slide
 from cellslide.store.cell_table import CellTableWriter, open_table
 from cellslide.store.run_record import read_record
 from tests.conftest import CHECKOUT
+from tests.painted import PaintedSlide, grid_centres, paint_slide
 from tests.support.fakes import fake_model
-from tests.support.painted import PaintedSlide, grid_centres, paint_slide
 from tests.test_pipeline import BASE, assert_same, columns, segment, segment_slides, source
 
 ROUNDS = os.environ.get("CELLSLIDE_KILL_RUNS", "6")

@@ -23,8 +23,8 @@ from cellslide.slides.readers import TiffReader, pillow_reader
 from cellslide.slides.tissue import load_roi
 from cellslide.store.run_record import read_record
 from cellslide.weights.manifest import Manifest
+from tests.painted import write_pyramid
 from tests.support.foreign_files import cellvit_cells, qupath_export, stardist_export, write_table
-from tests.support.painted import write_pyramid
 from tests.support.random_cells import slide_info
 
 PLACES = [(300.0, 300.0), (400.0, 420.0)]

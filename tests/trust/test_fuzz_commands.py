@@ -24,11 +24,11 @@ from cellslide.cli.main import cli
 from cellslide.evaluate.dataset import write_manifest
 from cellslide.store.cell_table import open_table
 from cellslide.view.answers import Viewer
+from tests.painted import DISC, PINK_DISC, paint_slide
 from tests.support.fake_classifier import fake_loaded
 from tests.support.fakes import fake_model
 from tests.support.foreign_files import qupath_export
 from tests.support.labelled import add_image, discs
-from tests.support.painted import DISC, PINK_DISC, paint_slide
 
 CENTRES = [(x, y) for y in (60, 120) for x in (60, 140, 220)]
 TYPING = ("--device", "cpu", "--no-progress")

@@ -14,9 +14,9 @@ from cellslide.slides import readers
 from cellslide.slides.inputs import expand_slides, folder_name
 from cellslide.slides.readers import open_reader
 from cellslide.slides.slide import open_slide
+from tests.painted import paint_slide
 from tests.support.fakes import fake_model
 from tests.support.hostile_files import bad_slides, odd_slides, tiff, write_png_bomb
-from tests.support.painted import paint_slide
 from tests.support.watched import run_watched
 
 FLAGS = ("--no-tissue", "--device", "cpu", "--workers", "0", "--no-progress", "--mpp", "0.5", "--log-json")
@@ -96,8 +96,8 @@ def test_a_slide_of_a_square_kilometre_is_refused(whole: Path, monkeypatch: pyte
 
 
 def test_tiles_of_later_pages_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.painted import write_pyramid
     from tests.slides.test_slide import noise
-    from tests.support.painted import write_pyramid
 
     write_pyramid(tmp_path / "s.tif", noise(), 0.5, tile_px=64)
     open_reader(tmp_path / "s.tif").close()

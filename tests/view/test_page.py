@@ -22,7 +22,7 @@ from cellslide.view.answers import Viewer
 from cellslide.view.server import LOOPBACK, Server
 from tests.support.browser import Chromium, Page
 from tests.support.random_cells import ellipses, write_table
-from tests.support.viewed import CALIBRATION, CLASSES, HEIGHT, WIDTH, Viewed, made_up_probs, serving, write_viewed
+from tests.viewed import CALIBRATION, CLASSES, HEIGHT, WIDTH, Viewed, made_up_probs, serving, write_viewed
 
 HERE, ALL = "td:nth-child(2)", "td:nth-child(3)"
 RULES = [

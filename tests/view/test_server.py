@@ -47,7 +47,7 @@ from cellslide.view.rule import DecisionRule, Decisions, StoredRule
 from cellslide.view.server import LOOPBACK, MOST_CONNECTIONS, Server, open_server
 from tests.conftest import CHECKOUT
 from tests.support.random_cells import as_kind, ellipses, model_spec, write_table
-from tests.support.viewed import CALIBRATION, CLASSES, HEIGHT, RADIUS, WIDTH, Viewed, serving, write_viewed
+from tests.viewed import CALIBRATION, CLASSES, HEIGHT, RADIUS, WIDTH, Viewed, serving, write_viewed
 
 WHOLE = f"x0=0&y0=0&x1={WIDTH}&y1={HEIGHT}"
 

@@ -20,7 +20,7 @@ from cellslide.store.run_record import plain, write_record
 from cellslide.types import Calibration, Cells, ClassSpec, CropSpec, Float64, ModelSpec, PathProbs, RunRecord
 from cellslide.view.answers import Viewer
 from cellslide.view.server import Server, open_server
-from tests.support.painted import paint_slide
+from tests.painted import paint_slide
 
 CLASSES = (ClassSpec("tumour", (220, 30, 30)), ClassSpec("stroma", (30, 90, 220)), ClassSpec("immune", (20, 150, 60)))
 CALIBRATION = Calibration(
