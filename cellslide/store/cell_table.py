@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -281,14 +282,14 @@ class CellChunk:
 
 
 @contextmanager
-def _readable(path: Path, what: str) -> Iterator[None]:
-    """Raise TableError for whatever zarr raises on a part of a table that is damaged."""
+def _readable(path: Path, words: str) -> Iterator[None]:
+    """Raise TableError, with `words` for what is wrong, for whatever zarr, arrow and json raise on a damaged store."""
     try:
         yield
     except (CellslideError, OSError, MemoryError):
         raise
     except Exception as error:
-        raise TableError(f"{path}: {what} is damaged ({type(error).__name__}: {short(error)})") from error
+        raise TableError(f"{path}: {words} ({type(error).__name__}: {short(error)})") from error
 
 
 class CellTable:
@@ -331,7 +332,7 @@ class CellTable:
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> Column:
         """Return rows [start, stop) of one obs column; raises TableError where there is none of that name."""
-        with _readable(self.path, name):
+        with _readable(self.path, f"{name} is damaged"):
             return read_obs(self.group, name, start, stop, self._nodes)
 
     def vector(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
@@ -343,7 +344,7 @@ class CellTable:
 
     def matrix(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return rows [start, stop) of `obsm[name]`, or of the shape features for the name "X"."""
-        with _readable(self.path, name):
+        with _readable(self.path, f"{name} is damaged"):
             return read_matrix(self.group, name if name == "X" else f"obsm/{name}", start, stop, self._nodes)
 
     def rings(self, start: int, stop: int) -> tuple[Float64, Int64] | None:
@@ -429,12 +430,8 @@ def open_table(path: Path) -> CellTable:
     """Open `cells.zarr`; raises TableError where it is missing or not a complete table of this schema."""
     if not (path / "tables" / "cells" / "zarr.json").is_file():
         raise TableError(f"{path}: no cell table here; run `cellslide segment` first")
-    try:
+    with _readable(path, "not a cell table of cellslide"):
         return CellTable(path)
-    except (CellslideError, OSError, MemoryError):
-        raise
-    except Exception as error:  # zarr, arrow and json raise what they like on a damaged store
-        raise TableError(f"{path}: not a cell table of cellslide ({type(error).__name__}: {short(error)})") from error
 
 
 def _optional(package: str) -> Any:
@@ -469,18 +466,27 @@ def _rgb(text: str) -> tuple[int, int, int]:
     return value >> 16 & 255, value >> 8 & 255, value & 255
 
 
+def _carry(source: str, target: str) -> None:
+    """Give a file of a table a second name, without its bytes; descriptions, which are written in place, are copied."""
+    if not source.endswith(".json"):
+        # Some disks know no links, and some files may not be linked to.
+        with suppress(OSError):
+            return os.link(os.path.realpath(source), target)
+    shutil.copy2(source, target)
+
+
 class TableExtender:
     """Writes a new table from an old one and further columns, given block by block in the order of the rows.
 
-    Columns of a name that is there already are replaced; everything else, outlines included, is carried over unread.
-    The result takes the old table's place, or stands at `path`.
+    Columns of a name that is there already are replaced; everything else, outlines included, is carried over unread,
+    as links to the same files where the disk knows links. The result takes the old table's place.
     """
 
-    def __init__(self, table: CellTable, path: Path | None = None) -> None:
+    def __init__(self, table: CellTable) -> None:
         self.table = table
-        self.staging = Staging(path or table.path)
+        self.staging = Staging(table.path)
         try:
-            shutil.copytree(table.path, self.staging.folder)
+            shutil.copytree(table.path, self.staging.folder, copy_function=_carry)
         except BaseException:
             self.staging.abort()  # a half copy would stay on the disk that it has filled
             raise
@@ -491,7 +497,7 @@ class TableExtender:
 
     def append(self, block: Columns) -> None:
         """Add the new columns of the next rows."""
-        with _readable(self.table.path, "a column"):
+        with _readable(self.table.path, "a column is damaged"):
             self.columns.append(block)
 
     def close(self, run: RunRecord, classes: Sequence[ClassSpec] | None = None) -> None:
@@ -501,7 +507,7 @@ class TableExtender:
         """
         if self.columns.n != self.table.n:
             raise TableError(f"{self.columns.n} rows of new columns for {self.table.n} cells in {self.table.path}")
-        with _readable(self.table.path, "a column"):
+        with _readable(self.table.path, "a column is damaged"):
             self.columns.close()
             if classes is not None:
                 _write_classes(self.group, classes)

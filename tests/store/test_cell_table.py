@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -303,6 +304,32 @@ def test_new_columns_join_an_old_table(tmp_path: Path) -> None:
     anndata = pytest.importorskip("anndata", reason="extra `spatial` is not installed")
     obs_frame = anndata.read_zarr(tmp_path / "cells.zarr" / "tables" / "cells").obs
     assert list(obs_frame["path"]) == [("mix", "safe")[k] for k in codes]
+
+
+def files_of(store: Path) -> dict[Path, bytes]:
+    return {path.relative_to(store): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_does_not_change_is_linked_to_and_the_old_files_stay_as_they_were(
+    tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("no links on this disk")
+
+    old = write_table(tmp_path, ellipses(200))
+    shutil.copytree(old.path, tmp_path / "seen", copy_function=os.link)
+    before, outlines = files_of(old.path), Path("shapes/nuclei/shapes.parquet")
+    if not links:
+        monkeypatch.setattr("os.link", refuse)
+    extender = TableExtender(old)
+    extender.append(Columns({"gate": np.zeros(200), "class_prob": np.ones(200, np.float32)}))
+    assert files_of(old.path) == before
+    extender.close(run_record())
+    # Nothing was written through a name that both tables had.
+    assert files_of(tmp_path / "seen") == before
+    assert (tmp_path / "seen" / outlines).samefile(old.path / outlines) == links
+    assert (open_table(old.path).vector("class_prob") == 1).all()
 
 
 def test_columns_for_some_rows_only_are_refused(tmp_path: Path) -> None:
