@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("cellslide.cli.export:command", "Write other formats from a finished cells.zarr."),
     "report": ("cellslide.cli.report:command", "Write a page per slide that tells whether to trust the run."),
     "verify": ("cellslide.cli.verify:command", "Check that the files of finished slides agree."),
+    "compare": ("cellslide.cli.compare:command", "Compare two results of the same slides, with pictures."),
     "view": ("cellslide.cli.view:command", "Walk through a slide and its nuclei in the browser of this machine."),
     "explain": ("cellslide.cli.explain:command", "Show where the classifier looked, on chosen cells."),
     "evaluate": ("cellslide.cli.evaluate:command", "Score a model or its predictions on a labelled data set."),

@@ -43,6 +43,14 @@ def render_overlay(
     are no nucleus. Returns `out_png`; raises UsageError for an empty region.
     """
     box = region or (0, 0, slide.info.width_px, slide.info.height_px)
+    picture = draw_overlay(slide, table_path, box, max_px)
+    with beside(out_png) as scratch:
+        Image.fromarray(picture).save(scratch, format="PNG")
+    return out_png
+
+
+def draw_overlay(slide: Slide, table_path: Path, box: tuple[int, int, int, int], max_px: int) -> UInt8:
+    """Return the picture that `render_overlay` writes, uint8 (h, w, 3)."""
     if box[2] <= box[0] or box[3] <= box[1]:
         raise UsageError(f"region {box}: must be x0,y0,x1,y1 with x1 > x0 and y1 > y0, in level-0 pixels")
     plane, corner, picture = _background(slide, box, max_px)
@@ -50,9 +58,7 @@ def render_overlay(
         obs = tuple(name for name in ("abstained", "is_nucleus") if name in table.columns)
         for chunk in table.iter_chunks(ROWS_AT_ONCE, obs=obs):
             _draw_chunk(picture, chunk, (*table.colors, NO_CLASS), plane, corner)
-    with beside(out_png) as scratch:
-        Image.fromarray(picture).save(scratch, format="PNG")
-    return out_png
+    return picture
 
 
 def densest_region(info: SlideInfo, table_path: Path, size_px: int) -> tuple[int, int, int, int]:

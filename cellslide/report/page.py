@@ -308,7 +308,7 @@ def _shots(material: Material, k: int, kind: Kind, n: int, quality: int) -> Iter
         if crop is not None:
             caption = _caption(pick, kind, material.tally)
             alt = f"nucleus {pick.row}, {material.tally.classes[k]}, {caption}; x {pick.xy[0]:.0f}, y {pick.xy[1]:.0f}"
-            yield Shot(webp_uri(crop.image, min(quality + 5, 90)), _path(crop), caption, alt)
+            yield Shot(webp_uri(crop.image, min(quality + 5, 90)), crop_path(crop), caption, alt)
 
 
 def _caption(pick: GalleryCell, kind: Kind, tally: CellStatistics) -> str:
@@ -319,7 +319,8 @@ def _caption(pick: GalleryCell, kind: Kind, tally: CellStatistics) -> str:
     return f"{pick.value:.2f}" + ("" if pick.said else ", no class said")
 
 
-def _path(crop: Crop) -> str:
+def crop_path(crop: Crop) -> str:
+    """Return the outline of a crop as an SVG path, "" where there is none."""
     if crop.outline_xy is None or not len(crop.outline_xy):
         return ""
     steps = max(1, len(crop.outline_xy) // 40)

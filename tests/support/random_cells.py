@@ -26,9 +26,9 @@ def model_spec(kind: ModelKind = "mask", classes: tuple[ClassSpec, ...] = CLASSE
     return ModelSpec("fake", kind, 0.25, 256, 64, (0.5,) * 3, (0.5,) * 3, classes, weights_sha256="ab" * 32)
 
 
-def run_record() -> RunRecord:
-    """Return the record of a finished run."""
-    slide = {"path": "s1.svs", "sha256_head": "f0" * 32}
+def run_record(sha256: str = "f0" * 32) -> RunRecord:
+    """Return the record of a finished run on a slide of that hash."""
+    slide = {"path": "s1.svs", "sha256_head": sha256}
     return RunRecord("0.0", "done", slide, {}, [], "cpu", "torch", "fp32", 0, "2026-01-01T00:00:00Z")
 
 
@@ -64,9 +64,15 @@ def as_kind(cells: Cells, kind: ModelKind) -> Cells:
     return replace(cells, contour_xy=None, contour_start=None, box_xyxy=box)
 
 
-def write_table(folder: Path, cells: Cells, spec: ModelSpec | None = None, slide: SlideInfo | None = None) -> CellTable:
+def write_table(
+    folder: Path,
+    cells: Cells,
+    spec: ModelSpec | None = None,
+    slide: SlideInfo | None = None,
+    run: RunRecord | None = None,
+) -> CellTable:
     """Write the cells as `folder/cells.zarr` and open it."""
     writer = CellTableWriter(folder / "cells.zarr", slide or slide_info(), spec or model_spec())
     writer.append(cells)
-    writer.close(run_record())
+    writer.close(run or run_record())
     return open_table(folder / "cells.zarr")
