@@ -184,7 +184,7 @@ class Found:
         except BaseException:
             writer.abort()
             raise
-        write_formats(self.folder, self.setup.config.output, self.record, watch, "cells")
+        write_formats(self.folder, self.setup.config.output, self.record, watch, anew=True)
 
     def forget(self, typing: Typing | Exception | None) -> None:
         """Delete what was kept for a run that goes on; called when the record is that of a complete slide."""

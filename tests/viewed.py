@@ -10,7 +10,7 @@ from threading import Thread
 
 import numpy as np
 
-from cellslide.classify.columns import Rule, Tally, decided
+from cellslide.classify.columns import Rule, Tally, decided_columns
 from cellslide.classify.decision import DecisionConfig
 from cellslide.slides.identity import describe_slide
 from cellslide.slides.slide import open_slide
@@ -95,7 +95,7 @@ def _type(folder: Path, probs: PathProbs, run: RunRecord) -> None:
     known = ~np.isnan(probs.local).any(axis=1)
     with open_table(folder / "cells.zarr") as table:
         extender = TableExtender(table)
-        columns = decided(probs, known, rule, Tally())
+        columns = decided_columns(probs, known, rule, Tally())
         extender.append(Columns(columns.obs, columns.obsm))
         extender.close(run, CLASSES)
 

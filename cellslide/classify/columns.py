@@ -10,9 +10,10 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from cellslide.classify.decision import NOT_NUCLEUS, PATHS, Decision, DecisionConfig, decide
+from cellslide.classify.decision import PATHS, Decision, DecisionConfig, decide
 from cellslide.classify.taxonomy import Taxonomy, project
 from cellslide.store.anndata_columns import Categorical, Column, Columns, write_values
+from cellslide.store.table_schema import NOT_NUCLEUS, decided, decision_words
 from cellslide.types import Bool, Calibration, Float32, Int64, PathProbs
 
 
@@ -88,7 +89,7 @@ class DecidedColumns:
     def block(self, start: int, stop: int) -> Columns:
         """Return the columns of rows [start, stop); each row is to be asked for once."""
         probs, known = self.read(start, stop)
-        columns = decided(probs, known, self.rule, self.tally)
+        columns = decided_columns(probs, known, self.rule, self.tally)
         organ = Categorical(np.where(known, 0, -1).astype(np.int8), (self.organ,))
         return Columns({**columns.obs, "organ": organ}, columns.obsm)
 
@@ -98,7 +99,7 @@ class DecidedColumns:
             write_values(group, "uns/projected_names", self.rule.taxonomy.names)
 
 
-def decided(probs: PathProbs, known: Bool, rule: Rule, tally: Tally) -> Columns:
+def decided_columns(probs: PathProbs, known: Bool, rule: Rule, tally: Tally) -> Columns:
     """Return the columns of a block of N cells; rows that are not `known` hold nothing (NaN, missing, False)."""
     rows = np.flatnonzero(known)
     part = PathProbs(probs.local[rows], probs.global_[rows], probs.gate[rows])
@@ -112,7 +113,8 @@ def decided(probs: PathProbs, known: Bool, rule: Rule, tally: Tally) -> Columns:
     abstained[rows] = decision.abstained
     is_nucleus[rows] = ~rejected
     obs: dict[str, Column] = {
-        "class": Categorical(codes, rule.classes),
+        "class": Categorical(decided(codes, abstained, len(rule.classes)), decision_words(rule.classes)),
+        "class_top": Categorical(codes, rule.classes),
         "class_prob": _spread(decision.class_prob, rows, n),
         "is_nucleus": is_nucleus,
         "gate": probs.gate.astype(np.float32),

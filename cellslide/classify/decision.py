@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from cellslide.errors import UsageError, short
 from cellslide.store.foreign_files import read_yaml
+from cellslide.store.table_schema import NOT_NUCLEUS
 from cellslide.types import Bool, Calibration, Float32, Float64, Int64, PathProbs, UInt8
 
 GateRule = Literal["mix", "safe", "local", "global"]
@@ -23,8 +24,6 @@ GATE_RULES: tuple[GateRule, ...] = get_args(GateRule)
 # Which vector was used for a cell; `Decision.path` holds the index.
 PATHS = ("mix", "local", "global")
 MIX, LOCAL, GLOBAL = range(3)
-# The class of objects that are no nucleus; a classifier that has it rejects them.
-NOT_NUCLEUS = "not_nucleus"
 # A class of reliability 0 must not lose to another for the order of the paths alone; the published value.
 RELIABILITY_EPSILON = 1e-6
 

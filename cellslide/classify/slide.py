@@ -367,7 +367,7 @@ def described(rule: Rule) -> dict[str, Any]:
 
 def finish(folder: Path, record: RunRecord, output: OutputConfig, began: float, watch: Watch, peak: int) -> None:
     """Write the other formats anew, those that are there and those asked for, then `run.json`."""
-    write_formats(folder, output, record, watch, "classes")
+    write_formats(folder, output, record, watch, anew=True)
     shaped = {"geojson_origin": output.geojson_origin, "profile": output.profile}
     record.config = {**record.config, "output": {**record.config.get("output", {}), **shaped}}
     close_record(record, folder, peak, began)

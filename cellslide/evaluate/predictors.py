@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,30 +89,36 @@ def read_nuclei(folder: Path, sample: Sample) -> Nuclei:
 
 
 def _read_table(path: Path, sample: Sample) -> Nuclei:
-    """Read the cells of an image from a table; its level-0 pixels are the image's."""
+    """Read the nuclei of an image from a table, with the classes that were decided; its level-0 pixels are the image's.
+
+    What was rejected is no nucleus; a nucleus that abstained or was not typed has the class "".
+    """
     with open_table(path) as table:
         size = (table.slide.width_px, table.slide.height_px)
         if size != (sample.width, sample.height):
             raise UsageError(
                 f"{path}: made from an image of {size[0]} x {size[1]} px, not {sample.width} x {sample.height}"
             )
-        # A box is no outline: only where it lies is compared. What was rejected is no nucleus.
-        obs = ("is_nucleus",) if "is_nucleus" in table.columns else ()
-        chunks = table.iter_chunks(obs=obs, outlines=table.kind == "mask")
-        parts = [
-            chunk.cells.take(np.asarray(chunk.columns.obs[obs[0]], np.bool_)) if obs else chunk.cells
-            for chunk in chunks
-        ]
         names = () if table.class_names == (NUCLEUS.name,) else table.class_names
+        parts, decided = list[Cells](), list[str]()
+        # A box is no outline: only where it lies is compared.
+        for chunk in table.iter_chunks(obs=("is_nucleus",), outlines=table.kind == "mask"):
+            kept = np.asarray(chunk.columns.obs["is_nucleus"], np.bool_)
+            parts.append(chunk.cells.take(kept))
+            # The last of these is for what abstained, and for what was not typed (-1).
+            decided += [(*names, "")[k] for k in chunk.class_index[kept].tolist()] if names else []
         if parts:
-            return nuclei_of(concat(parts), (sample.height, sample.width), names)
+            return nuclei_of(concat(parts), (sample.height, sample.width), names, decided)
         return Nuclei.none((sample.height, sample.width) if table.kind == "mask" else None, names)
 
 
-def nuclei_of(cells: Cells, shape: tuple[int, int], names: tuple[str, ...]) -> Nuclei:
+def nuclei_of(
+    cells: Cells, shape: tuple[int, int], names: tuple[str, ...], decided: Sequence[str] | None = None
+) -> Nuclei:
     """Turn cells in image pixels into nuclei to score; outlines are filled into a label map of `shape` (H, W).
 
-    `names` are the classes of `cells.class_prob`, empty for a model that does not type nuclei.
+    names    the classes of `cells.class_prob`, empty for a model that does not type nuclei.
+    decided  the class of each cell, "" for none; where it is None the most probable one.
     """
     labels = label_id = None
     score = cells.score.astype(np.float64)
@@ -122,5 +128,6 @@ def nuclei_of(cells: Cells, shape: tuple[int, int], names: tuple[str, ...]) -> N
     if not names or cells.class_prob is None:
         return Nuclei(cells.centroid_xy, labels, label_id, score=score)
     prob = cells.class_prob.astype(np.float64)
-    class_name = tuple(names[i] for i in prob.argmax(axis=1)) if len(prob) else ()
-    return Nuclei(cells.centroid_xy, labels, label_id, class_name, prob, names, score)
+    if decided is None:
+        decided = [names[i] for i in prob.argmax(axis=1)] if len(prob) else []
+    return Nuclei(cells.centroid_xy, labels, label_id, tuple(decided), prob, names, score)

@@ -427,7 +427,7 @@ def _class_mean(s: ImageScores, part: str) -> float | None:
 
 
 def _typing(scores: Sequence[ImageScores]) -> tuple[float | None, float | None, float | None]:
-    """Accuracy, ECE and Brier score over all nuclei that were found."""
+    """Accuracy and Brier score over all nuclei that were found, ECE over those of which a class was said."""
     typed = [s.typed for s in scores if s.typed is not None]
     if not typed:
         return None, None, None
@@ -438,8 +438,11 @@ def _typing(scores: Sequence[ImageScores]) -> tuple[float | None, float | None, 
     confidences = [t.confidence for t in typed if t.confidence is not None]
     if len(probs) != len(typed):
         return accuracy, None, None
-    ece = classification.expected_calibration_error(np.concatenate(confidences), true == named)
-    return accuracy, ece, classification.brier_score(np.concatenate(probs), true)
+    said = np.concatenate([t.decided for t in typed])
+    ece = classification.expected_calibration_error(np.concatenate(confidences)[said], (true == named)[said])
+    prob = np.concatenate(probs)
+    known = np.isfinite(prob).all(axis=1)
+    return accuracy, ece, classification.brier_score(prob[known], true[known])
 
 
 def _warnings(dataset: Dataset, classes: ClassSet, scores: Sequence[ImageScores]) -> list[str]:

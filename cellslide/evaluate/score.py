@@ -17,7 +17,7 @@ from cellslide.evaluate import matching
 from cellslide.evaluate.dataset import Dataset, Sample
 from cellslide.evaluate.detection import Pairs, Tally, centroids
 from cellslide.evaluate.protocols import OPTIMAL, Marks, Protocol
-from cellslide.types import Float64, Int32, Int64
+from cellslide.types import Bool, Float64, Int32, Int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,8 @@ class ClassSet:
 class TypedPairs:
     """Nuclei found (within the radius) whose true class is known: the input of accuracy, ECE and Brier score.
 
-    true_class, pred_class  int64 (M,), -1 for a predicted class that is not scored.
+    true_class, pred_class  int64 (M,), -1 for a predicted class that is not scored, and for a nucleus of no class.
+    decided                 bool (M,): a class was said of it.
     prob                    float64 (M, C + 1): probability of each scored class, and last of all others together;
                             or None.
     """
@@ -127,10 +128,11 @@ class TypedPairs:
     true_class: Int64
     pred_class: Int64
     prob: Float64 | None
+    decided: Bool
 
     @property
     def confidence(self) -> Float64 | None:
-        """Probability of the class that was named, float64 (M,), or None."""
+        """Probability of the class that was said, float64 (M,), or None; of no meaning where none was."""
         # Class -1, not scored, names the last column.
         return None if self.prob is None else self.prob[np.arange(len(self.prob)), self.pred_class]
 
@@ -234,7 +236,7 @@ def _point_scores(truth: Nuclei, pred: Nuclei, mpp: float, classes: ClassSet, pr
         return scores
     true_class, pred_class = classes.index(truth.class_name), classes.index(pred.class_name)
     n = len(classes.names)
-    names = sorted({*pred.class_name, *pred.prob_names})
+    names = sorted({*pred.class_name, *pred.prob_names} - {""})
     scored = {name for name, index in zip(names, classes.index(names).tolist(), strict=True) if index >= 0}
     pairs = protocol.pairs(true_at, pred_at, mpp)
     return scores | {
@@ -301,7 +303,8 @@ def _typed_pairs(pairs: Pairs, true_class: Int64, pred_class: Int64, pred: Nucle
         prob = np.zeros((len(pred_row), len(classes.names) + 1))
         for source, target in enumerate(classes.index(pred.prob_names)):
             prob[:, target] += pred.prob[pred_row, source]
-    return TypedPairs(true_class[true_row], pred_class[pred_row], prob)
+    said = np.array([bool(name) for name in pred.class_name or ()], np.bool_)
+    return TypedPairs(true_class[true_row], pred_class[pred_row], prob, said[pred_row])
 
 
 def _synonyms(known: Set[str]) -> dict[str, str]:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
 
 from cellslide.config import OutputConfig
 from cellslide.formats.registry import FORMATS, export_table, find_formats, present_formats
@@ -20,13 +19,11 @@ from cellslide.types import RunRecord
 log = logging.getLogger(__name__)
 
 
-def write_formats(
-    folder: Path, output: OutputConfig, record: RunRecord, watch: Watch, new: Literal["", "cells", "classes"] = ""
-) -> None:
-    """Write the other formats from the table; those too that lie there and do not hold what is new in the table."""
+def write_formats(folder: Path, output: OutputConfig, record: RunRecord, watch: Watch, anew: bool = False) -> None:
+    """Write the other formats from the table; `anew` those too that lie there, since the table has changed."""
     watch.progress.stage("write")
     start = time.perf_counter()
-    outdated = [f.name for f in present_formats(folder) if new == "cells" or (new and f.typed)]
+    outdated = [f.name for f in present_formats(folder)] if anew else []
     with open_table(folder / TABLE) as table:
         for name in dict.fromkeys((*output.formats, *outdated)):
             watch.check()

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import orjson
-from numpy.typing import NDArray
 
 from cellslide.geometry.outlines import GRID_PX, ring_areas, sure_rings, valid_rings
 from cellslide.store.anndata_columns import Columns
@@ -73,7 +72,7 @@ class _Layout:
     @classmethod
     def of(cls, table: CellTable, origin: Origin, profile: Profile) -> _Layout:
         bounds = table.slide.bounds if origin == "bounds" else None
-        colored = zip(table.class_names, table.colors, strict=True)
+        colored = zip(table.decisions, table.decision_colors, strict=True)
         classes = tuple({"name": name, "color": list(color)} for name, color in colored)
         full = profile == "full"
         return cls(
@@ -129,10 +128,10 @@ def _write_collection(write: Callable[[bytes], object], texts: Iterator[bytes]) 
 
 def _texts(table: CellTable, layout: _Layout) -> Iterator[bytes]:
     """Yield the features by BLOCK_CELLS."""
-    known = ("abstained",) if "abstained" in table.columns else ()
-    obs = tuple(dict.fromkeys([*layout.obs, *known]))
     features = bool(layout.features)
-    for chunk in table.iter_chunks(BLOCK_CELLS, obs=obs, obsm=layout.obsm, features=features, probabilities=False):
+    for chunk in table.iter_chunks(
+        BLOCK_CELLS, obs=layout.obs, obsm=layout.obsm, features=features, probabilities=False
+    ):
         yield _features(chunk, layout)
 
 
@@ -145,7 +144,7 @@ def _features(chunk: CellChunk, layout: _Layout) -> bytes:
     rows = zip(
         map(orjson.dumps, chunk.uuid.tolist()),
         _coordinates(chunk, layout),
-        ((kinds[k] if k >= 0 else b"") for k in shown_class(chunk).tolist()),
+        ((kinds[k] if k >= 0 else b"") for k in chunk.class_index.tolist()),
         _measured(chunk, layout),
         strict=True,
     )
@@ -210,14 +209,6 @@ def _mended_cents(xy: Float64, start: Int64, centroid_xy: Float64) -> tuple[Int6
         rings = np.concatenate(parts)
         ring_start = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
     return _cents(rings), ring_start
-
-
-def shown_class(chunk: CellChunk) -> NDArray[Any]:
-    """Return the class of each cell, -1 for a cell that is to be shown without one: not typed, or not sure enough."""
-    abstained = chunk.columns.obs.get("abstained")
-    if not isinstance(abstained, np.ndarray):
-        return chunk.class_index
-    return np.where(abstained.astype(np.bool_), -1, chunk.class_index)
 
 
 def _measured(chunk: CellChunk, layout: _Layout) -> list[bytes]:

@@ -23,8 +23,8 @@ CHUNK_ROWS = 16_384
 
 def write_h5ad(table: CellTable, path: Path) -> None:
     """Write the table to `path`, rows a block at a time: memory does not grow with the cells."""
-    with h5py.File(path, "w") as file:
-        _copy_group(table.group, file)
+    with table.newest() as current, h5py.File(path, "w") as file:
+        _copy_group(current.group, file)
 
 
 def _copy_group(source: zarr.Group, target: h5py.Group) -> None:

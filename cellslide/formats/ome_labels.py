@@ -1,6 +1,7 @@
 """Instance labels as OME-NGFF 0.5 (zarr v3): a pyramid of label maps at level 0, written shard by shard.
 
 A pixel holds `cell_id` + 1 of the nucleus whose outline covers its centre, else 0; of two that overlap the later wins.
+What a classifier rejected is no nucleus and is not drawn.
 """
 
 from __future__ import annotations
@@ -93,12 +94,14 @@ def _metadata(slide: SlideInfo, n_levels: int) -> dict[str, Any]:
 
 
 def _boxes(table: CellTable) -> Float32:
-    """Return the boxes xyxy (N, 4) of all outlines, widened by float32's rounding."""
+    """Return the boxes xyxy (N, 4) of all outlines, widened by float32's rounding; NaN for what is no nucleus."""
     boxes = np.empty((len(table), 4), np.float32)
-    for chunk in table.iter_chunks():
+    for chunk in table.iter_chunks(obs=("is_nucleus",)):
         xy, start = chunk.cells.contour_xy, chunk.cells.contour_start
         if xy is not None and start is not None:
             boxes[chunk.start : chunk.start + len(chunk)] = ring_bounds(xy, start) + (-1, -1, 1, 1)
+        rejected = ~np.asarray(chunk.columns.obs["is_nucleus"], np.bool_)
+        boxes[chunk.start + np.flatnonzero(rejected)] = np.nan
     return boxes
 
 

@@ -25,7 +25,6 @@ class Format:
     writer     writes a table into a folder, complete or not at all, and returns the path.
     shaped_by  fields of `OutputConfig` that change its content.
     kinds      kinds of nuclei that it can hold.
-    typed      whether classes stand in it, so that it is written anew after typing.
     """
 
     name: str
@@ -33,7 +32,6 @@ class Format:
     writer: Writer
     shaped_by: tuple[str, ...] = ()
     kinds: tuple[Literal["mask", "box", "point"], ...] = ("mask", "box", "point")
-    typed: bool = True
 
     def is_in(self, folder: Path) -> bool:
         """Return whether a slide's folder holds it."""
@@ -98,7 +96,7 @@ register(Format("zarr", "cells.zarr", _zarr))
 register(Format("geojson", "cells.geojson.*", _geojson, ("geojson_origin", "profile")))
 register(Format("parquet", "cells.parquet", _parquet, ("profile",)))
 register(Format("csv", "cells.csv*", _csv, ("profile",)))
-register(Format("labels", "labels.ome.zarr", _labels, kinds=("mask", "box"), typed=False))
+register(Format("labels", "labels.ome.zarr", _labels, kinds=("mask", "box")))
 register(Format("h5ad", "cells.h5ad", _h5ad))
 register(Format("tissuumaps", "cells.tmap", _tissuumaps, ("profile",)))
 

@@ -21,23 +21,17 @@ from cellslide.types import SlideInfo, hex_color
 TMAP_NAME, POINTS_NAME, TISSUE_NAME = "cells.tmap", "cells.tissuumaps.csv", "tissue.geojson"
 # Columns that only tie the table to its outlines.
 LEFT_OUT = ("tile_index", "tile_row", "region", "instance_id")
-# The column by which points are coloured: the class, but for cells that are to be shown without one.
-SHOWN_AS, ABSTAINED, ABSTAINED_COLOR = "shown_as", "abstained", (128, 128, 128)
 DISC_UM = 6.0
 # A marker of scale 1 covers one 225th of the slide's width, at any zoom.
 MARKERS_PER_WIDTH = 225.0
 
 
 def shown_points(block: pa.Table, table: CellTable) -> pa.Table:
-    """Return a block of the table as TissUUmaps shows it: `x`, `y` relative to the bounds, and `shown_as`."""
+    """Return a block of the table as TissUUmaps shows it: `x`, `y` relative to the bounds."""
     corner = table.slide.bounds or (0, 0)
     for name, low in zip(("x", "y"), corner, strict=False):
         place = block.column_names.index(name)
         block = block.set_column(place, name, pc.subtract(block.column(name), float(low)))
-    shown: Any = block.column("class")
-    if ABSTAINED in block.column_names:
-        shown = pc.if_else(pc.cast(block.column(ABSTAINED), pa.bool_()), ABSTAINED, shown)
-    block = block.append_column(SHOWN_AS, shown)
     return block.drop_columns([name for name in LEFT_OUT if name in block.column_names])
 
 
@@ -57,9 +51,7 @@ def project_text(table: CellTable, folder: Path) -> str:
 
 
 def _points(table: CellTable) -> dict[str, Any]:
-    colors = dict(zip(map(harmless, table.class_names), table.colors, strict=True))
-    if ABSTAINED in table.columns:
-        colors[ABSTAINED] = ABSTAINED_COLOR
+    colors = dict(zip(map(harmless, table.decisions), table.decision_colors, strict=True))
     shades = {name: hex_color(color) for name, color in colors.items()}
     return {
         "title": "Nuclei",
@@ -71,7 +63,7 @@ def _points(table: CellTable) -> dict[str, Any]:
         "expectedHeader": {
             "X": "x",
             "Y": "y",
-            "gb_col": SHOWN_AS,
+            "gb_col": "class",
             "cb_gr_dict": json.dumps(shades, ensure_ascii=False),
             "shape_fixed": "disc",
             "scale_factor": _marker_scale(table.slide),

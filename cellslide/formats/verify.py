@@ -26,11 +26,11 @@ from cellslide.formats.arrow_files import CSV_NAME, PARQUET_NAME, arrow_blocks
 from cellslide.formats.geojson import GZ_NAME, PROBABILITIES, ZIP_NAME, Profile
 from cellslide.formats.verify_geojson import compare_geojson
 from cellslide.slides.identity import is_slide
-from cellslide.store.anndata_columns import Categorical
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable, open_table
 from cellslide.store.file_list import changed_bytes
 from cellslide.store.foreign_files import is_plain
 from cellslide.store.run_record import RUN_FILE, TABLE, differences, flatten, read_record, to_dict
+from cellslide.store.table_schema import NOT_NUCLEUS
 from cellslide.store.uuids import SeenPlaces, make_uuids, pack_places
 from cellslide.types import RunRecord
 
@@ -193,7 +193,7 @@ def _length(table: CellTable, path: str) -> int:
 
 def _row_faults(table: CellTable) -> Iterator[str]:
     """Yield what is wrong in the rows: ids, places, classes, probabilities; and UUIDs that do not fit their places."""
-    wrong = dict.fromkeys(("cell_id", "x, y", "class", "class_prob", "prob", "uuid"), 0)
+    wrong = dict.fromkeys(("cell_id", "x, y", "class", "class_top", "is_nucleus", "class_prob", "prob", "uuid"), 0)
     ids = set[str]()
     blocks = range(0, len(table), BLOCK_ROWS)
     seen = SeenPlaces(table.vector("y", first, min(first + BLOCK_ROWS, len(table))) for first in blocks)
@@ -205,7 +205,8 @@ def _row_faults(table: CellTable) -> Iterator[str]:
         ids.update(uuid.tolist())
         wrong["cell_id"] += int((table.vector("cell_id", start, stop) != np.arange(start, stop)).sum())
         wrong["x, y"] += int((~((xy >= 0) & (xy <= size)).all(axis=1)).sum())
-        wrong["class"] += _bad_classes(table, start, stop)
+        for name, count in _bad_classes(table, start, stop).items():
+            wrong[name] += count
         wrong["class_prob"] += _bad_share(table.vector("class_prob", start, stop))
         if "prob" in table.matrices:
             sums = table.matrix("prob", start, stop).sum(axis=1)
@@ -231,10 +232,19 @@ def _uuid_key(table: CellTable) -> str | None:
     return f"{table.run.slide.get('sha256_head') or table.slide.slide_id}/{sha256}"
 
 
-def _bad_classes(table: CellTable, start: int, stop: int) -> int:
-    column = table.column("class", start, stop)
-    codes = column.codes if isinstance(column, Categorical) else np.full(stop - start, -1)
-    return int(((codes < -1) | (codes >= len(table.class_names))).sum())
+def _bad_classes(table: CellTable, start: int, stop: int) -> dict[str, int]:
+    """Return in how many rows the decision, the most probable class, or the mark of a rejected object cannot be."""
+    k, (decision, top) = len(table.class_names), (table.codes(name, start, stop) for name in ("class", "class_top"))
+    abstained = decision == k
+    if "abstained" in table.columns:
+        abstained = np.asarray(table.vector("abstained", start, stop), np.bool_)
+    rejected = decision == (table.class_names.index(NOT_NUCLEUS) if NOT_NUCLEUS in table.class_names else k + 1)
+    is_nucleus = np.asarray(table.vector("is_nucleus", start, stop), np.bool_)
+    return {
+        "class": int((decision != np.where(abstained, k, top)).sum()),
+        "class_top": int(((top < -1) | (top >= k)).sum()),
+        "is_nucleus": int((is_nucleus == rejected).sum()),
+    }
 
 
 def _bad_share(values: NDArray[Any]) -> int:

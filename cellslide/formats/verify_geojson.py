@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from cellslide.formats.geojson import shown_class
 from cellslide.formats.importers.geojson_objects import class_name, geometry_parts
 from cellslide.formats.importers.json_files import open_texts
 from cellslide.formats.importers.json_stream import JsonText
@@ -27,14 +26,14 @@ def compare_geojson(path: Path, table: CellTable) -> Iterator[str]:
     shifts = [np.array(corner, np.float64) for corner in {(0, 0), (table.slide.bounds or (0, 0))[:2]}]
     wrong, n = {"id": 0, "class": 0}, 0
     far = [0] * len(shifts)
-    known = ("abstained",) if "abstained" in table.columns else ()
-    for chunk in table.iter_chunks(10_000, obs=known):
+    words = np.array(["", *table.decisions], object)
+    for chunk in table.iter_chunks(10_000):
         found = list(islice(features, len(chunk)))
         n += len(found)
         if len(found) < len(chunk):
             break
         wrong["id"] += int((np.array([str(f.get("id")) for f in found], object) != chunk.uuid).sum())
-        names = np.array(["", *table.class_names], object)[np.asarray(shown_class(chunk), np.int64) + 1]
+        names = words[np.asarray(chunk.class_index, np.int64) + 1]
         told = np.array([class_name(_mapping(f.get("properties"))) for f in found], object)
         wrong["class"] += int((told != names).sum())
         boxes = np.array([_box(feature) for feature in found]).reshape(-1, 4)

@@ -20,7 +20,6 @@ ROWS_AT_ONCE = 50_000
 # cv2 takes vertices as integers of 1/16 px, and its pixel centres lie on whole numbers where ours lie on halves.
 _SHIFT = 4
 _HALF_PX = 0.5
-NO_CLASS = (150, 150, 150)
 # A point is a dot with a white rim, since colours of classes are lost on dark nuclei; 2 µm wide, but never a speck.
 POINT_RADIUS_UM, POINT_RADIUS_PX, RIM_PX = 1.0, (2.0, 4.0), 1.0
 WHITE = (255, 255, 255)
@@ -55,9 +54,9 @@ def draw_overlay(slide: Slide, table_path: Path, box: tuple[int, int, int, int],
         raise UsageError(f"region {box}: must be x0,y0,x1,y1 with x1 > x0 and y1 > y0, in level-0 pixels")
     plane, corner, picture = _background(slide, box, max_px)
     with open_table(table_path) as table:
-        obs = tuple(name for name in ("abstained", "is_nucleus") if name in table.columns)
-        for chunk in table.iter_chunks(ROWS_AT_ONCE, obs=obs):
-            _draw_chunk(picture, chunk, (*table.colors, NO_CLASS), plane, corner)
+        # The last colour is also for cells that were not typed (-1).
+        for chunk in table.iter_chunks(ROWS_AT_ONCE, obs=("is_nucleus",)):
+            _draw_chunk(picture, chunk, table.decision_colors, plane, corner)
     return picture
 
 
@@ -93,7 +92,7 @@ def _draw_chunk(picture: UInt8, chunk: CellChunk, colors: Colors, plane: Plane, 
     centre = plane.from_level0(chunk.cells.centroid_xy) - corner
     near = np.flatnonzero(((centre > -64) & (centre < (width + 64, height + 64))).all(axis=1))
     cells = chunk.cells.take(near)
-    class_index = _shown(chunk, len(colors))[near]
+    class_index = chunk.class_index[near].astype(np.int64) % len(colors)
     if cells.contour_xy is None or cells.contour_start is None:
         _draw_points(picture, centre[near], class_index, colors, plane.mpp)
         return
@@ -102,10 +101,8 @@ def _draw_chunk(picture: UInt8, chunk: CellChunk, colors: Colors, plane: Plane, 
     for k in np.unique(class_index):
         chosen = [rings[i] for i in np.flatnonzero(class_index == k)]
         cv2.polylines(picture, chosen, True, colors[int(k)], 2, cv2.LINE_AA, _SHIFT)
-    is_nucleus = chunk.columns.obs.get("is_nucleus")
-    if isinstance(is_nucleus, np.ndarray):
-        for i in np.flatnonzero(~is_nucleus.astype(np.bool_)[near]):
-            _hatch(picture, rings[i], colors[int(class_index[i])])
+    for i in np.flatnonzero(~np.asarray(chunk.columns.obs["is_nucleus"], np.bool_)[near]):
+        _hatch(picture, rings[i], colors[int(class_index[i])])
 
 
 def _hatch(picture: UInt8, ring: Int32, color: tuple[int, int, int]) -> None:
@@ -118,15 +115,6 @@ def _hatch(picture: UInt8, ring: Int32, color: tuple[int, int, int]) -> None:
     cv2.fillPoly(inside, [ring - np.array([x0, y0], np.int32) * (1 << _SHIFT)], 1, cv2.LINE_8, _SHIFT)
     y, x = np.mgrid[y0:y1, x0:x1]
     picture[y0:y1, x0:x1][(inside > 0) & ((x + y) % HATCH_PX == 0)] = color
-
-
-def _shown(chunk: CellChunk, n_colors: int) -> NDArray[Any]:
-    """Return the index of each cell's colour; the last is for cells without a class."""
-    abstained = chunk.columns.obs.get("abstained")
-    named = chunk.class_index.astype(np.int64)
-    if isinstance(abstained, np.ndarray):
-        named = np.where(abstained.astype(np.bool_), -1, named)
-    return np.asarray(named % n_colors)
 
 
 def _draw_points(picture: UInt8, xy: Float64, class_index: NDArray[Any], colors: Colors, mpp: float) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cellslide.classify.decision import NOT_NUCLEUS
 from cellslide.report.charts import HEIGHT, WIDTH, Chart, chart_of
 from cellslide.report.gallery import GalleryCell, Kind
 from cellslide.report.images import color_of, dots_uri, heat_uri, shape_of, smoothed, webp_uri
@@ -17,6 +16,7 @@ from cellslide.report.regions import SearchedRegion
 from cellslide.report.rendering import part, template
 from cellslide.report.statistics import CellStatistics
 from cellslide.store.cell_table import CellTable
+from cellslide.store.table_schema import NOT_NUCLEUS
 from cellslide.types import RunRecord, UInt8, hex_color
 
 TITLES: dict[Kind, str] = {

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from cellslide.report.gallery import CellBlock, Gallery
 from cellslide.report.histogram import Histogram
-from cellslide.store.anndata_columns import Categorical
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable
 from cellslide.types import Float32, Float64, Int64, SlideInfo
 
@@ -168,21 +167,17 @@ def read_block(table: CellTable, start: int, stop: int) -> CellBlock:
     x, y, prob, score, area, tile = (
         table.vector(name, start, stop) for name in ("x", "y", "class_prob", "score", "area_um2", "tile_index")
     )
-    word = table.column("class", start, stop)
-    index = word.codes.astype(np.int64) if isinstance(word, Categorical) else np.zeros(n, np.int64)
-    abstained = table.vector("abstained", start, stop) if "abstained" in table.columns else np.zeros(n, np.bool_)
+    index, decision = table.codes("class_top", start, stop), table.codes("class", start, stop)
     gate = table.vector("gate", start, stop) if "gate" in table.columns else np.full(n, np.nan, np.float32)
     local, global_, sure = _paths(table, start, stop)
     features = table.matrix("X", start, stop) if table.features else np.empty((n, 0), np.float32)
     shapes = {name: features[:, k] for k, name in enumerate(table.features) if name in SHAPES}
     xy = np.stack([x, y], axis=1).astype(np.float64)
-    said = (index >= 0) & ~abstained.astype(np.bool_)
+    said = (decision >= 0) & (decision < len(table.class_names))
     block = CellBlock(
         np.arange(start, stop), xy, index, said, prob, score, gate, local, global_, sure, area, tile.astype(np.int64),
         shapes,
     )  # fmt: skip
-    if "is_nucleus" not in table.columns:
-        return block
     return block.take(np.flatnonzero(table.vector("is_nucleus", start, stop)))
 
 

@@ -220,6 +220,16 @@ def write_word(group: zarr.Group, path: str, text: str) -> None:
     array[()] = text
 
 
+def write_number(group: zarr.Group, path: str, value: int) -> None:
+    """Write one whole number, replacing what was there."""
+    parent, _, name = path.rpartition("/")
+    attrs: dict[str, Any] = {"encoding-type": "numeric-scalar", "encoding-version": "0.2.0"}
+    array: Any = group.require_group(parent).create_array(
+        name=name, shape=(), dtype="int64", attributes=attrs, overwrite=True
+    )
+    array[()] = value
+
+
 def write_mapping(group: zarr.Group, path: str, words: Mapping[str, str]) -> None:
     """Write a mapping of strings as AnnData's `dict`."""
     group.require_group(path).attrs.update(DICT_ATTRS)
@@ -234,7 +244,7 @@ def obs_names(group: zarr.Group) -> tuple[str, ...]:
 
 
 def read_word(group: zarr.Group, path: str) -> str:
-    """Return one string; raises TableError where it is missing."""
+    """Return one string, or one number as such; raises TableError where it is missing."""
     if path not in group:
         raise TableError(f"{group.store_path}: {path} is missing; this table was not written by cellslide")
     node: Any = group[path]

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -32,18 +33,29 @@ from cellslide.store.anndata_columns import (
     ColumnWriter,
     OpenNodes,
     TableError,
+    mark_frame,
     obs_names,
     read_matrix,
     read_obs,
     read_word,
     write_skeleton,
-    write_values,
     write_word,
 )
 from cellslide.store.atomic import Staging
 from cellslide.store.foreign_files import parse_json
 from cellslide.store.shapes import ShapeReader, ShapeWriter, cell_rings, link_shapes, mark_store, ring_boxes
 from cellslide.store.table_gate import MOST_ROWS, check_rows, check_store
+from cellslide.store.table_schema import (
+    ABSTAINED_COLOR,
+    CHANGED,
+    SCHEMA_VERSION,
+    decision_words,
+    order_of_version_1,
+    parse_color,
+    read_version,
+    read_version_1,
+    write_schema,
+)
 from cellslide.store.uuids import SeenPlaces, make_uuids, pack_places
 from cellslide.types import (
     Cells,
@@ -56,7 +68,6 @@ from cellslide.types import (
     ModelSpec,
     RunRecord,
     SlideInfo,
-    hex_color,
 )
 
 if TYPE_CHECKING:
@@ -75,7 +86,6 @@ __all__ = [
     "open_table",
 ]
 
-SCHEMA_VERSION = "1"
 BLOCK_ROWS = CHUNK_ROWS
 POINT_RADIUS_UM = 3.0
 NUCLEUS = ClassSpec("Nucleus", (46, 204, 113))
@@ -171,8 +181,11 @@ class CellTableWriter:
             "y": np.ascontiguousarray(cells.centroid_xy[:, 1], np.float64),
             "area_um2": cells.area_um2.astype(np.float32),
             "score": cells.score.astype(np.float32),
-            "class": Categorical(index, names),
+            "class": Categorical(index, decision_words(names)),
+            "class_top": Categorical(index, names),
             "class_prob": prob,
+            "is_nucleus": np.ones(len(cells), np.bool_),
+            "in_artefact": np.zeros(len(cells), np.bool_),
             "tile_index": cells.tile_index.astype(np.int32),
             "tile_row": cells.row.astype(np.int32),
             "region": Categorical(np.zeros(len(cells), np.int8), ("nuclei",)),
@@ -227,16 +240,10 @@ def _top_class(cells: Cells) -> tuple[NDArray[np.int16], Float32]:
 def _write_uns(
     group: zarr.Group, slide: SlideInfo, kind: ModelKind, classes: Sequence[ClassSpec], run: RunRecord
 ) -> None:
-    write_word(group, "uns/schema_version", SCHEMA_VERSION)
+    write_schema(group, classes)
     write_word(group, "uns/kind", kind)
     write_word(group, "uns/slide", json.dumps(asdict(slide), default=str))
-    _write_classes(group, classes)
     write_word(group, "uns/run", json.dumps(record.to_dict(run)))
-
-
-def _write_classes(group: zarr.Group, classes: Sequence[ClassSpec]) -> None:
-    write_values(group, "uns/class_names", [c.name for c in classes])
-    write_values(group, "uns/class_colors", [hex_color(c.color) for c in classes])  # as scanpy does
 
 
 def _write_columns(group: zarr.Group, given: Mapping[str, Column]) -> None:
@@ -267,13 +274,17 @@ def _write_uuids(group: zarr.Group, n: int, key: str, given: Column | None = Non
 
 @dataclass(frozen=True, slots=True)
 class CellChunk:
-    """Rows [start, start + N) of a table; `columns` holds what else was asked for (extra obs, obsm, X)."""
+    """Rows [start, start + N) of a table; `columns` holds what else was asked for (extra obs, obsm, X).
+
+    class_index  what was decided (N,): an index into `CellTable.decisions`, -1 where a cell was not typed.
+    class_prob   float32 (N,), the probability of the most probable class.
+    """
 
     start: int
     cells: Cells
     cell_id: Int64
     uuid: NDArray[Any]
-    class_index: NDArray[Any]
+    class_index: Int64
     class_prob: Float32
     columns: Columns
 
@@ -293,7 +304,12 @@ def _readable(path: Path, words: str) -> Iterator[None]:
 
 
 class CellTable:
-    """A complete table on disk, read by row range; usable in a `with` block."""
+    """A complete table on disk, read by row range; usable in a `with` block.
+
+    class_names, colors  of the K classes. `decisions` and `decision_colors` are those of the column `class`: the
+                         classes and the word for cells that abstained.
+    version              schema version on disk; columns are read as those of the newest one.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -304,10 +320,15 @@ class CellTable:
         self._nodes = OpenNodes()
         self.slide = _read_slide(read_word(group, "uns/slide"))
         self.kind: ModelKind = _read_kind(read_word(group, "uns/kind"))
+        self.version = read_version(group)
         self.class_names = tuple(str(v) for v in np.asarray(read_matrix(group, "uns/class_names")))
-        self.colors = tuple(_rgb(str(v)) for v in np.asarray(read_matrix(group, "uns/class_colors")))
+        self.decisions = decision_words(self.class_names)
+        colors = [parse_color(str(v)) for v in np.asarray(read_matrix(group, "uns/class_colors"))]
+        self.colors = tuple(colors[: len(self.class_names)])
+        self.decision_colors = (*self.colors, ABSTAINED_COLOR)
         self.run: RunRecord = record.from_dict(parse_json(read_word(group, "uns/run"), path, TableError))
-        self.columns = obs_names(group)
+        self.stored = obs_names(group)
+        self.columns = order_of_version_1(self.stored) if self.version == 1 else self.stored
         self.matrices = tuple(sorted(group["obsm"]))
         self.features = tuple(str(v) for v in np.asarray(read_matrix(group, "var/_index")))
         self.n = check_rows(group["obs/cell_id"], path)
@@ -330,10 +351,19 @@ class CellTable:
         if self.shapes:
             self.shapes.close()
 
+    @property
+    def classes(self) -> tuple[ClassSpec, ...]:
+        """The classes with their colours."""
+        return tuple(ClassSpec(*pair) for pair in zip(self.class_names, self.colors, strict=True))
+
     def column(self, name: str, start: int = 0, stop: int | None = None) -> Column:
         """Return rows [start, stop) of one obs column; raises TableError where there is none of that name."""
+
+        def read(stored: str) -> Column:
+            return read_obs(self.group, stored, start, stop, self._nodes)
+
         with _readable(self.path, f"{name} is damaged"):
-            return read_obs(self.group, name, start, stop, self._nodes)
+            return read_version_1(read, self.stored, name, self.class_names) if self.version == 1 else read(name)
 
     def vector(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return rows of a column that is not categorical; raises TableError otherwise."""
@@ -341,6 +371,13 @@ class CellTable:
         if not isinstance(column, np.ndarray):
             raise TableError(f"column {name} is categorical")
         return column
+
+    def codes(self, name: str, start: int = 0, stop: int | None = None) -> Int64:
+        """Return rows of a categorical column as indices into its categories, -1 where missing; raises as `vector`."""
+        column = self.column(name, start, stop)
+        if isinstance(column, np.ndarray):
+            raise TableError(f"column {name} is not categorical")
+        return column.codes.astype(np.int64)
 
     def matrix(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return rows [start, stop) of `obsm[name]`, or of the shape features for the name "X"."""
@@ -378,15 +415,28 @@ class CellTable:
             uuid = self.vector("uuid", start, stop)
             yield self._chunk(start, uuid, extra, stream.take(stop - start) if stream else None, probabilities)
 
+    @contextmanager
+    def newest(self) -> Iterator[CellTable]:
+        """Yield this table, or where its schema is older a copy of the newest one, which is deleted at the end."""
+        if self.version == SCHEMA_VERSION:
+            yield self
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            TableExtender(self, Path(folder) / self.path.name).close(self.run)
+            with open_table(Path(folder) / self.path.name) as table:
+                yield table
+
     def to_anndata(self) -> AnnData:
         """Return the table as AnnData; raises MissingDependencyError where anndata is not installed."""
         anndata: Any = _optional("anndata")
-        return anndata.read_zarr(self.path / "tables" / "cells")
+        with self.newest() as table:
+            return anndata.read_zarr(table.path / "tables" / "cells")
 
     def to_spatialdata(self) -> SpatialData:
         """Return table and outlines as SpatialData; raises MissingDependencyError where it is not installed."""
         spatialdata: Any = _optional("spatialdata")
-        return spatialdata.read_zarr(self.path)
+        with self.newest() as table:
+            return spatialdata.read_zarr(table.path)
 
     def to_geopandas(self) -> GeoDataFrame:
         """Return one row a cell with its outline, or its centre where the model gives points, in level-0 pixels.
@@ -417,8 +467,7 @@ class CellTable:
             self.vector(name, start, stop)
             for name in ("x", "y", "score", "area_um2", "tile_index", "tile_row", "cell_id", "class_prob")
         )
-        word = self.column("class", start, stop)
-        class_index = word.codes if isinstance(word, Categorical) else np.zeros(stop - start, np.int8)
+        class_index = self.codes("class", start, stop)
         xy, ring_start = rings or (None, None)
         box = ring_boxes(xy, ring_start) if self.kind == "box" and xy is not None and ring_start is not None else None
         full = self.matrix("prob", start, stop) if probabilities and "prob" in self.matrices else None
@@ -461,11 +510,6 @@ def _read_slide(text: str) -> SlideInfo:
     return info
 
 
-def _rgb(text: str) -> tuple[int, int, int]:
-    value = int(text.removeprefix("#"), 16)
-    return value >> 16 & 255, value >> 8 & 255, value & 255
-
-
 def _carry(source: str, target: str) -> None:
     """Give a file of a table a second name, without its bytes; descriptions, which are written in place, are copied."""
     if not source.endswith(".json"):
@@ -479,21 +523,34 @@ class TableExtender:
     """Writes a new table from an old one and further columns, given block by block in the order of the rows.
 
     Columns of a name that is there already are replaced; everything else, outlines included, is carried over unread,
-    as links to the same files where the disk knows links. The result takes the old table's place.
+    as links to the same files where the disk knows links. The result is of the newest schema version; it takes the
+    old table's place, or stands at `path`.
     """
 
-    def __init__(self, table: CellTable) -> None:
+    def __init__(self, table: CellTable, path: Path | None = None) -> None:
         self.table = table
-        self.staging = Staging(table.path)
+        self.staging = Staging(path or table.path)
         try:
             shutil.copytree(table.path, self.staging.folder, copy_function=_carry)
+            root = zarr.open_group(self.staging.folder, mode="r+", zarr_format=3, use_consolidated=False)
+            group: Any = root["tables/cells"]
+            self.group: zarr.Group = group
+            if table.version < SCHEMA_VERSION:
+                self._renew()
         except BaseException:
             self.staging.abort()  # a half copy would stay on the disk that it has filled
             raise
-        root = zarr.open_group(self.staging.folder, mode="r+", zarr_format=3, use_consolidated=False)
-        group: Any = root["tables/cells"]
-        self.group: zarr.Group = group
         self.columns = ColumnWriter(group)
+
+    def _renew(self) -> None:
+        """Write the columns that mean something else by now."""
+        table, writer = self.table, ColumnWriter(self.group)
+        for start in range(0, max(table.n, 1), BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, table.n)
+            writer.append(Columns({name: table.column(name, start, stop) for name in CHANGED}))
+        writer.close()
+        mark_frame(self.group["obs"], table.columns)
+        write_schema(self.group, table.classes)
 
     def append(self, block: Columns) -> None:
         """Add the new columns of the next rows."""
@@ -505,14 +562,16 @@ class TableExtender:
 
         Raises TableError where the blocks do not add up to the rows of the table.
         """
-        if self.columns.n != self.table.n:
+        if self.columns.arrays and self.columns.n != self.table.n:
             raise TableError(f"{self.columns.n} rows of new columns for {self.table.n} cells in {self.table.path}")
         with _readable(self.table.path, "a column is damaged"):
-            self.columns.close()
+            if self.columns.arrays:
+                self.columns.close()
             if classes is not None:
-                _write_classes(self.group, classes)
+                write_schema(self.group, classes)
             write_word(self.group, "uns/run", json.dumps(record.to_dict(run)))
-        self.table.close()
+        if self.staging.path == self.table.path:
+            self.table.close()
         self.staging.publish()
 
     def abort(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cellslide.classify.decision import DecisionConfig, decide, floors
 from cellslide.errors import UsageError
-from cellslide.store.cell_table import BLOCK_ROWS, Categorical, CellTable
+from cellslide.store.cell_table import BLOCK_ROWS, CellTable
 from cellslide.types import Calibration, Float32, Int64, PathProbs
 
 Int16 = NDArray[np.int16]
@@ -38,6 +38,11 @@ class StoredRule:
             return cls(DecisionConfig(), Calibration(), False)
         rule = typing["rule"]
         return cls(_record(DecisionConfig, rule["decision"]), _record(Calibration, rule["calibration"]), True)
+
+    @property
+    def in_force(self) -> DecisionConfig:
+        """The rule that the column `class` holds, with what it takes from the calibration written out."""
+        return replace(self.decision, thresholds=self.thresholds, abstain=self.abstain)
 
     @property
     def can_be_safe(self) -> bool:
@@ -80,14 +85,10 @@ class DecisionRule:
         """
         given = {name: _number(query, name) for name in ("tau", "gamma", "abstain", "score")}
         gate: Any = query.get("gate", stored.decision.gate)
-        decision = DecisionConfig(
-            gate,
-            stored.decision.tau if given["tau"] is None else given["tau"],
-            stored.decision.gamma if given["gamma"] is None else given["gamma"],
-            None if query.get("floors") == "0" else stored.thresholds,
-            stored.abstain if given["abstain"] is None else given["abstain"],
-            stored.decision.prior,
-        )
+        asked = {name: given[name] for name in ("tau", "gamma", "abstain") if given[name] is not None}
+        decision: DecisionConfig = replace(stored.in_force, gate=gate, **asked)
+        if query.get("floors") == "0":
+            decision = replace(decision, thresholds=None)
         if gate == "safe" and not stored.can_be_safe:
             raise UsageError("gate=safe: this table's calibration holds no reliability of the paths")
         return cls(decision, given["score"] or 0.0)
@@ -112,10 +113,17 @@ class Decisions:
         self.table, self.stored = table, stored
         self.n_classes = len(table.class_names)
         self._kept: OrderedDict[tuple[object, ...], tuple[Int16, Float32]] = OrderedDict()
+        self._stored: Int16 | None = None
         self._lock = threading.Lock()
 
     def marks(self, policy: DecisionRule, rows: Int64 | None = None) -> Int16:
-        """Return what rows (all if None) are shown as: the class, K where it abstains, K + 1 where it has none."""
+        """Return what rows (all if None) are shown as: the class, K where it abstains, K + 1 where it has none.
+
+        By the rule in force that is what the table says, not what comes of deciding anew.
+        """
+        if policy.decision == self.stored.in_force:
+            codes = self._decision()
+            return np.where(codes < 0, self.n_classes + 1, codes)[slice(None) if rows is None else rows]
         index, prob = self._top(policy.decision)
         if rows is not None:
             index, prob = index[rows], prob[rows]
@@ -139,15 +147,19 @@ class Decisions:
                 self._kept.popitem(last=False)
             return self._kept[key]
 
+    def _decision(self) -> Int16:
+        with self._lock:
+            if self._stored is None:
+                self._stored = self.table.codes("class").astype(np.int16)
+            return self._stored
+
     def _from_columns(self) -> tuple[Int16, Float32]:
-        column = self.table.column("class")
-        codes = column.codes if isinstance(column, Categorical) else np.zeros(len(self.table))
-        return codes.astype(np.int16), self.table.vector("class_prob").astype(np.float32)
+        return self.table.codes("class_top").astype(np.int16), self.table.vector("class_prob").astype(np.float32)
 
     def _decided(self, decision: DecisionConfig) -> tuple[Int16, Float32]:
         n = len(self.table)
         index, prob = np.full(n, -1, np.int16), np.full(n, np.nan, np.float32)
-        rule = DecisionConfig(decision.gate, decision.tau, decision.gamma)
+        rule = DecisionConfig(decision.gate, decision.tau, decision.gamma, prior=decision.prior)
         for start in range(0, n, BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, n)
             local, global_ = (self.table.matrix(name, start, stop) for name in ("prob_local", "prob_global"))

@@ -19,6 +19,7 @@ from cellslide.report.images import color_of
 from cellslide.slides.reopen import reopen_or_why
 from cellslide.store.cell_table import Categorical, CellTable, open_table
 from cellslide.store.run_record import TABLE
+from cellslide.store.table_schema import NOT_NUCLEUS
 from cellslide.types import Float64, hex_color
 from cellslide.view.arrays import pack
 from cellslide.view.cells import Box, CellIndex, density, relative
@@ -44,6 +45,7 @@ class ViewedSlide:
         self.stored = StoredRule.of(self.table)
         self.decisions = Decisions(self.table, self.stored)
         self.tiles = TilePictures(self.table.slide, self.slide)
+        self.rejects = table_rejects(self.table)
         self.fields = {field.name: field for field in _fields(self.table, self.stored)}
 
     def close(self) -> None:
@@ -66,7 +68,8 @@ class ViewedSlide:
             "top": top_level(info),
             "trouble": self.trouble or "",
             "kind": table.kind,
-            "n": len(table),
+            "n": int(np.asarray(table.vector("is_nucleus"), np.bool_).sum()),
+            "rejects": self.rejects,
             "classes": [
                 {"name": name, "color": hex_color(color), "plain": hex_color(color_of(k, len(table.class_names)))}
                 for k, (name, color) in enumerate(pairs)
@@ -104,10 +107,10 @@ class ViewedSlide:
         xy = np.stack([self.index.x[rows], self.index.y[rows]], axis=1)
         arrays: dict[str, NDArray[Any]] = {"row": rows.astype(np.int32), "xy": relative(xy, box)}
         arrays["score"] = self.index.score[rows]
-        names = PATH_COLUMNS if self.stored.has_paths else ("class", "class_prob")
-        for name in names:
+        names = PATH_COLUMNS if self.stored.has_paths else ("class_top", "class_prob")
+        for name in ("class", *names):
             column = self.index.gather(name, rows)
-            arrays[name] = column.astype(np.int16 if name == "class" else np.float32)
+            arrays[name] = column.astype(np.int16 if name in ("class", "class_top") else np.float32)
         if form == "outlines" and (rings := self.index.rings(rows)) is not None:
             arrays["ring"], arrays["start"] = relative(rings[0], box), rings[1].astype(np.int32)
         return pack(arrays, {"form": form, "n": len(rows), "box": list(box)})
@@ -118,7 +121,8 @@ class ViewedSlide:
         marks, n_marks = self.decisions.marks(policy, rows), len(self.table.class_names) + 2
         x, y = self.index.x[rows], self.index.y[rows]
         counts, n_rows, n_cols = density(x, y, marks, n_marks, box, bin_px)
-        facts = {"form": "density", "n": len(rows), "box": list(box), "bin": bin_px, "rows": n_rows, "cols": n_cols}
+        n = int((marks != self.rejects).sum())
+        facts = {"form": "density", "n": n, "box": list(box), "bin": bin_px, "rows": n_rows, "cols": n_cols}
         return pack({"counts": counts}, facts)
 
     def counts(self, policy: DecisionRule) -> dict[str, Any]:
@@ -156,6 +160,11 @@ class ViewedSlide:
         if field is None or self.slide is None or not 0 <= row < len(self.table):
             return None
         return as_png(read(self.slide, *field.box(self.table.slide, self._place(row))))
+
+
+def table_rejects(table: CellTable) -> int:
+    """Return the place of the class of objects that are no nucleus, -1 where the classifier knows none."""
+    return table.class_names.index(NOT_NUCLEUS) if NOT_NUCLEUS in table.class_names else -1
 
 
 def _fields(table: CellTable, stored: StoredRule) -> Iterator[CropField]:

@@ -84,7 +84,8 @@ def test_the_table_says_what_was_decided_and_from_what(folder: Path, slide: Slid
     probs = stored(folder)
     np.testing.assert_array_equal(probs.local, typed_slide(table, slide).local)
     decision = decide(probs, DecisionConfig(abstain=0.9), SPEC.calibration)
-    np.testing.assert_array_equal(obs(folder, "class"), decision.class_index)
+    np.testing.assert_array_equal(obs(folder, "class_top"), decision.class_index)
+    np.testing.assert_array_equal(obs(folder, "class"), np.where(decision.abstained, 2, decision.class_index))
     np.testing.assert_array_equal(obs(folder, "class_prob"), decision.class_prob)
     np.testing.assert_array_equal(obs(folder, "abstained"), decision.abstained)
     np.testing.assert_array_equal(obsm(folder, "prob"), decision.prob)
@@ -156,7 +157,7 @@ def test_other_formats_are_written_anew(folder: Path, slide: Slide) -> None:
     assert 0 < abstained.sum() < len(abstained)
     for feature, unsure, index in zip(features, abstained, names, strict=True):
         properties = feature["properties"]
-        assert properties.get("classification", {}).get("name") == (None if unsure else NAMES[index])
+        assert properties["classification"]["name"] == ("abstained" if unsure else NAMES[index])
         assert {"probability", "gate"} <= set(properties["measurements"])
         assert "abstained" not in properties["measurements"]
     with gzip.open(folder / "cells.csv.gz", "rt") as stream:
@@ -322,7 +323,7 @@ def test_an_organ_that_was_not_trained_abstains_more_and_says_so(folder: Path, s
     assert (typing["organ"], typing["organ_trained"]) == ("kidney", False)
     assert typing["rule"]["calibration"]["abstain"] == 1.0
     with open_table(folder / "cells.zarr") as table:
-        assert table.vector("abstained").all()
+        assert table.vector("abstained").all() and (table.codes("class") == len(table.class_names)).all()
         organ = table.column("organ")
     assert isinstance(organ, Categorical) and organ.names == ("kidney",)
     # The same again changes nothing, and another rule keeps the strictness.

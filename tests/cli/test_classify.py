@@ -136,10 +136,11 @@ def test_regate_applies_a_rule_without_the_network(root: Path, module: FakeNuCla
     assert result.exit_code == 0, result.output
     assert module.seen == seen
     with open_table(root / "out" / "two" / "cells.zarr") as table:
-        abstained, word = table.vector("abstained"), table.column("class")
-        path = table.column("path")
-    assert isinstance(word, Categorical) and isinstance(path, Categorical)
-    np.testing.assert_array_equal(abstained, word.codes == 0)
+        abstained, path = table.vector("abstained"), table.column("path")
+        decision, top = table.codes("class"), table.codes("class_top")
+    assert isinstance(path, Categorical)
+    np.testing.assert_array_equal(abstained, top == 0)
+    np.testing.assert_array_equal(decision, np.where(abstained, 2, top))
     assert {path.names[c] for c in path.codes} == {"local"}
     record = read_record(root / "out" / "two")
     assert record is not None and record.config["classify"]["rule"]["decision"]["gate"] == "local"

@@ -32,7 +32,12 @@ def test_h5ad_is_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind
     for name in ours.obsm:
         assert np.array_equal(ours.obsm[name], theirs.obsm[name]), name
     assert set(ours.uns) == set(theirs.uns) and ours.uns["run"] == theirs.uns["run"]
-    assert list(ours.uns["class_colors"]) == list(theirs.uns["class_colors"]) == ["#c80000", "#0063ff", "#00a03c"]
+    assert (
+        list(ours.uns["class_colors"])
+        == list(theirs.uns["class_colors"])
+        == ["#c80000", "#0063ff", "#00a03c", "#808080"]
+    )
+    assert ours.uns["schema_version"] == theirs.uns["schema_version"] == 2
 
 
 def test_missing_words_stay_missing(tmp_path: Path) -> None:

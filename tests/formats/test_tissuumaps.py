@@ -14,7 +14,7 @@ import pytest
 from cellslide.formats import arrow_files
 from cellslide.formats.csv_text import as_written
 from cellslide.formats.registry import export_table
-from cellslide.store.cell_table import CellTableWriter, Columns, TableExtender, open_table
+from cellslide.store.cell_table import Categorical, CellTableWriter, Columns, TableExtender, open_table
 from cellslide.types import ClassSpec
 from tests.support.random_cells import (
     BOUNDS,
@@ -60,20 +60,23 @@ def test_each_class_has_its_colour(tmp_path: Path) -> None:
     points = project_of(export_table(table, tmp_path, ("tissuumaps",))["tissuumaps"])["markerFiles"][0]
     colors = json.loads(points["expectedHeader"]["cb_gr_dict"])
     seen = set(pandas.read_csv(tmp_path / points["path"])["class"])
-    assert seen == set(colors) and {as_written(name) for name in colors} == {c.name for c in classes}
+    assert seen == set(colors) - {"abstained"}
+    assert {as_written(name) for name in colors} == {*(c.name for c in classes), "abstained"}
     assert colors["Tumor"] == "#c80000" and points["expectedRadios"]["cb_gr_dict"]
 
 
 def test_cells_that_are_too_unsure_are_grey(tmp_path: Path) -> None:
-    extender = TableExtender(write_table(tmp_path, ellipses(4)))
-    extender.append(Columns({"abstained": np.array([True, False, False, True])}))
+    table = write_table(tmp_path, ellipses(4))
+    extender = TableExtender(table)
+    abstained = np.array([True, False, False, True])
+    codes = np.where(abstained, len(table.class_names), table.codes("class"))
+    extender.append(Columns({"abstained": abstained, "class": Categorical(codes, table.decisions)}))
     extender.close(run_record())
     path = export_table(open_table(tmp_path / "cells.zarr"), tmp_path, ("tissuumaps",))["tissuumaps"]
     points = project_of(path)["markerFiles"][0]
     frame = pandas.read_csv(tmp_path / points["path"])
     shown = frame[points["expectedHeader"]["gb_col"]]
-    assert (shown == "abstained").tolist() == [True, False, False, True]
-    assert (shown[1:3] == frame["class"][1:3]).all() and "abstained" not in set(frame["class"])
+    assert (shown == "abstained").tolist() == abstained.tolist() and (shown == frame["class"]).all()
     assert json.loads(points["expectedHeader"]["cb_gr_dict"])["abstained"] == "#808080"
 
 

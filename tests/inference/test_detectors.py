@@ -81,7 +81,7 @@ def test_every_disc_is_found_typed_and_embedded_whatever_the_tile(
     embedding, color = small.matrix("embedding"), true_colors(slide, small)
     np.testing.assert_allclose(embedding, np.concatenate([color, np.ones((small.n, 1))], axis=1), atol=1e-5)
     named = small.column("class")
-    assert isinstance(named, Categorical) and named.names == ("pink", "blue")
+    assert isinstance(named, Categorical) and named.names == ("pink", "blue", "abstained")
     np.testing.assert_array_equal(named.codes, color[:, 2] > color[:, 0])
     assert 0 < named.codes.sum() < small.n
 

@@ -50,12 +50,14 @@ def typed_columns() -> Columns:
     local, global_ = (np.array([p[k] for p in PROBS], np.float32) for k in (0, 1))
     known = np.isfinite(local).all(axis=1)
     code = np.where(known, np.nan_to_num(local).argmax(axis=1), -1)
+    names, abstained = tuple(c.name for c in CLASSES), np.arange(len(PROBS)) == 1
     obs = {
-        "class": Categorical(code, tuple(c.name for c in CLASSES)),
+        "class": Categorical(np.where(abstained, len(names), code), (*names, "abstained")),
+        "class_top": Categorical(code, names),
         "class_prob": local.max(axis=1),
         "gate": np.array([p[2] for p in PROBS], np.float32),
         "path": Categorical(np.where(known, 1, -1), PATHS),
-        "abstained": np.arange(len(PROBS)) == 1,
+        "abstained": abstained,
         "organ": Categorical(np.where(known, 0, -1), ("lung",)),
     }
     return Columns(obs, {"prob": local, "prob_local": local, "prob_global": global_})
@@ -213,7 +215,7 @@ def test_page_needs_nothing_else(folder: Path) -> None:
 def test_page_tells_what_was_decided(folder: Path) -> None:
     page, _ = explain_slide(folder, Selection("cells", ids=("1", "4")), fake_classifier())
     words = read_page(page).text
-    assert "red 0.400" in words and "cell 1 local abstained" in words
+    assert "abstained (red 0.400)" in words and "cell 1 local" in words
     assert "level-0 x 401.0, y 180.5; organ lung" in words
     assert "g = 0.500" in words and "g: the global path did not run" in words
     assert "global path: not run" in words

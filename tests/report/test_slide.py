@@ -35,7 +35,7 @@ from cellslide.report.statistics import Frame, tally_cells
 from cellslide.slides.inputs import SlideInput
 from cellslide.slides.slide import open_slide, slide_from_array
 from cellslide.slides.tiles import tile_grid
-from cellslide.store.anndata_columns import Categorical, Columns
+from cellslide.store.anndata_columns import Columns
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable, TableExtender, open_table
 from cellslide.store.lock import hold
 from cellslide.store.run_record import read_record, write_record
@@ -81,9 +81,8 @@ def table(made: Path) -> Iterator[CellTable]:
 
 def said(table: CellTable) -> np.ndarray:
     """Return the class of each cell, -1 where it abstained."""
-    column = table.column("class")
-    assert isinstance(column, Categorical)
-    return np.where(table.vector("abstained"), -1, column.codes)
+    codes = table.codes("class")
+    return np.where(codes == len(table.class_names), -1, codes)
 
 
 def test_the_page_says_what_the_table_says(chromium: Chromium, made: Path, table: CellTable) -> None:
@@ -254,10 +253,9 @@ def test_sums_do_not_depend_on_the_blocks(table: CellTable, monkeypatch: pytest.
 
 def test_the_gallery_shows_the_extremes(table: CellTable) -> None:
     found = tally_cells(table, Frame.of(table.slide, (0.0, 0.0, 600.0, 400.0)))
-    column, prob = table.column("class"), table.vector("class_prob")
-    assert isinstance(column, Categorical)
+    top, prob = table.codes("class_top"), table.vector("class_prob")
     for k in (0, 1):
-        mine = np.sort(prob[column.codes == k])
+        mine = np.sort(prob[top == k])
         assert [p.value for p in found.picks.of(k, "sure", 3)] == pytest.approx(mine[::-1][:3].tolist())
         assert [p.value for p in found.picks.of(k, "unsure", 3)] == pytest.approx(mine[:3].tolist())
     local, global_ = (table.matrix(name) for name in ("prob_local", "prob_global"))
@@ -281,7 +279,7 @@ def test_what_is_no_nucleus_is_in_no_sum(made: Path, table: CellTable, tmp_path:
         found = tally_cells(opened, frame)
     whole = tally_cells(table, frame)
     assert (found.n, found.rejected, whole.rejected) == (keep.sum(), (~keep).sum(), 0)
-    codes = table.column("class").codes[keep & ~table.vector("abstained").astype(bool)]  # type: ignore[union-attr]
+    codes = said(table)[keep]
     np.testing.assert_array_equal(found.counts, np.bincount(codes[codes >= 0], minlength=len(found.counts)))
     assert found.density.sum() == found.counts.sum() and found.score.counts.sum() == keep.sum()
     shown = {pick.row for kept in found.picks.kept.values() for _, pick in kept}

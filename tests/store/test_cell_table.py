@@ -36,7 +36,10 @@ from cellslide.store.uuids import SeenPlaces, make_uuids, pack_places, times_see
 from cellslide.types import Cells, ClassSpec
 from tests.support.random_cells import CLASSES, as_kind, ellipses, model_spec, run_record, slide_info, write_table
 
-CONTRACT_OBS = {"cell_id", "x", "y", "area_um2", "uuid", "score", "class", "class_prob", "region", "instance_id"}
+CONTRACT_OBS = {
+    "cell_id", "x", "y", "area_um2", "uuid", "score", "class", "class_top", "class_prob", "is_nucleus", "in_artefact",
+    "region", "instance_id",
+}  # fmt: skip
 
 
 def _write_in_parts(folder: Path, cells: Cells, cuts: list[int]) -> CellTable:
@@ -97,12 +100,17 @@ def test_columns_and_values(tmp_path: Path) -> None:
     assert np.array_equal(read.matrix("spatial"), cells.centroid_xy)
     assert cells.class_prob is not None and cells.contour_xy is not None and cells.contour_start is not None
     word = read.column("class")
-    assert isinstance(word, Categorical) and word.names == tuple(c.name for c in CLASSES)
-    assert np.array_equal(word.codes, cells.class_prob.argmax(1))
+    assert isinstance(word, Categorical) and word.names == (*(c.name for c in CLASSES), "abstained")
+    top = read.column("class_top")
+    assert isinstance(top, Categorical) and top.names == read.class_names == word.names[:-1]
+    for column in (word, top):
+        assert np.array_equal(column.codes, cells.class_prob.argmax(1))
+    assert read.vector("is_nucleus").all() and not read.vector("in_artefact").any()
     assert np.array_equal(read.vector("class_prob"), cells.class_prob.max(1))
     assert read.features == SHAPE_FEATURES
     assert np.array_equal(read.matrix("X"), ring_features(cells.contour_xy, cells.contour_start, 0.25, 0.26))
-    assert read.class_names == word.names and read.colors == tuple(c.color for c in CLASSES)
+    assert read.decisions == word.names and read.colors == tuple(c.color for c in CLASSES)
+    assert len(read.decision_colors) == len(read.decisions)
     assert read.slide == slide_info() and read.run == run_record()
 
 
@@ -289,7 +297,8 @@ def test_new_columns_join_an_old_table(tmp_path: Path) -> None:
         obs = {
             "gate": gate[part],
             "path": Categorical(codes[part], ("mix", "safe")),
-            "class": Categorical(codes[part], ("A", "B")),
+            "class": Categorical(codes[part], ("A", "B", "abstained")),
+            "class_top": Categorical(codes[part], ("A", "B")),
             "organ": Categorical(np.zeros(part.stop - first, np.int8), ("breast",)),
         }
         extender.append(Columns(obs, {"prob": prob[part], "prob_local": prob[part]}))

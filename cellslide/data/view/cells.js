@@ -1,12 +1,12 @@
 // The cells of the part of the slide that is seen: fetched with some of what lies around, decided in the page.
 
-import { decide, marks, marksOfNamed } from "./decide.js";
+import { asStored, decide, marks, marksOfNamed, marksOfStored } from "./decide.js";
 
 const TYPES = { float32: Float32Array, int32: Int32Array, int16: Int16Array, uint32: Uint32Array };
 // So much is fetched beyond each edge of what is seen, in parts of its size.
 const MARGIN = 0.25;
 
-// Read what packing.py has written.
+// Read what view/arrays.py has packed.
 export function unpack(buffer) {
   const length = new DataView(buffer).getUint32(0, true);
   const head = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
@@ -65,12 +65,12 @@ export class Cells {
     if (!d) return;
     if (d.form === "density") {
       this.marks = this.decision = null;
-    } else if (this.facts.rule.paths) {
-      this.decision = decide(this.facts.rule, this.policy(), d.prob_local, d.prob_global, d.gate, d.n, k);
-      this.marks = marks(this.decision, d.n, k);
     } else {
-      this.decision = null;
-      this.marks = marksOfNamed(this.facts.rule, this.policy(), d.class, d.class_prob, d.n, k);
+      const { rule } = this.facts, policy = this.policy();
+      this.decision = rule.paths ? decide(rule, policy, d.prob_local, d.prob_global, d.gate, d.n, k) : null;
+      if (asStored(rule, policy)) this.marks = marksOfStored(d.class, d.n, k);
+      else if (this.decision) this.marks = marks(this.decision, d.n, k);
+      else this.marks = marksOfNamed(rule, policy, d.class_top, d.class_prob, d.n, k);
     }
     this.onChange();
   }

@@ -13,7 +13,7 @@ export class Controls {
       floors: Boolean(facts.rule.thresholds), score: 0,
     };
     this.policy = { ...this.stored };
-    this.marks = [...facts.classes.map((c) => ({ ...c, shown: true, dashed: false })),
+    this.marks = [...facts.classes.map((c, k) => ({ ...c, shown: true, dashed: false, hatched: k === facts.rejects })),
       { ...NONE.abstained, shown: true, dashed: true }, { ...NONE.untyped, shown: true, dashed: true }];
     this.listClasses();
     this.bind();
@@ -30,7 +30,7 @@ export class Controls {
       Object.assign(box, { type: "checkbox", checked: true });
       Object.assign(color, { type: "color", value: mark.color, title: "colour of this class in this window" });
       color.setAttribute("aria-label", `colour of ${mark.name}`);
-      text.textContent = mark.name;
+      text.textContent = mark.hatched ? `${mark.name} (rejected, in no other count)` : mark.name;
       label.append(box, text);
       name.append(color, label);
       const [here, all] = [document.createElement("td"), document.createElement("td")];

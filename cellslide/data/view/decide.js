@@ -112,6 +112,19 @@ export function decide(rule, policy, local, global, gate, n, k) {
   return out;
 }
 
+// Whether a policy is the rule in force, whose decisions the table holds.
+export function asStored(rule, policy) {
+  return ["gate", "tau", "gamma", "abstain"].every((name) => policy[name] === rule[name])
+    && policy.floors === Boolean(rule.thresholds);
+}
+
+// What cells are shown as by the decisions of the table: codes are -1 for none, and k where a cell abstained.
+export function marksOfStored(codes, n, k) {
+  const out = new Int16Array(n);
+  for (let i = 0; i < n; i++) out[i] = codes[i] < 0 ? k + 1 : codes[i];
+  return out;
+}
+
 // What each cell is shown as: its class, k where it abstains, k + 1 where it has none.
 export function marks(decision, n, k) {
   const out = new Int16Array(n);

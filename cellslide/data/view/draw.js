@@ -71,7 +71,10 @@ export class Overlay {
       c.setLineDash(marks[k].dashed ? [4 * px, 3 * px] : []);
       [c.strokeStyle, c.lineWidth] = [marks[k].color, line];
       c.stroke(path);
-      if (this.filled && !marks[k].dashed) {
+      if (marks[k].hatched) {
+        c.fillStyle = hatch(c, marks[k].color, 1 / s);
+        c.fill(path);
+      } else if (this.filled && !marks[k].dashed) {
         [c.fillStyle, c.globalAlpha] = [marks[k].color, 0.3];
         c.fill(path);
         c.globalAlpha = 1;
@@ -148,6 +151,21 @@ function strongest(counts, size, group) {
     if (total[b] > most) most = total[b];
   }
   return { best, total, most };
+}
+
+// Slanting lines in a colour; `px` is a pixel of the canvas in the units of the path.
+function hatch(c, color, px) {
+  const small = new OffscreenCanvas(8, 8), p = small.getContext("2d");
+  p.strokeStyle = color;
+  p.lineWidth = 1.5;
+  for (const x of [-4, 4, 12]) {
+    p.moveTo(x - 4, 8);
+    p.lineTo(x + 4, 0);
+  }
+  p.stroke();
+  const pattern = c.createPattern(small, "repeat");
+  pattern.setTransform(new DOMMatrix().scale(px));
+  return pattern;
 }
 
 function channels(color) {

@@ -47,8 +47,9 @@ export class Panel {
   decide() {
     const line = document.getElementById("verdict"), decided = this.decided();
     if (!line || this.section.hidden || this.cell.row !== this.asked) return;
-    const { obs } = this.cell, stored = obs.abstained ? "abstained" : obs.class;
-    const parts = [`Stored: ${stored ?? "not typed"}${obs.class_prob === null ? "" : ` (${percent(obs.class_prob)})`}.`];
+    const { obs } = this.cell, top = obs.class === obs.class_top ? "" : `${obs.class_top} `;
+    const sure = obs.class_prob === null ? "" : ` (${top}${percent(obs.class_prob)})`;
+    const parts = [`Stored: ${obs.class ?? "not typed"}${sure}.`];
     if (decided && decided.index >= 0) {
       const name = this.facts.classes[decided.index].name, prob = percent(decided.prob);
       const verdict = decided.abstained ? `abstains (${name} ${prob})` : `${name} (${prob})`;

@@ -18,6 +18,7 @@ class View {
   constructor(facts) {
     this.facts = facts;
     this.chosen = null; // A row of the table.
+    this.total = facts.n;
     this.controls = new Controls(facts, () => this.policyMoved(), () => this.draw());
     this.viewer = openViewer(facts);
     this.overlay = new Overlay(this.viewer.canvas, facts);
@@ -109,15 +110,24 @@ class View {
     if (!seen || !d) return;
     const counts = this.cells.count(seen.box), status = $("status");
     this.controls.showHere(counts);
-    const n = counts ? counts.reduce((a, b) => a + b, 0) : d.n;
-    status.textContent = `${n.toLocaleString("en")} nuclei ${counts ? "in view" : "here"} of ${this.facts.n.toLocaleString("en")}: ${FORMS[d.form]}`;
+    const n = counts ? this.nuclei(counts) : d.n;
+    status.textContent = `${n.toLocaleString("en")} nuclei ${counts ? "in view" : "here"} of ${this.total.toLocaleString("en")}: ${FORMS[d.form]}`;
     Object.assign(status.dataset, { form: d.form, n });
   }
 
   async countSlide() {
     const query = queryOf(this.controls.policy), asked = (this.counting = {});
     const answer = await fetch(`counts.json?${query}`);
-    if (answer.ok && this.counting === asked) this.controls.showSlide(await answer.json());
+    if (!answer.ok || this.counting !== asked) return;
+    const counts = await answer.json();
+    this.total = this.nuclei([...counts.classes, counts.abstained, counts.untyped]);
+    this.controls.showSlide(counts);
+    this.countHere();
+  }
+
+  // How many nuclei there are by mark; what was rejected is none.
+  nuclei(counts) {
+    return counts.reduce((sum, n, k) => (k === this.facts.rejects ? sum : sum + n), 0);
   }
 
   toggleOverlay() {

@@ -385,7 +385,7 @@ class OwnTableReader:
             if size != here:
                 raise UsageError(f"{self.path}: made for a slide of {size} px, {self.info.path} has {here} px")
             typed = len(table.class_names) > 1 or not np.isnan(table.vector("class_prob", 0, 1)).all()
-            self.names.update({name: k for k, name in enumerate(table.class_names)} if typed else {})
+            self.names.update({name: k for k, name in enumerate(table.decisions)} if typed else {})
             wanted = [name for name in ("source_id", "source_class") if name in table.columns]
             for chunk in table.iter_chunks(obs=wanted):
                 yield self._block(chunk, typed)

@@ -64,18 +64,18 @@ class Bars:
 class Card:
     """One cell: what was decided, what each path said, and where it looked.
 
-    xy is the centre in level-0 pixels; gate the weight of the global path, NaN where that path did not run. `pictures`
-    are rows; a shorter row ends where the longest does.
+    xy is the centre in level-0 pixels; class_name what was decided, class_top the most probable class; gate the weight
+    of the global path, NaN where that path did not run. `pictures` are rows; a shorter row ends where the longest does.
     """
 
     cell_id: int
     uuid: str
     xy: tuple[float, float]
     class_name: str
+    class_top: str
     class_prob: float
     gate: float
     path: str
-    abstained: bool
     organ: str
     bars: tuple[Bars, ...]
     pictures: tuple[tuple[Picture, ...], ...]

@@ -15,7 +15,7 @@ from cellslide.store.cell_table import Categorical, CellTable
 from cellslide.types import Float32, Float64, Int64
 
 BLOCK_ROWS = 65_536
-NEEDED = ("class", "class_prob", "gate", "path", "abstained", "organ")
+NEEDED = ("class", "class_top", "class_prob", "gate", "path", "organ")
 
 log = logging.getLogger(__name__)
 
@@ -114,10 +114,10 @@ class Typed:
     uuid: tuple[str, ...]
     xy: Float64
     class_name: tuple[str, ...]
+    class_top: tuple[str, ...]
     class_prob: Float32
     gate: Float32
     path: tuple[str, ...]
-    abstained: tuple[bool, ...]
     organ: tuple[str, ...]
     prob: Float32
     local: Float32
@@ -143,10 +143,10 @@ def read_typed(table: CellTable, rows: Int64) -> Typed:
         uuid=tuple(map(str, obs["uuid"])),
         xy=np.stack([obs["x"], obs["y"]], axis=1).astype(np.float64),
         class_name=tuple(map(str, obs["class"])),
+        class_top=tuple(map(str, obs["class_top"])),
         class_prob=np.array(obs["class_prob"], np.float32),
         gate=np.array(obs["gate"], np.float32),
         path=tuple(map(str, obs["path"])),
-        abstained=tuple(map(bool, obs["abstained"])),
         organ=tuple(map(str, obs["organ"])),
         prob=prob,
         local=local,

@@ -160,8 +160,8 @@ def _card(typed: Typed, i: int, scene: Scene, rerun: Rerun, explained: Sequence[
     )
     return Card(
         int(typed.cell_id[i]), typed.uuid[i], (float(typed.xy[i, 0]), float(typed.xy[i, 1])),
-        typed.class_name[i], float(typed.class_prob[i]), float(typed.gate[i]),
-        typed.path[i], typed.abstained[i], typed.organ[i], bars,
+        typed.class_name[i], typed.class_top[i], float(typed.class_prob[i]), float(typed.gate[i]),
+        typed.path[i], typed.organ[i], bars,
         _pictures(typed, i, scene, rerun, explained, skipped),
         _remarks(typed, i, rerun, skipped),
     )  # fmt: skip
