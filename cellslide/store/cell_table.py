@@ -48,6 +48,7 @@ from cellslide.store.table_gate import MOST_ROWS, check_rows, check_store
 from cellslide.store.table_schema import (
     ABSTAINED_COLOR,
     CHANGED,
+    NOT_NUCLEUS,
     SCHEMA_VERSION,
     decision_words,
     order_of_version_1,
@@ -378,6 +379,17 @@ class CellTable:
         if isinstance(column, np.ndarray):
             raise TableError(f"column {name} is not categorical")
         return column.codes.astype(np.int64)
+
+    def count_classes(self) -> dict[str, int]:
+        """Return the nuclei by decision; what was rejected or not typed is in no count."""
+        found = np.zeros(len(self.decisions), np.int64)
+        for start in range(0, self.n, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, self.n)
+            codes = self.codes("class", start, stop)
+            kept = np.asarray(self.vector("is_nucleus", start, stop), np.bool_) & (codes >= 0)
+            found += np.bincount(codes[kept], minlength=len(found))
+        counts = zip(self.decisions, found.tolist(), strict=True)
+        return {name: count for name, count in counts if name != NOT_NUCLEUS}
 
     def matrix(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return rows [start, stop) of `obsm[name]`, or of the shape features for the name "X"."""
