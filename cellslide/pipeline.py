@@ -29,7 +29,7 @@ from cellslide.classify.store import PartialProbs
 from cellslide.classify.targets import Target, check_slide, open_target, require_cells
 from cellslide.config import SegmentConfig, TissueConfig
 from cellslide.errors import Interrupted, SlideError, TileError
-from cellslide.formats.files import write_formats, write_missing
+from cellslide.formats.files import renew_files, write_formats, write_missing
 from cellslide.inference.search import (
     TISSUE_FILE,
     Layout,
@@ -104,6 +104,7 @@ def run_slide(
         if earlier := finished(slide, folder, record, setup):
             if by is not None and organ is not None:
                 return classify_table(folder, slide, by.classifier, by.rule, organ, watch)
+            renew_files(folder, watch)
             write_missing(folder, setup.config.output, earlier, watch, changed_sizes(folder))
             return earlier, True
         parts, typing = Parts.open(folder, fingerprint(record), setup.config.output.overwrite), None

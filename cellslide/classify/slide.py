@@ -23,7 +23,7 @@ from cellslide.classify.engine import Classifier
 from cellslide.classify.store import PartialProbs
 from cellslide.config import ClassifyConfig, OutputConfig, TissueConfig
 from cellslide.errors import SlideError, UsageError
-from cellslide.formats.files import write_formats, write_missing
+from cellslide.formats.files import renew_files, write_formats, write_missing
 from cellslide.inference.finite import NOT_FINITE
 from cellslide.progress import IDLE, Watch
 from cellslide.slides.identity import content_sha256
@@ -111,6 +111,7 @@ def type_table(
     """
     rule = rule.for_organ(organ.trained)
     rule.check()
+    renew_files(folder, watch)
     with open_table(folder / TABLE) as table:
         record, settled = known_record(folder, table)
         xy = read_places(table)
@@ -194,6 +195,7 @@ def known_record(folder: Path, table: CellTable) -> tuple[RunRecord, bool]:
 def regate_slide(folder: Path, rule: Rule, output: OutputConfig, watch: Watch = IDLE) -> RunRecord:
     """Apply another rule to cells that are typed, without the network; raises UsageError where they are not."""
     began = time.perf_counter()
+    renew_files(folder, watch)
     with open_table(folder / TABLE) as table:
         record, _ = known_record(folder, table)
         settings = typed_settings(folder, record)

@@ -57,6 +57,7 @@ def find_tables(folders: tuple[Path, ...]) -> list[Path]:
 
 
 def _export_one(path: Path, config: OutputConfig) -> None:
+    from cellslide.formats.files import renew_files
     from cellslide.formats.registry import export_table
     from cellslide.store.cell_table import open_table
     from cellslide.store.lock import hold
@@ -65,6 +66,7 @@ def _export_one(path: Path, config: OutputConfig) -> None:
 
     with hold(path.parent):
         restore(path.parent)
+        renew_files(path.parent)
         with open_table(path) as table:
             written = export_table(table, path.parent, config.formats, config.geojson_origin, config.profile)
         if (record := read_record(path.parent)) is not None:

@@ -19,6 +19,7 @@ from cellslide.classify.targets import Target, check_slide, open_target, require
 from cellslide.embed.engine import Embedder, Windows, embed_cells
 from cellslide.embed.store import PartialVectors
 from cellslide.errors import SlideError, UsageError
+from cellslide.formats.files import renew_files
 from cellslide.inference.finite import NOT_FINITE
 from cellslide.progress import IDLE, Watch
 from cellslide.slides.slide import Slide
@@ -53,6 +54,7 @@ def embed_slide(folder: Path, slide: Slide, embedder: Embedder, watch: Watch = I
     Interrupted when asked to stop (what is done is kept).
     """
     began, config = time.perf_counter(), embedder.config
+    renew_files(folder, watch)
     with open_table(folder / TABLE) as table:
         record = read_record(folder) or table.run
         settings = embed_settings(table, embedder)

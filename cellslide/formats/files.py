@@ -11,9 +11,10 @@ from pathlib import Path
 
 from cellslide.config import OutputConfig
 from cellslide.formats.registry import FORMATS, export_table, find_formats, present_formats
-from cellslide.progress import Watch
-from cellslide.store.cell_table import open_table
-from cellslide.store.run_record import TABLE, write_record
+from cellslide.progress import IDLE, Watch
+from cellslide.store.cell_table import TableExtender, open_table
+from cellslide.store.run_record import TABLE, read_record, write_record
+from cellslide.store.table_schema import SCHEMA_VERSION
 from cellslide.types import RunRecord
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,26 @@ def write_formats(folder: Path, output: OutputConfig, record: RunRecord, watch: 
             watch.check()
             export_table(table, folder, [name], output.geojson_origin, output.profile)
     record.seconds.write += time.perf_counter() - start
+
+
+def renew_files(folder: Path, watch: Watch = IDLE) -> None:
+    """Bring the files of a folder that is held up to date, where its table is of an older schema.
+
+    Files that are made from the table come first and the table last: until that is new, a killed run begins again here.
+    """
+    with open_table(folder / TABLE) as table:
+        if table.version == SCHEMA_VERSION:
+            return
+        log.warning("%s: written by an earlier version; its files are made anew, where a class is the decision", folder)
+        record = read_record(folder)
+        shaped = (record or table.run).config.get("output", {})
+        for format in present_formats(folder):
+            watch.check()
+            known = {name: shaped[name] for name in format.shaped_by if name in shaped}
+            format.writer(table, folder, OutputConfig(**known))
+        TableExtender(table).close(table.run)
+    if record is not None:
+        write_record(folder, record)
 
 
 def write_missing(

@@ -30,7 +30,7 @@ from cellslide.store.cell_table import BLOCK_ROWS, CellTable, open_table
 from cellslide.store.file_list import changed_bytes
 from cellslide.store.foreign_files import is_plain
 from cellslide.store.run_record import RUN_FILE, TABLE, differences, flatten, read_record, to_dict
-from cellslide.store.table_schema import NOT_NUCLEUS
+from cellslide.store.table_schema import NOT_NUCLEUS, SCHEMA_VERSION
 from cellslide.store.uuids import SeenPlaces, make_uuids, pack_places
 from cellslide.types import RunRecord
 
@@ -108,6 +108,13 @@ def verify_folder(folder: Path) -> Verdict:
         return verdict
     with table:
         verdict.cells = len(table)
+        if table.version < SCHEMA_VERSION:
+            # What lies beside it says otherwise what a class is; no file can be compared with another.
+            words = f"{TABLE}: of schema version {table.version}, where a class is not the decision"
+            verdict.faults.append(
+                f"{words}; the same command again, or `cellslide export {folder}`, brings it up to date"
+            )
+            return verdict
         verdict.read(TABLE, lambda: _table_faults(table, record))
         _read_files(folder, table, verdict)
     return verdict

@@ -1,4 +1,4 @@
-"""A table as schema version 1 had it: `class` is the most probable class, and nothing stands beside it but `abstained`."""
+"""A table as schema version 1 had it: `class` is the most probable class, `abstained` says what was decided."""
 
 from __future__ import annotations
 
