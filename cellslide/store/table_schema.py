@@ -14,7 +14,6 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from cellslide.errors import short
 from cellslide.store.anndata_columns import Categorical, Column, TableError, read_word, write_number, write_values
 from cellslide.types import Bool, ClassSpec, hex_color
 
@@ -55,7 +54,7 @@ def read_version(group: zarr.Group) -> int:
     found = read_word(group, VERSION_PATH)
     if found not in ("1", str(SCHEMA_VERSION)):
         raise TableError(
-            f"{group.store_path}: schema version {short(found)}, this cellslide reads 1 to {SCHEMA_VERSION}; "
+            f"{group.store_path}: schema version {found[:20]}, this cellslide reads 1 to {SCHEMA_VERSION}; "
             "install the version that wrote it, or write the table again with --overwrite"
         )
     return int(found)
