@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from cellslide.evaluate.detection import Pairs, pair_points
-from cellslide.store.anndata_columns import Categorical
 from cellslide.store.cell_table import CellTable
 from cellslide.types import Bool, Float32, Float64, Int64
 
@@ -146,12 +145,10 @@ def _mpp(table: CellTable) -> float:
 
 def read_nuclei(table: CellTable) -> Nuclei:
     """Return the nuclei of a table with the classes that were decided."""
-    word = table.column("class")
-    if not isinstance(word, Categorical):
-        word = Categorical(np.zeros(len(table), np.int8), table.class_names)
-    names, index = word.names, word.codes.astype(np.int64)
+    index = table.codes("class")
+    names = table.decisions if (index == len(table.class_names)).any() else table.class_names
     x, y, area, score = (table.vector(name) for name in ("x", "y", "area_um2", "score"))
-    kept = np.flatnonzero(table.vector("is_nucleus")) if "is_nucleus" in table.columns else np.arange(len(table))
+    kept = np.flatnonzero(table.vector("is_nucleus"))
     return Nuclei(names, kept, np.stack([x, y], axis=1)[kept].astype(np.float64), index[kept], area[kept], score[kept])
 
 
