@@ -16,7 +16,7 @@ from cellslide.report.regions import SearchedRegion
 from cellslide.report.rendering import part, template
 from cellslide.report.statistics import CellStatistics
 from cellslide.store.cell_table import CellTable
-from cellslide.store.table_schema import NOT_NUCLEUS
+from cellslide.store.table_schema import ABSTAINED, NOT_NUCLEUS
 from cellslide.types import RunRecord, UInt8, hex_color
 
 TITLES: dict[Kind, str] = {
@@ -162,8 +162,8 @@ def class_rows(material: Material) -> tuple[ClassRow, ...]:
 def other_rows(tally: CellStatistics) -> tuple[tuple[str, int], ...]:
     """Return how many objects have no class, and why."""
     rows = (
-        ("no class said (abstained)", int(tally.abstained.sum())), ("not typed", tally.untyped),
-        ("no nucleus (rejected, in no other number)", tally.rejected),
+        (f"{ABSTAINED} (no class was probable enough)", int(tally.abstained.sum())), ("not typed", tally.untyped),
+        (f"{NOT_NUCLEUS} (rejected, in no other number)", tally.rejected),
     )  # fmt: skip
     return tuple((name, n) for name, n in rows if n)
 
@@ -218,7 +218,7 @@ def layers(material: Material) -> Iterator[Layer]:
     k_all = len(tally.classes)
     counts = [*tally.counts.tolist(), int(tally.abstained.sum()) + tally.untyped]
     for k in np.unique(named).tolist():
-        name = tally.classes[k] if k < k_all else "no class"
+        name = tally.classes[k] if k < k_all else f"{ABSTAINED} or not typed" if tally.untyped else ABSTAINED
         image = dots_uri(at[named == k], (width, height), k, k_all, tally.n_dots)
         yield Layer(k, name, hex_color(color_of(k, k_all)), shape_of(k, k_all), counts[k], image)
 

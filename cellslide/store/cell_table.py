@@ -561,7 +561,7 @@ class TableExtender:
             stop = min(start + BLOCK_ROWS, table.n)
             writer.append(Columns({name: table.column(name, start, stop) for name in CHANGED}))
         writer.close()
-        mark_frame(self.group["obs"], table.columns)
+        mark_frame(self.group.require_group("obs"), table.columns)
         write_schema(self.group, table.classes)
 
     def append(self, block: Columns) -> None:

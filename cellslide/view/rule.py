@@ -85,7 +85,7 @@ class DecisionRule:
         """
         given = {name: _number(query, name) for name in ("tau", "gamma", "abstain", "score")}
         gate: Any = query.get("gate", stored.decision.gate)
-        asked = {name: given[name] for name in ("tau", "gamma", "abstain") if given[name] is not None}
+        asked: dict[str, Any] = {name: given[name] for name in ("tau", "gamma", "abstain") if given[name] is not None}
         decision: DecisionConfig = replace(stored.in_force, gate=gate, **asked)
         if query.get("floors") == "0":
             decision = replace(decision, thresholds=None)
