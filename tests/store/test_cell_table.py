@@ -323,8 +323,12 @@ def files_of(store: Path) -> dict[Path, bytes]:
 def test_what_does_not_change_is_linked_to_and_the_old_files_stay_as_they_were(
     tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError("no links on this disk")
+    link = os.link
+
+    def refuse(source: str | Path, target: str | Path) -> None:
+        if not str(source).endswith(".partial"):  # zarr needs links for what it writes.
+            raise PermissionError("no links on this disk")
+        link(source, target)
 
     old = write_table(tmp_path, ellipses(200))
     shutil.copytree(old.path, tmp_path / "seen", copy_function=os.link)
