@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cellslide.api import (
         Model,
+        calibrate,
         classify,
         embed,
         evaluate,
+        explain,
         fetch_model,
         import_cells,
         list_models,
@@ -38,9 +40,11 @@ __all__ = [
     "CellslideError",
     "Model",
     "Slide",
+    "calibrate",
     "classify",
     "embed",
     "evaluate",
+    "explain",
     "fetch_model",
     "import_cells",
     "list_models",

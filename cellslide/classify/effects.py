@@ -108,7 +108,8 @@ def random_classifier(size: RandomSize, seed: int = 0) -> LoadedClassifier:
     """Return a classifier of random weights, to measure time: the published architecture, or a small one like it."""
     import torch
 
-    from cellslide.models.nuclass import NuClass, NuClassConfig
+    from cellslide.models.nuclass import NuClass
+    from cellslide.models.nuclass_config import NuClassConfig
     from cellslide.types import ClassifierSpec, ClassSpec
     from cellslide.weights.classifier import LoadedClassifier
     from cellslide.weights.manifest import Source, WeightsEntry

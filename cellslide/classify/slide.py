@@ -22,7 +22,7 @@ from cellslide.classify.columns import DecidedColumns, Rule
 from cellslide.classify.engine import Classifier
 from cellslide.classify.store import PartialProbs
 from cellslide.config import ClassifyConfig, OutputConfig, TissueConfig
-from cellslide.errors import SlideError, UsageError
+from cellslide.errors import SlideError, StaleError, UsageError
 from cellslide.formats.files import renew_files, write_formats, write_missing
 from cellslide.inference.finite import NOT_FINITE
 from cellslide.progress import IDLE, Watch
@@ -118,7 +118,7 @@ def type_table(
         network = network_settings(xy, classifier, organ)
         if not classifier.config.output.overwrite and (earlier := record.config.get("classify")):
             if words := differences(earlier["network"], network):
-                raise UsageError(f"{folder}: typed with other settings ({words}); --overwrite types it anew")
+                raise StaleError(f"{folder}: typed with other settings ({words}); --overwrite types it anew")
             return _decide_again(folder, record, rule, classifier.config.output, watch, settled)
     return type_cells(folder, xy, slide, classifier, organ, watch)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cellslide.cli import grouped
 from cellslide.cli.options import FOLDER, device_option, model_options
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ CPU_STAGES = STAGES[:5]
 WIDTH = 160
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@grouped.define(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("stages", nargs=-1, type=click.Choice((*STAGES, "all")), metavar=f"[{'|'.join(STAGES)}|all]...")
 @click.option(
     "--slide", type=click.Path(exists=True, path_type=Path), help="read, crops: a slide of yours.  [default: painted]"

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
+from cellslide.cli import grouped
 from cellslide.cli.many import choose_slides, do_slides
 from cellslide.cli.options import FOLDER, device_option, run_options
 
 DETAIL_PX = 800
 
 
-@click.command()
+@grouped.define()
 @click.option(
     "-o", "--output", type=FOLDER, default=Path("cellslide-demo"), show_default=True,
     help="Folder for the slide and the results.",

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from cellslide.cli import grouped
 from cellslide.cli.classify import decision_options
-from cellslide.cli.evaluate_classifier import Scored, Typing, evaluate_classifier
 from cellslide.cli.options import (
     config_option,
     infer_options,
     model_options,
+    settings_of,
     tile_options,
     tta_option,
     verbosity_options,
 )
-from cellslide.cli.typed import (
-    dataset_mpp_option,
-    dataset_organ_option,
-    image_progress,
-    is_classifier,
-    map_class_option,
-)
-from cellslide.config import InferConfig, SegmentConfig, TileConfig, TissueConfig
+from cellslide.cli.typed import dataset_mpp_option, dataset_organ_option, image_progress, map_class_option
+from cellslide.config import TileConfig
 from cellslide.errors import UsageError
 
 if TYPE_CHECKING:
-    from cellslide.evaluate.dataset import Dataset
-    from cellslide.evaluate.protocols import Protocol
-    from cellslide.evaluate.report import Predictor
-    from cellslide.evaluate.score import ClassSet, ImageScores
+    from cellslide.evaluate.report import EvalReport
 
 CLASSICAL = "classical"
 # Flags that a classifier alone understands, and what they are where nobody gives them.
@@ -43,7 +35,7 @@ OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER_IN = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
-@click.command()
+@grouped.define()
 @click.argument("dataset", type=FOLDER_IN, metavar="DATASET_DIR")
 @model_options
 @click.option(
@@ -104,109 +96,54 @@ def command(
     """
     if predictions is not None and (model is not None or weights is not None):
         raise UsageError("--predictions: scores what is on disk, so it goes without --model and --weights")
-    from cellslide.evaluate.dataset import read_dataset
-    from cellslide.evaluate.protocols import protocol_of
-    from cellslide.evaluate.report import pixel_size, write_per_image
-    from cellslide.evaluate.score import scored_classes
+    if model == CLASSICAL and weights is not None:
+        raise UsageError(f"--weights: --model {CLASSICAL} has none")
+    from cellslide import api
+    from cellslide.classify.rule_settings import RuleSettings
     from cellslide.store.atomic import write_text
 
-    for file in (json_file, per_image):
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-    data = read_dataset(dataset, split)
-    data = replace(data, samples=data.samples[:limit])
-    rule = protocol_of(protocol, data)
-    classes = scored_classes(data, rule, class_map)
-    for sample in data.samples:  # Before a network is loaded for nothing.
-        pixel_size(sample, mpp)
     typing = {name: flags.pop(name) for name in TYPING_FLAGS}
-    tta, tiles = flags.pop("tta"), TileConfig(tile_size, overlap)
-    infer = InferConfig(**flags)
-    if tta and (predictions is not None or model == CLASSICAL or is_classifier(model, weights)):
+    tta, task = flags.pop("tta"), "classify" if nuclei is not None else api.task_of(model, weights)
+    _check_flags(task if predictions is None else None, nuclei, typing, reliability)
+    if tta and (task == "classify" or predictions is not None or model == CLASSICAL):
         raise UsageError(
             "--tta: is for models of outlines; leave it out with --predictions, a classifier or the baseline"
         )
-    if predictions is None and (nuclei is not None or is_classifier(model, weights)):
-        how = Typing(nuclei or "given", typing.pop("detector"), typing.pop("organ"), typing, infer, tiles, reliability,
-                     no_progress, rule)  # fmt: skip
-        _check_detected(how, per_image, protocol)
-        scored = evaluate_classifier(data, split, classes, mpp, model, weights, how)
-    else:
-        _refuse_typing({**typing, "reliability": reliability, "nuclei": nuclei})
-        tissue = TissueConfig(enabled=False)
-        config = SegmentConfig(model, weights, mpp, tta=tta, tissue=tissue, tiles=tiles, infer=infer)
-        scored = _evaluate(data, split, classes, config, predictions, rule, no_progress)
+    if task == "classify" and nuclei != "detected" and (per_image is not None or protocol is not None):
+        flag = "--protocol" if per_image is None else "--per-image"
+        raise UsageError(f"{flag}: given nuclei are typed where they are; use it with --nuclei detected")
+    for file in (json_file, per_image):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+    network = partial(api.load_model, model, weights=weights, task=task or "segment", **flags)
+    finder = partial(api.load_model, typing.pop("detector"), task="segment", **flags)
+    with image_progress(no_progress) as progress:
+        report = api.evaluate(
+            predictions or (CLASSICAL if model == CLASSICAL else network), dataset,
+            split=split, protocol=protocol, mpp=mpp, limit=limit, class_map=class_map,
+            tiles=TileConfig(tile_size, overlap), tta=tta, nuclei=nuclei or "given", detector=finder,
+            organ=typing.pop("organ"), rule=settings_of(RuleSettings, typing),
+            per_image=per_image, reliability=reliability, progress=progress,
+        )  # fmt: skip
     if json_file is not None:
-        write_text(json_file, scored.report.to_json())
-    if per_image is not None:
-        write_per_image(per_image, scored.images)
-    _show(scored)
+        write_text(json_file, report.to_json())
+    _show(report)
 
 
-def _check_detected(how: Typing, per_image: Path | None, protocol: str | None) -> None:
-    if how.nuclei == "given" and per_image is not None:
-        raise UsageError("--per-image: given nuclei are scored together; use it with --nuclei detected")
-    if how.nuclei == "given" and protocol is not None:
-        raise UsageError("--protocol: given nuclei need no pairing; use it with --nuclei detected")
+def _check_flags(task: str | None, nuclei: str | None, typing: Mapping[str, Any], reliability: Path | None) -> None:
+    """Raise UsageError for flags of a classifier where there is none, and for a diagram of detected nuclei."""
+    given = {**typing, "reliability": reliability, "nuclei": nuclei}
+    names = [f"--{name}" for name, value in given.items() if value != TYPING_FLAGS.get(name)]
+    if task != "classify" and names:
+        raise UsageError(f"{', '.join(names)}: only for a classifier, named with --model or --weights")
+    if reliability is not None and nuclei == "detected":
+        raise UsageError("--reliability: is drawn of given nuclei, so it goes without --nuclei detected")
 
 
-def _refuse_typing(flags: dict[str, Any]) -> None:
-    given = [f"--{name}" for name, value in flags.items() if value != TYPING_FLAGS.get(name)]
-    if given:
-        raise UsageError(f"{', '.join(given)}: only for a classifier, named with --model or --weights")
-
-
-def _evaluate(
-    data: Dataset, split: str | None, classes: ClassSet, config: SegmentConfig, predictions: Path | None,
-    rule: Protocol, no_progress: bool,
-) -> Scored:  # fmt: skip
-    from cellslide.evaluate.report import summarise
-
-    with ExitStack() as resources:
-        name, predict = _predictor(config, predictions, resources)
-        scores = _score(data, predict, classes, config.mpp, rule, no_progress)
-    return Scored(summarise(name, data, split, classes, scores, rule), images=tuple(scores))
-
-
-def _predictor(config: SegmentConfig, predictions: Path | None, resources: ExitStack) -> tuple[str, Predictor]:
-    """Return the name of what is scored and the function that gives the nuclei of an image, alive with `resources`."""
-    from cellslide.evaluate.predictors import classical_nuclei, read_nuclei
-
-    if predictions is not None:
-        return str(predictions), lambda sample, mpp: read_nuclei(predictions, sample)
-    if config.model == CLASSICAL:
-        if config.weights is not None:
-            raise UsageError(f"--weights: --model {CLASSICAL} has none")
-        return CLASSICAL, classical_nuclei
-    return _network(config, resources)
-
-
-def _network(config: SegmentConfig, resources: ExitStack) -> tuple[str, Predictor]:
-    from cellslide.evaluate.predictors import network_predictor
-    from cellslide.inference.segmenter import open_segmenter
-    from cellslide.weights import load_model
-
-    loaded = load_model(config.model, config.weights)
-    # An image has few tiles: decoding them here is quicker than starting processes, unless some are asked for.
-    config = replace(config, infer=replace(config.infer, workers=config.infer.workers or 0))
-    segmenter = resources.enter_context(open_segmenter(loaded, config))
-    names = tuple(c.name for c in loaded.spec.classes)
-    return loaded.spec.weights_id or loaded.spec.name, network_predictor(segmenter, config, names)
-
-
-def _score(
-    data: Dataset, predict: Predictor, classes: ClassSet, mpp: float | None, rule: Protocol, no_progress: bool
-) -> list[ImageScores]:
-    from cellslide.evaluate.report import evaluate_dataset
-
-    with image_progress(data, no_progress) as advance:
-        return evaluate_dataset(data, predict, classes, mpp, lambda _: advance(), rule)
-
-
-def _show(scored: Scored) -> None:
+def _show(report: EvalReport) -> None:
     from rich.console import Console
 
-    for table in (scored.report.table(), *scored.report.group_tables(), *scored.tables):
+    for table in report.tables():
         Console().print(table)
-    for warning in scored.report.warnings:
+    for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from cellslide.cli import grouped
 from cellslide.cli.options import FOLDER, config_option, device_option, model_options, verbosity_options
 from cellslide.errors import UsageError
 
-if TYPE_CHECKING:
-    from cellslide.report.explain import Selection
-    from cellslide.weights.classifier import LoadedClassifier
 
-
-@click.command()
+@grouped.define()
 @click.argument("outdir", type=FOLDER)
 @click.option("--cells", metavar="IDS", help="These cells, with commas: cell_id, a range such as 10-20, or uuid.")
 @click.option("--uncertain", type=int, metavar="N", help="The N cells of lowest class_prob.")
@@ -56,26 +53,15 @@ def command(
       cellslide explain out/slide --disagree 30 -o disagree.html
       cellslide explain out/slide --cells 17,40-45 --runner-up
     """
-    selection = to_selection(cells, uncertain, disagree)
-    from cellslide.report.explain import explain_slide
+    from cellslide.api import explain, load_model
 
-    loaded = classifier_of(outdir, model, weights)
-    both = runner_up or selection.kind == "disagree"
-    page, n = explain_slide(outdir, selection, loaded, output, moved_to=slide, runner_up=both, device=device)
+    named = model is not None or weights is not None
+    page, n = explain(
+        outdir, cells=() if cells is None else parse_ids(cells), uncertain=uncertain, disagree=disagree, slide=slide,
+        out=output, device=device, runner_up=runner_up,
+        model=partial(load_model, model, weights=weights, task="classify", device=device) if named else None,
+    )  # fmt: skip
     click.echo(f"{page}  {n} cells")
-
-
-def to_selection(cells: str | None, uncertain: int | None, disagree: int | None) -> Selection:
-    """Return the choice that the flags give; raises UsageError unless exactly one is given."""
-    from cellslide.report.explain import Selection
-
-    if sum(value is not None for value in (cells, uncertain, disagree)) != 1:
-        raise UsageError("give one of --cells IDS, --uncertain N and --disagree N")
-    if uncertain is not None:
-        return Selection("uncertain", uncertain)
-    if disagree is not None:
-        return Selection("disagree", disagree)
-    return Selection("cells", ids=parse_ids(cells or ""))
 
 
 def parse_ids(text: str) -> tuple[str, ...]:
@@ -90,19 +76,3 @@ def parse_ids(text: str) -> tuple[str, ...]:
     if not ids:
         raise UsageError(f"--cells {text!r}: must be ids with commas, such as 7,10-12")
     return tuple(dict.fromkeys(ids))
-
-
-def classifier_of(folder: Path, model: str | None, weights: Path | None) -> LoadedClassifier:
-    """Load the classifier that the flags name, else the one that typed the cells of a slide's folder."""
-    from cellslide.report.explain.slide import how_typed
-    from cellslide.store.run_record import read_record
-    from cellslide.weights.classifier import load_classifier
-
-    record = read_record(folder)
-    if record is None:
-        raise UsageError(f"{folder}: no run.json here; give the folder of one slide that `cellslide classify` finished")
-    if model is None and weights is None:
-        settings = how_typed(folder, record)
-        weights = Path(settings["weights"]) if settings.get("weights") else None
-        model = None if weights else str(settings["spec"]["weights_id"])
-    return load_classifier(model, weights)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cellslide.cli import grouped
 from cellslide.cli.guarded import each, refuse
 from cellslide.cli.options import FOLDER, config_option, format_option, geojson_options, verbosity_options
 from cellslide.errors import UsageError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from cellslide.config import OutputConfig
 
 
-@click.command(name="export")
+@grouped.define(name="export")
 @click.argument("folders", nargs=-1, required=True, type=FOLDER, metavar="OUTDIR_OR_SLIDEDIR...")
 @format_option(default="geojson")
 @geojson_options
@@ -35,7 +36,7 @@ def command(folders: tuple[Path, ...], formats: tuple[str, ...], geojson_origin:
     from cellslide.config import OutputConfig
 
     config = OutputConfig(formats=formats, geojson_origin=geojson_origin, profile=profile)  # type: ignore[arg-type]
-    failed = each(find_tables(folders), partial(_export_one, config=config), "export")
+    failed = each(find_tables(folders), partial(_export_one, config=config))
     refuse(failed, "of the tables could not be exported")
 
 

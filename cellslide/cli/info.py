@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cellslide.cli import grouped
 from cellslide.cli.options import fluorescence_option, slides_argument, verbosity_options
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from cellslide.slides.readers import SlideHeader
 
 
-@click.command()
+@grouped.define()
 @slides_argument
 @click.option("--mpp", type=float, help="µm per pixel of level 0, over what the file says.")
 @fluorescence_option

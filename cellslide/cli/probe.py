@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cellslide.cli import grouped
 from cellslide.cli.embed import reading_options
 from cellslide.cli.options import model_options, settings_of, verbosity_options
 from cellslide.cli.typed import dataset_mpp_option
@@ -27,7 +28,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[in
         raise click.BadParameter(f"{value!r} is not a list of whole numbers with commas") from None
 
 
-@click.command()
+@grouped.define()
 @click.argument("source", type=click.Path(exists=True, path_type=Path), metavar="DATASET_DIR|FILE.npz")
 @model_options
 @dataset_mpp_option

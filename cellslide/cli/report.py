@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 
+from cellslide.cli import grouped
 from cellslide.cli.guarded import each, refuse
 from cellslide.cli.options import FOLDER, verbosity_options
 from cellslide.errors import UsageError
 
 
-@click.command()
+@grouped.define()
 @click.argument("folders", nargs=-1, required=True, type=FOLDER, metavar="OUTDIR_OR_SLIDEDIR...")
 @click.option("--slide", type=click.Path(exists=True, path_type=Path), help="The slide of one folder, where it moved.")
 @verbosity_options
@@ -32,7 +33,7 @@ def command(folders: tuple[Path, ...], slide: Path | None) -> None:
     tables = find_tables(folders)
     if slide is not None and len(tables) != 1:
         raise UsageError(f"--slide {slide}: name the one folder that it belongs to, not {len(tables)}")
-    failed = each((path.parent for path in tables), partial(_report_one, slide=slide), "report")
+    failed = each((path.parent for path in tables), partial(_report_one, slide=slide))
     refuse(failed, "reports could not be written")
 
 

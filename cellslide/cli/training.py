@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from cellslide.cli import grouped
 from cellslide.cli.options import chain
 from cellslide.errors import MissingDependencyError
 from cellslide.train.task import FILE, FOLDER, FitOptions, TrainingTask
@@ -24,7 +25,7 @@ ENDING = (
 )
 
 
-class TrainingGroup(click.Group):
+class TrainingGroup(grouped.Group):
     """A group whose commands are the trainings of its name, `train` or `pretrain`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -52,7 +53,7 @@ def command_of(task: TrainingTask) -> click.Command:
         options, overrides = sort_flags(task, given)
         fit(task, task.load_recipe(recipe, overrides, options), options)
 
-    return click.command(task.name, help=f"{task.help}\n\n{ENDING}")(run)
+    return grouped.define(task.name, help=f"{task.help}\n\n{ENDING}")(run)
 
 
 def run_flags(samples: str) -> list[Any]:

@@ -1,25 +1,19 @@
-"""A classifier over a labelled data set: what `evaluate` and `calibrate` share."""
+"""Commands over a labelled data set: the options that they share, and how far they are."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from cellslide.errors import UsageError
+from cellslide.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from cellslide.classify import Classifier
-    from cellslide.evaluate.dataset import Dataset, Sample
-    from cellslide.evaluate.paths import PathPredictor, TypedCells
-    from cellslide.evaluate.score import ClassSet
-    from cellslide.types import ClassifierSpec
+    from rich.progress import Progress as Bars
 
-log = logging.getLogger(__name__)
+    from cellslide.evaluate.dataset import Dataset, Sample
 
 
 def class_map(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -43,74 +37,36 @@ dataset_organ_option = click.option(
 )
 
 
-def is_classifier(model: str | None, weights: Path | None) -> bool:
-    """Say whether an id, or the `model.yaml` beside a weights file, names a classifier."""
-    from cellslide.weights import Manifest
+@contextmanager
+def image_progress(no_progress: bool) -> Iterator[Progress]:
+    """Yield what shows on a terminal how many images of a data set are done."""
+    from rich.console import Console
+    from rich.progress import Progress as Bars
 
-    if model is not None:
-        entry = Manifest.load().entries.get(model)
-        return entry is not None and entry.task == "classify"
-    if weights is None:
-        return False
-    from cellslide.weights.load import entry_beside
-
-    beside = entry_beside(weights)
-    return beside is not None and beside.task == "classify"
+    console = Console(stderr=True)
+    with Bars(console=console, disable=no_progress or not console.is_terminal, transient=True) as bars:
+        yield _ImageBar(bars)
 
 
-def predictor(classifier: Classifier, organ: str | None) -> PathPredictor:
-    """Return what types cells (N, 2) of an image, in its pixels."""
-    from cellslide.evaluate.predictors import path_predictor
-    from cellslide.weights.organs import organ_by_text
+class _ImageBar(Silent):
+    """One bar for a data set, a step an image."""
 
-    return path_predictor(classifier, organ_by_text(classifier.spec, organ))
+    def __init__(self, bars: Bars) -> None:
+        self.bars, self.task = bars, bars.add_task("")
 
+    def begin(self, slide_id: str, tiles: int, done: int) -> None:
+        """Start a data set."""
+        self.bars.reset(self.task, description=slide_id, total=tiles, completed=done)
 
-def warn_of_unknown_organs(data: Dataset, spec: ClassifierSpec, organ: str | None) -> None:
-    """Say which organs of the manifest the weights do not know; `--organ` says its own warning."""
-    if organ is not None or not spec.organs:
-        return
-    from cellslide.weights.organs import organ_by_text
-
-    find = organ_by_text(spec)
-    unknown = sorted({sample.organ or "(none)" for sample in data.samples if find(sample.organ) < 0})
-    if unknown:
-        log.warning(
-            "organs that the weights do not know: %s (they know %s)", ", ".join(unknown), ", ".join(spec.organs)
-        )
-
-
-def gather_cells(
-    data: Dataset, classes: ClassSet, predict: PathPredictor, mpp: float | None, no_progress: bool
-) -> TypedCells:
-    """Type the annotated nuclei of all images, with a progress bar."""
-    from cellslide.evaluate.paths import gather
-
-    with image_progress(data, no_progress) as advance:
-        return gather(data, classes, predict, mpp, advance)
+    def advance(self, nuclei: int, tiles: int = 1) -> None:
+        """Count one more image."""
+        self.bars.advance(self.task, tiles)
 
 
 def tracked(data: Dataset, no_progress: bool) -> Iterator[Sample]:
     """Yield the images of a data set, with a progress bar."""
-    with image_progress(data, no_progress) as advance:
+    with image_progress(no_progress) as progress:
+        progress.begin(data.name, len(data), 0)
         for sample in data.samples:
             yield sample
-            advance()
-
-
-@contextmanager
-def image_progress(data: Dataset, no_progress: bool) -> Iterator[Callable[[], None]]:
-    """Yield what is called after each image of a data set, to show on a terminal how far it is."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, disable=no_progress or not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(data.name, total=len(data))
-        yield lambda: progress.advance(task)
-
-
-def require_classes(data: Dataset, names: tuple[str, ...]) -> None:
-    """Raise UsageError where the points of a data set have no classes."""
-    if not names:
-        raise UsageError(f"{data.root}: its points have no classes, which a classifier is compared with")
+            progress.advance(0)

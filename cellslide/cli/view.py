@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cellslide.cli import grouped
 from cellslide.cli.options import FOLDER, config_option, verbosity_options
 
 if TYPE_CHECKING:
     from cellslide.view.server import Server
 
 
-@click.command()
+@grouped.define()
 @click.argument("outdir", type=FOLDER, metavar="OUTDIR_OR_SLIDEDIR")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=0, show_default="any free one",
@@ -45,7 +46,8 @@ def command(outdir: Path, port: int, slide: Path | None, open_browser: bool) -> 
     """
     import webbrowser
 
-    from cellslide.view.server import Viewer, open_server
+    from cellslide.view.answers import Viewer
+    from cellslide.view.server import open_server
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if hasattr(signal, "SIGTTIN"):

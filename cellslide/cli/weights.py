@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cellslide.cli import grouped
 from cellslide.cli.options import verbosity_options
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def _status(entry: WeightsEntry) -> str:
     return "gated" if entry.gated else "to fetch"
 
 
-@click.group("weights")
+@click.group("weights", cls=grouped.Group)
 @verbosity_options
 def command() -> None:
     """List, show, fetch, verify or add model weights.

@@ -18,7 +18,7 @@ from cellslide.classify.slide import read_places
 from cellslide.classify.targets import Target, check_slide, open_target, require_cells
 from cellslide.embed.engine import Embedder, Windows, embed_cells
 from cellslide.embed.store import PartialVectors
-from cellslide.errors import SlideError, UsageError
+from cellslide.errors import SlideError, StaleError, UsageError
 from cellslide.formats.files import renew_files
 from cellslide.inference.finite import NOT_FINITE
 from cellslide.progress import IDLE, Watch
@@ -86,7 +86,7 @@ def _is_there(folder: Path, table: CellTable, record: RunRecord, to: str, settin
     if earlier is None:
         raise UsageError(f"{folder}: holds vectors of the detector or of elsewhere; --overwrite replaces them")
     if words := differences(earlier, settings):
-        raise UsageError(f"{folder}: its vectors were read with other settings ({words}); --overwrite reads them anew")
+        raise StaleError(f"{folder}: its vectors were read with other settings ({words}); --overwrite reads them anew")
     return True
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ from cellslide.classify.decision import (
     temper,
 )
 from cellslide.errors import UsageError
-from cellslide.evaluate.classification import expected_calibration_error
+from cellslide.evaluate.classification import expected_calibration_error, reliability_bins
+from cellslide.evaluate.diagram import write_reliability
 from cellslide.types import Bool, Calibration, Float32, Float64, Int64, PathProbs, UInt8
 
 # NuClass, path_gate: tau outside, gamma inside.
@@ -212,6 +214,26 @@ class Gain:
     before: float | None
     after: float | None
     crossed: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationReport:
+    """What `calibrate` fitted on `n` nuclei: the entry that holds it now, the classes of the weights, what it gains."""
+
+    path: Path
+    classes: tuple[str, ...]
+    n: int
+    calibration: Calibration
+    gain: Gain
+
+
+def draw_gain(path: Path, probs: PathProbs, labels: Int64, found: Calibration) -> None:
+    """Draw the reliability of cells, before and after they were calibrated, to a PNG file."""
+    panels = {}
+    for title, calibration in (("before", Calibration()), ("after", found)):
+        decision = decide(probs, None, calibration)
+        panels[title] = reliability_bins(decision.class_prob, decision.class_index == labels)
+    write_reliability(path, panels)
 
 
 def measure(

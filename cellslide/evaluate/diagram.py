@@ -59,7 +59,8 @@ def draw_reliability(panels: Mapping[str, ReliabilityBins], layout: Layout | Non
 
 
 def write_reliability(path: Path, panels: Mapping[str, ReliabilityBins]) -> None:
-    """Draw the panels to a PNG file, in one step."""
+    """Draw the panels to a PNG file, in one step; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with beside(path) as scratch:
         draw_reliability(panels).save(scratch, format="PNG")
 

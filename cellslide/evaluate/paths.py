@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +21,6 @@ from cellslide.evaluate.detection import Tally
 from cellslide.evaluate.report import ClassScores, DetectionScores, EvalReport, InstanceScores, pixel_size
 from cellslide.evaluate.score import ClassSet, truth_of
 from cellslide.types import Bool, Calibration, Float64, Int64, PathProbs
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 # A sample, its pixel size in µm and the places (N, 2) in its pixels -> what the network says of the cells there.
 PathPredictor = Callable[[Sample, float, Float64], PathProbs]
@@ -295,35 +292,3 @@ def paths_report(
         gate=rule,
         paths={name: None if s is None else s.as_dict() for name, s in scores.items()},
     )
-
-
-def paths_table(scores: dict[GateRule, PathScores | None]) -> Table:
-    """Return the rules side by side, as a table for the terminal."""
-    from rich.table import Table
-
-    shown = {name: s for name, s in scores.items() if s is not None}
-    table = Table(title="all rules on the same nuclei (95 % intervals over nuclei)")
-    table.add_column("score")
-    for name in shown:
-        table.add_column(name, justify="right")
-    for label, cell in _ROWS:
-        table.add_row(label, *(cell(s) for s in shown.values()))
-    return table
-
-
-def _number(value: float | None, interval: tuple[float, float] | None = None) -> str:
-    text = "-" if value is None else f"{value:.4f}"
-    return text if interval is None else f"{text} ({interval[0]:.3f}-{interval[1]:.3f})"
-
-
-_ROWS: tuple[tuple[str, Callable[[PathScores], str]], ...] = (
-    ("accuracy = micro F1", lambda s: _number(s.accuracy, s.accuracy_ci)),
-    ("macro F1", lambda s: _number(s.macro_f1, s.macro_f1_ci)),
-    ("ECE, 15 bins", lambda s: _number(s.ece)),
-    ("Brier score", lambda s: _number(s.brier)),
-    ("AUROC", lambda s: _number(s.auroc)),
-    ("macro F1, low confidence", lambda s: _number(s.low_confidence.macro_f1)),
-    ("macro F1, high entropy", lambda s: _number(s.high_entropy.macro_f1)),
-    ("accepted", lambda s: _number(s.coverage)),
-    ("accuracy of the accepted", lambda s: _number(s.accuracy_accepted)),
-)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cellslide.errors import UsageError
-from cellslide.evaluate.dataset import Dataset, Sample
-from cellslide.evaluate.paths import PathPredictor, PathScores, gather, paths_report, projection, score_paths
+from cellslide.evaluate.dataset import Sample
+from cellslide.evaluate.paths import PathPredictor, PathScores, paths_report, projection, score_paths
 from cellslide.evaluate.predictions import find_prediction, read_prediction
 from cellslide.evaluate.report import EvalReport, Predictor
-from cellslide.evaluate.score import ClassSet, Nuclei
+from cellslide.evaluate.score import Nuclei
 from cellslide.geometry.outlines import rasterise
 from cellslide.store.cell_table import NUCLEUS, open_table
 from cellslide.store.run_record import TABLE
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cellslide.classify.columns import Rule
     from cellslide.classify.decision import GateRule
     from cellslide.config import SegmentConfig
+    from cellslide.evaluate.scoring import Scoring
     from cellslide.inference.segmenter import Segmenter
 
 
@@ -59,27 +60,19 @@ def path_predictor(classifier: Classifier, organ_of: Callable[[str], int]) -> Pa
 
 
 def score_given(
-    model: str,
-    data: Dataset,
-    split: str | None,
-    classes: ClassSet,
-    predict: PathPredictor,
-    rule: Rule,
-    mpp: float | None = None,
-    seed: int = 0,
-    on_image: Callable[[], None] | None = None,
+    model: str, scoring: Scoring, predict: PathPredictor, rule: Rule, seed: int = 0
 ) -> tuple[EvalReport, dict[GateRule, PathScores | None]]:
     """Score a classifier at the annotated nuclei: the report by `rule`, and the scores of every rule.
 
     Raises UsageError where the points have no classes, or none that the classifier knows.
     """
     # Before the network runs for nothing.
-    onto = projection(rule.classes, classes, rule.taxonomy)
-    cells = gather(data, classes, predict, mpp, on_image)
+    onto, data = projection(rule.classes, scoring.classes, rule.taxonomy), scoring.data
+    cells = scoring.typed_cells(predict)
     scores = score_paths(cells, onto, rule.decision, rule.calibration, seed)
-    sizes = {mpp or sample.mpp for sample in data.samples}
+    sizes = {scoring.mpp or sample.mpp for sample in data.samples}
     size = sizes.pop() if len(sizes) == 1 else None
-    return paths_report(model, data, split, size, scores, rule.decision.gate), scores
+    return paths_report(model, data, scoring.split, size, scores, rule.decision.gate), scores
 
 
 def read_nuclei(folder: Path, sample: Sample) -> Nuclei:

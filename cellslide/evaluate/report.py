@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,6 +157,11 @@ class EvalReport:
             table.add_row(name, "-" if value is None else f"{value:.4f}", spread)
         return table
 
+    def tables(self) -> list[Table]:
+        """Return all tables for the terminal: the report, its groups, and the rules on given nuclei side by side."""
+        rules = [_rules_table(self.paths)] if self.paths is not None and self.nuclei == "given" else []
+        return [self.table(), *self.group_tables(), *rules]
+
     def group_tables(self) -> list[Table]:
         """Return tables of the scores by organ and by cohort, as far as there are any."""
         from rich.table import Table
@@ -191,6 +196,41 @@ class EvalReport:
         if self.macro is not None:
             rows += [(f"mean over organs, {n}", v) for n, v in self.macro.scores().items() if v is not None]
         return rows
+
+
+def _rules_table(paths: Mapping[str, Any]) -> Table:
+    """Return the scores of the rules that these weights can apply, a column each."""
+    from rich.table import Table
+
+    shown = {name: scores for name, scores in paths.items() if scores is not None}
+    table = Table(title="all rules on the same nuclei (95 % intervals over nuclei)")
+    table.add_column("score")
+    for name in shown:
+        table.add_column(name, justify="right")
+    for label, key in _RULE_ROWS:
+        table.add_row(label, *(_cell(scores, key) for scores in shown.values()))
+    return table
+
+
+def _cell(scores: Mapping[str, Any], key: str) -> str:
+    top, _, name = key.rpartition(".")
+    value = (scores[top] if top else scores)[name]
+    interval = scores.get(f"{key}_ci")
+    text = "-" if value is None else f"{value:.4f}"
+    return text if interval is None else f"{text} ({interval[0]:.3f}-{interval[1]:.3f})"
+
+
+_RULE_ROWS = (
+    ("accuracy = micro F1", "accuracy"),
+    ("macro F1", "macro_f1"),
+    ("ECE, 15 bins", "ece"),
+    ("Brier score", "brier"),
+    ("AUROC", "auroc"),
+    ("macro F1, low confidence", "low_confidence.macro_f1"),
+    ("macro F1, high entropy", "high_entropy.macro_f1"),
+    ("accepted", "coverage"),
+    ("accuracy of the accepted", "accuracy_accepted"),
+)
 
 
 def pixel_size(sample: Sample, mpp: float | None) -> float:

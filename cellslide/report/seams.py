@@ -29,7 +29,7 @@ class SeamVerdict:
     def odd(self) -> bool:
         """Whether nuclei are lost or doubled along seams."""
         change = self.near - self.expected
-        return abs(change) > max(LEAST_Z * np.sqrt(max(self.expected, 1.0)), LEAST_CHANGE * self.expected)
+        return bool(abs(change) > max(LEAST_Z * np.sqrt(max(self.expected, 1.0)), LEAST_CHANGE * self.expected))
 
 
 class SeamCheck:

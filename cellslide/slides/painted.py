@@ -171,7 +171,8 @@ def _nucleus_depth(
     waves = ((k, rng.normal(0, wobble) / (k - 1), rng.uniform(0, 2 * np.pi)) for k in (2, 3, 4))
     edge = 1 + sum(size * np.cos(k * turn + shift) for k, size, shift in waves)
     slope = np.hypot(p / a**2, q / b**2) / np.maximum(rho, 1e-3)
-    return ((edge - rho) / np.maximum(slope, 1 / a)).astype(np.float32)
+    inside: Float32 = ((edge - rho) / np.maximum(slope, 1 / a)).astype(np.float32)
+    return inside
 
 
 def _stain_nucleus(canvas: Canvas, kind: Kind, box: tuple[slice, slice], depth: Float32) -> None:
@@ -357,7 +358,8 @@ def _expose(canvas: Canvas, tissue: Float32) -> UInt8:
     light = GLASS * np.power(np.float32(10), -density * thick[..., None])
     light = cv2.GaussianBlur(light, (0, 0), 0.7) * (1 + 0.006 * smooth_noise(rng, shape, 400))[..., None]
     light += rng.normal(0, 1.6, light.shape).astype(np.float32)
-    return np.clip(light + 0.5, 0, 255).astype(np.uint8)
+    image: UInt8 = np.clip(light + 0.5, 0, 255).astype(np.uint8)
+    return image
 
 
 def write_pyramid(path: Path, image: UInt8, mpp: float) -> None:

@@ -8,11 +8,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from cellslide.errors import WeightsError, short
+import yaml
+
+from cellslide.errors import UsageError, WeightsError, short
+from cellslide.store.atomic import write_text
 from cellslide.types import Calibration, ClassifierSpec, ClassSpec, CropSpec
 from cellslide.weights.cache import WeightsBytes, require_file
 from cellslide.weights.load import DEFAULT_MPP, check_task, entry_beside, resolve_path, slug
-from cellslide.weights.manifest import Manifest, Source, WeightsEntry
+from cellslide.weights.manifest import ENTRY_FILE, PACKAGE, Manifest, Source, WeightsEntry
 
 if TYPE_CHECKING:
     from cellslide.models.nuclass import NuClass
@@ -162,7 +165,7 @@ def _finish(entry: WeightsEntry, path: Path, sha256: str, state: Mapping[str, An
 
 def _config(entry: WeightsEntry, state: Mapping[str, Any], where: str) -> Any:
     """Return the sizes of a classifier: as the entry of one of ours gives them, else as the tensors tell."""
-    from cellslide.models.nuclass import NuClassConfig
+    from cellslide.models.nuclass_config import NuClassConfig
 
     given = {key: value for key, value in entry.config.items() if key != "crops"}
     if entry.source is not None:
@@ -279,3 +282,19 @@ def calibration_as_yaml(calibration: Calibration) -> tuple[dict[str, Any], dict[
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items() if v is not None}
     first = {key: plain[key] for key in _CALIBRATION_KEYS if key in plain}
     return first, {key: plain[name] for key, name in _SAFE_GATE_KEYS.items() if name in plain}
+
+
+def entry_to_write(entry: WeightsEntry, output: Path | None) -> Path:
+    """Return where a changed entry is written; raises UsageError where the package's own manifest would be meant."""
+    if output is not None:
+        return output
+    if entry.root == PACKAGE or entry.file is None:
+        raise UsageError(f"{entry.id} stands in the package's manifest: say where its entry goes with -o ENTRY.yaml")
+    return entry.root / ENTRY_FILE
+
+
+def write_calibration(path: Path, entry: WeightsEntry, calibration: Calibration) -> None:
+    """Write the entry with a new calibration, in one step."""
+    values, safe_gate = calibration_as_yaml(calibration)
+    entry = replace(entry, calibration=values, safe_gate=safe_gate)
+    write_text(path, yaml.safe_dump(entry.as_dict(), sort_keys=False, allow_unicode=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from PIL import Image
 
+from cellslide.api import Model
 from cellslide.cli.main import cli
 from cellslide.evaluate.dataset import write_manifest
 from cellslide.evaluate.detection import centroids
@@ -137,33 +137,24 @@ def test_foreign_classes_are_said_and_can_be_mapped(typed_points: Path, tmp_path
 def fake_network(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A model "fake" that finds the first two of the three nuclei; returns the pixel sizes it was called with.
 
-    Whole modules are replaced, so that no network library is imported for a test of the wiring.
+    Its end is -1.
     """
     seen: list[float] = []
     classes = (ClassSpec("tumour", (255, 0, 0)), ClassSpec("stroma", (0, 255, 0)))
     spec = ModelSpec("fake", "mask", 0.25, 256, 64, (0, 0, 0), (1, 1, 1), classes)
     prob = np.array([[0.8, 0.2], [0.4, 0.6]], np.float32)
 
-    class Opened:
-        def __enter__(self) -> str:
-            return "segmenter"
-
-        def __exit__(self, *_: object) -> None:
-            seen.append(-1.0)
+    segmenter = SimpleNamespace(config=None)
 
     def segment_array(model: object, image: NDArray[np.uint8], mpp: float, config: object) -> Cells:
-        assert model == "segmenter" and image.shape == (*SHAPE, 3)
+        assert model is segmenter and image.shape == (*SHAPE, 3)
         seen.append(mpp)
         return cells_at(CENTRES[:2], 8, prob)
 
-    manifest = SimpleNamespace(load=lambda: SimpleNamespace(entries={}))
-    modules = {
-        "weights": SimpleNamespace(load_model=lambda model, weights: SimpleNamespace(spec=spec), Manifest=manifest),
-        "inference.segmenter": SimpleNamespace(open_segmenter=lambda loaded, config: Opened()),
-        "pipeline": SimpleNamespace(segment_array=segment_array),
-    }
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, f"cellslide.{name}", module)
+    monkeypatch.setattr("cellslide.weights.load_model", lambda *asked: SimpleNamespace(spec=spec))
+    monkeypatch.setattr("cellslide.pipeline.segment_array", segment_array)
+    monkeypatch.setattr(Model, "image_segmenter", lambda self, tiles, tta: segmenter)
+    monkeypatch.setattr(Model, "close", lambda self: seen.append(-1.0))
     return seen
 
 

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from cellslide.api import Model
 from cellslide.classify.decision import DecisionConfig
 from cellslide.classify.taxonomy import Taxonomy
 from cellslide.cli.main import cli
@@ -24,6 +25,7 @@ from cellslide.evaluate.paths import TypedCells, gather, image_confusion, paths_
 from cellslide.evaluate.score import ClassSet, dataset_classes
 from cellslide.types import Calibration, Cells, Float64, PathProbs
 from tests.support.fake_classifier import fake_loaded
+from tests.support.fakes import fake_model
 from tests.support.typed_set import CENTRES, NAMES, write_typed_set
 
 CONTRACT = (
@@ -296,20 +298,20 @@ def test_command_maps_classes_and_says_what_is_wrong(tmp_path: Path) -> None:
 def test_command_on_detected_nuclei(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The detector finds all but the last nucleus, a pixel off, and one that is not there."""
 
-    class Opened:
-        def __enter__(self) -> str:
-            return "segmenter"
+    finder, asked = SimpleNamespace(config=None), []
 
-        def __exit__(self, *_: object) -> None: ...
+    def load(name: str, *more: object) -> SimpleNamespace:
+        asked.append(name)
+        return SimpleNamespace(spec=fake_model().spec)
 
     def segment_array(model: object, image: object, mpp: float, config: Any) -> Cells:
-        assert model == "segmenter" and mpp == 0.5 and config.model == "finder"
+        assert model is finder and mpp == 0.5 and asked == ["finder"]
         xy = np.array([*CENTRES[:-1], (5.0, 155.0)]) + (1.0, 0.0)
         zero, one = np.zeros(len(xy), np.int32), np.ones(len(xy), np.float32)
         return Cells(xy, zero, zero, one, one)
 
-    monkeypatch.setattr("cellslide.weights.load_model", lambda model: SimpleNamespace(spec=None))
-    monkeypatch.setattr("cellslide.inference.segmenter.open_segmenter", lambda loaded, config: Opened())
+    monkeypatch.setattr("cellslide.weights.load_model", load)
+    monkeypatch.setattr(Model, "image_segmenter", lambda self, tiles: finder)
     monkeypatch.setattr("cellslide.pipeline.segment_array", segment_array)
     root = write_typed_set(tmp_path / "set", 1)
     table = tmp_path / "images.csv"

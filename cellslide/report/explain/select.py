@@ -86,7 +86,8 @@ def _rows_of(table: CellTable, ids: Sequence[str]) -> Int64:
     typed = np.array([np.isfinite(table.matrix("prob_local", r, r + 1)).all() for r in found.tolist()], bool)
     if not typed.all():
         log.warning("%d of the cells asked for were not typed and are left out", (~typed).sum())
-    return found[typed]
+    chosen: Int64 = found[typed]
+    return chosen
 
 
 def _doubt(table: CellTable, start: int, stop: int) -> Float64:

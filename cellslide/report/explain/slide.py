@@ -19,7 +19,7 @@ from cellslide.report.explain.select import Selection, Typed, read_typed, select
 from cellslide.slides.reopen import reopen
 from cellslide.slides.slide import Slide
 from cellslide.store.cell_table import Categorical, CellTable, open_table
-from cellslide.store.run_record import TABLE
+from cellslide.store.run_record import TABLE, read_record
 from cellslide.types import ClassifierSpec, ClassSpec, CropSpec, Float32, Float64, Int64, Plane, RunRecord
 from cellslide.weights.classifier import LoadedClassifier
 from cellslide.weights.organs import look_up
@@ -94,6 +94,17 @@ def how_typed(folder: Path, record: RunRecord) -> dict[str, Any]:
     if settings is None:
         raise UsageError(f"{folder}: its cells are not typed; run `cellslide classify {folder}` first")
     return dict(settings)
+
+
+def weights_used(folder: Path) -> tuple[str | None, Path | None]:
+    """Return the id or the file of the classifier that typed a folder's cells; raises UsageError where none did."""
+    record = read_record(folder)
+    if record is None:
+        raise UsageError(f"{folder}: no run.json here; give the folder of one slide that `cellslide classify` finished")
+    settings = how_typed(folder, record)
+    if settings.get("weights"):
+        return None, Path(settings["weights"])
+    return str(settings["spec"]["weights_id"]), None
 
 
 def check_weights(loaded: LoadedClassifier, spec: ClassifierSpec) -> None:

@@ -1,159 +1,37 @@
-"""What is called from Python, and what the commands call: an image gives cells in memory, a path a table on disk.
-
-Everything heavy is imported inside the functions: to import this file costs nothing.
-"""
+"""Slides and images: their nuclei found, typed, embedded, brought in from other tools and explained."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard, overload
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeGuard, overload
 
-from cellslide.config import (
-    ClassifyConfig,
-    EmbedConfig,
-    InferConfig,
-    OutputConfig,
-    Precision,
-    SegmentConfig,
-    TileConfig,
-    TissueConfig,
-)
+from cellslide.api.models import ModelLike, load_model, opened
+from cellslide.config import ClassifyConfig, EmbedConfig, OutputConfig, SegmentConfig, TileConfig, TissueConfig
 from cellslide.errors import PixelSizeError, UsageError
 from cellslide.progress import IDLE, Progress, Watch
 
 if TYPE_CHECKING:
-    from cellslide.classify import Classifier, SlideClassifier
+    from cellslide.classify import SlideClassifier
     from cellslide.classify.decision import GateRule
     from cellslide.classify.targets import Target
-    from cellslide.embed import Embedder
-    from cellslide.evaluate.dataset import Dataset
-    from cellslide.evaluate.protocols import Protocol
-    from cellslide.evaluate.report import EvalReport, Predictor
-    from cellslide.evaluate.score import ClassSet
     from cellslide.inference.segmenter import Segmenter
     from cellslide.slides.inputs import SlideInput
     from cellslide.slides.slide import Slide
     from cellslide.store.cell_table import CellTable
     from cellslide.types import Cells, Float32, UInt8
-    from cellslide.weights import LoadedClassifier, LoadedModel, WeightsEntry
-    from cellslide.weights.muse import LoadedMuse
 
-Task: TypeAlias = Literal["segment", "detect", "classify", "backbone"]
 PathLike: TypeAlias = str | Path
 SlideLike: TypeAlias = "PathLike | Slide"
 TableLike: TypeAlias = "PathLike | CellTable"
-ModelLike: TypeAlias = "str | Model | None"
 
 FORMATS = ("zarr", "geojson")
-# The name of the baseline without training.
-CLASSICAL = "classical"
 
 log = logging.getLogger(__name__)
-
-
-class Model:
-    """A network with its weights, used for one slide or image after another; a context manager.
-
-    task     what it was loaded for: "segment" and "detect" find nuclei, "classify" types them, "backbone" embeds them.
-    name     the id of its weights.
-    classes  the names of its classes, in the order of the columns of probabilities; empty where it does not type.
-    """
-
-    def __init__(
-        self,
-        loaded: LoadedModel | LoadedClassifier | LoadedMuse,
-        task: Task,
-        infer: InferConfig,
-        asked: tuple[str | None, Path | None] = (None, None),
-    ) -> None:
-        self.loaded: Any = loaded
-        self.task, self.infer, self.asked = task, infer, asked
-        spec = getattr(loaded, "spec", None)
-        self.name: str = self.loaded.entry.id if spec is None else spec.weights_id or spec.name
-        self.classes: tuple[str, ...] = () if spec is None else tuple(c.name for c in spec.classes)
-        self._segmenters: dict[InferConfig | TileConfig, Segmenter] = {}
-
-    def __repr__(self) -> str:
-        return f"Model({self.name!r}, task={self.task!r}, device={self.infer.device!r})"
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the processes that decode; the model can be used again, they start anew then."""
-        while self._segmenters:
-            self._segmenters.popitem()[1].detector.close()
-
-    def segmenter(self, config: SegmentConfig) -> Segmenter:
-        """Return the network on its device for slides with these settings; the processes are those of earlier calls."""
-        from cellslide.inference.segmenter import check_formats, open_segmenter
-
-        self._require("segment", "detect")
-        model, weights = self.asked
-        config = replace(config, model=model, weights=weights, infer=self.infer)
-        return self._ready(config.tiles, config, open_segmenter, check_formats)
-
-    def image_segmenter(self) -> Segmenter:
-        """Return the network on its device for images in memory: it decodes in this process."""
-        from cellslide.inference.segmenter import check_formats, open_segmenter
-
-        self._require("segment", "detect")
-        # Few tiles: decoding them here is quicker than starting processes.
-        infer = replace(self.infer, workers=self.infer.workers or 0, batch_size=self.infer.batch_size or 1)
-        config = SegmentConfig(tissue=TissueConfig(enabled=False), infer=infer)
-        return self._ready(infer, config, open_segmenter, check_formats)
-
-    def _ready(
-        self,
-        key: InferConfig | TileConfig,
-        config: SegmentConfig,
-        open_: Callable[[Any, SegmentConfig], Segmenter],
-        check: Callable[[Any, Sequence[str]], None],
-    ) -> Segmenter:
-        if key not in self._segmenters:
-            self._segmenters[key] = open_(self.loaded, config)
-        segmenter = self._segmenters[key]
-        check(segmenter.spec, config.output.formats)
-        return replace(segmenter, config=replace(config, tiles=segmenter.config.tiles))
-
-    def classifier(self, config: ClassifyConfig) -> Classifier:
-        """Return the network on its device, to type cells with these settings."""
-        from cellslide.classify import open_classifier
-
-        self._require("classify")
-        model, weights = self.asked
-        return open_classifier(self.loaded, replace(config, model=model, weights=weights, infer=self.infer))
-
-    def slide_classifier(
-        self, config: ClassifyConfig, rule: GateRule = "mix", abstain: float | None = None
-    ) -> SlideClassifier:
-        """Return the network on its device with the rule that decides; raises UsageError for one that does not fit."""
-        from cellslide.batch.work import organ_finder
-        from cellslide.classify import SlideClassifier
-        from cellslide.classify.rule_settings import RuleSettings
-
-        classifier = self.classifier(config)
-        decided_by = RuleSettings(rule, abstain=abstain).rule(classifier.spec)
-        return SlideClassifier(classifier, decided_by, organ_finder(classifier.spec, config.organ))
-
-    def embedder(self, config: EmbedConfig) -> Embedder:
-        """Return the network on its device, to embed cells with these settings."""
-        from cellslide.embed import open_embedder
-
-        self._require("backbone")
-        model, weights = self.asked
-        return open_embedder(self.loaded, replace(config, model=model, weights=weights, infer=self.infer))
-
-    def _require(self, *tasks: Task) -> None:
-        if self.task not in tasks:
-            raise UsageError(f"model {self.name}: loaded to {self.task}; load it with task={tasks[0]!r}")
 
 
 def open_slide(path: PathLike, *, mpp: float | None = None) -> Slide:
@@ -165,53 +43,6 @@ def open_slide(path: PathLike, *, mpp: float | None = None) -> Slide:
     from cellslide.slides.slide import open_slide
 
     return open_slide(path, mpp)
-
-
-def load_model(
-    name: str | None = None,
-    *,
-    weights: PathLike | None = None,
-    task: Task = "segment",
-    device: str = "auto",
-    precision: Precision = "auto",
-    batch_size: int | None = None,
-    workers: int | None = None,
-) -> Model:
-    """Load a network by its id, from a file of weights, or the one that ships for the task.
-
-    batch_size  tiles, crops or windows in a pass; None lets the device decide.
-    workers     processes that decode outlines; None takes the cores granted, 0 decodes in this process.
-    Raises UsageError for an unknown id or another task, WeightsError where the weights are missing or do not fit.
-    """
-    infer = InferConfig(device=device, batch_size=batch_size, precision=precision, workers=workers)
-    file = None if weights is None else Path(weights)
-    return Model(_load(name, file, task), task, infer, (name, file))
-
-
-def _load(name: str | None, weights: Path | None, task: Task) -> LoadedModel | LoadedClassifier | LoadedMuse:
-    if task == "classify":
-        from cellslide.weights.classifier import load_classifier
-
-        return load_classifier(name, weights)
-    if task == "backbone":
-        from cellslide.weights.muse import load_muse
-
-        return load_muse(name, weights)
-    if task not in ("segment", "detect"):
-        raise UsageError(f"task {task}: must be segment, detect, classify or backbone")
-    from cellslide.weights import load_model
-
-    return load_model(name, weights, task)
-
-
-@contextmanager
-def _opened(model: ModelLike, task: Task) -> Iterator[Model]:
-    """Yield a model; one that was named, or that ships, is loaded here and closed at the end."""
-    if isinstance(model, Model):
-        yield model
-        return
-    with load_model(model, task=task) as opened:
-        yield opened
 
 
 @overload
@@ -262,10 +93,10 @@ def segment(
         asked = (out, roi, tile_px, None if tissue is True or tissue is False else tissue)
         return _segment_image(source, mpp, model, asked)
     if out is None:
-        raise UsageError(f"out: a folder for the results of {_words(source)} is needed")
+        raise UsageError("out: a slide needs a folder for its results")
     config = _segment_config(mpp, tissue, roi, tile_px, formats, overwrite)
     slide = _slide_input(source)  # type: ignore[arg-type]
-    with _opened(model, "segment") as finder:
+    with opened(model, "segment") as finder:
         return _run(slide, finder.segmenter(config), None, Path(out), progress)
 
 
@@ -288,8 +119,8 @@ def _segment_image(image: UInt8, mpp: float | None, model: ModelLike, asked: Seq
     if any(value is not None for value in asked):
         raise UsageError("out, roi, tile_px and a tissue mask are for slides; an image gives cells in memory")
     checked, size = _checked_image(image, mpp)
-    with _opened(model, "segment") as finder:
-        segmenter = finder.image_segmenter()
+    with opened(model, "segment") as finder:
+        segmenter = finder.image_segmenter(batch_size=1)
         return segment_array(segmenter, checked, size, segmenter.config)
 
 
@@ -364,28 +195,27 @@ def classify(
     A table that is given open is closed: go on with the one returned. Other files of its folder are written anew.
     Raises UsageError for settings that do not fit, SlideError where the slide is not that of the cells, WeightsError.
     """
+    from cellslide.classify.rule_settings import RuleSettings
     from cellslide.pipeline import classify_slide
     from cellslide.types import Cells
 
     if isinstance(cells, Cells):
         if abstain is not None:
             raise UsageError("abstain: marks rows of a table; cells in memory keep all probabilities")
-        with _opened(model, "classify") as typing:
-            return _classify_cells(cells, typing, _open_pixels(slide, mpp), organ, rule)
+        with opened(model, "classify") as typing, _open_pixels(slide, mpp) as pixels:
+            return _classify_cells(cells, pixels, typing.slide_classifier(ClassifyConfig(organ=organ), rule))
     target = _target(cells, slide)
     config = ClassifyConfig(mpp=mpp, organ=organ, output=_kept_output(target.folder, overwrite))
-    with _opened(model, "classify") as typing:
-        classify_slide(target, typing.slide_classifier(config, rule, abstain), _watch(progress))
+    with opened(model, "classify") as typing:
+        classify_slide(target, typing.slide_classifier(config, RuleSettings(rule, abstain=abstain)), _watch(progress))
     return _finished(target.folder, target.source)
 
 
-def _classify_cells(cells: Cells, model: Model, pixels: Any, organ: str | None, rule: GateRule) -> Cells:
+def _classify_cells(cells: Cells, pixels: Slide, by: SlideClassifier) -> Cells:
     from cellslide.classify.cells import gather
     from cellslide.classify.decision import decide
 
-    with pixels as slide:
-        by = model.slide_classifier(ClassifyConfig(organ=organ), rule)
-        found = gather(slide, cells.centroid_xy, by.find_organ(None).index, by.classifier)
+    found = gather(pixels, cells.centroid_xy, by.find_organ(None).index, by.classifier)
     return replace(cells, class_prob=decide(found, by.rule.decision, by.rule.calibration).prob)
 
 
@@ -411,12 +241,14 @@ def run(
     model, classifier  what finds nuclei and what types them; None takes those that ship.
     The other settings are those of `segment` and `classify`, and so are the errors.
     """
+    from cellslide.classify.rule_settings import RuleSettings
+
     if _is_image(source):
         raise UsageError("run: takes a slide; for an image in memory call segment, then classify")
     config, slide = _segment_config(mpp, tissue, roi, tile_px, formats, overwrite), _slide_input(source)
     typing = ClassifyConfig(mpp=mpp, organ=organ, roi=config.tissue.roi, output=config.output)
-    with _opened(model, "segment") as finder, _opened(classifier, "classify") as typist:
-        by = typist.slide_classifier(typing, rule, abstain)
+    with opened(model, "segment") as finder, opened(classifier, "classify") as typist:
+        by = typist.slide_classifier(typing, RuleSettings(rule, abstain=abstain))
         return _run(slide, finder.segmenter(config), by, Path(out), progress)
 
 
@@ -453,10 +285,10 @@ def embed(
     from cellslide.types import Cells
 
     if isinstance(cells, Cells):
-        with _opened(model, "backbone") as network, _open_pixels(slide, mpp) as pixels:
+        with opened(model, "backbone") as network, _open_pixels(slide, mpp) as pixels:
             return embed_places(network.embedder(EmbedConfig()), pixels, cells.centroid_xy)
     target = _target(cells, slide)
-    with _opened(model, "backbone") as network:
+    with opened(model, "backbone") as network:
         embed_target(target, network.embedder(EmbedConfig(mpp=mpp, overwrite=overwrite)), _watch(progress))
     with _finished(target.folder, target.source) as table:
         vectors: Float32 = table.matrix("embedding")
@@ -496,103 +328,60 @@ def import_cells(
     Raises UsageError where the file cannot be used or the folder holds other cells, and as `open_slide`.
     """
     from cellslide.classify.foreign import import_cells
+    from cellslide.classify.targets import Target
 
     source = _slide_input(slide)
-    target = _target_of(source, Path(out))
+    target = Target(source, Path(out) / source.slide_id)
     config = ClassifyConfig(mpp=mpp, cells=Path(path), cells_unit=unit, output=OutputConfig(overwrite=overwrite))
     log.info("%s", import_cells(target, config))
     return read_cells(target.folder)
 
 
-def evaluate(
-    model: str | Path | Model, dataset: PathLike, *, split: str | None = "val", protocol: str | None = None
-) -> EvalReport:
-    """Score a model, or predictions in a folder, on labelled images; a classifier types the annotated nuclei.
+def explain(
+    folder: PathLike,
+    *,
+    cells: Sequence[str | int] = (),
+    uncertain: int | None = None,
+    disagree: int | None = None,
+    slide: PathLike | None = None,
+    out: PathLike | None = None,
+    model: ModelLike = None,
+    device: str = "auto",
+    runner_up: bool = False,
+) -> tuple[Path, int]:
+    """Write a page that shows where the classifier looked, on chosen cells; return where it is and how many it shows.
 
-    model     a model, its id, "classical" for the baseline without training, or a folder of predictions.
-    dataset   folder with `manifest.csv`.
-    split     only the images of this split; None takes all.
-    protocol  how nuclei are paired with points; None takes what suits the data set.
-    Raises UsageError for a data set that cannot be read, an unknown id or protocol, or images without a prediction.
+    folder     of one slide whose cells are typed.
+    cells      ids of cells, their `cell_id` or `uuid`; else give `uncertain` or `disagree`, how many cells of lowest
+               probability, or of paths that are surest of different classes.
+    slide      where the slide is now, where it has moved since.
+    out        the page; None is `explain.html` in the folder.
+    model      None takes the classifier that typed the cells, on `device`.
+    runner_up  show the second class too, as `disagree` always does.
+    Raises UsageError unless one choice is given, or where the cells are not typed, or by another model.
     """
-    from cellslide.evaluate.dataset import read_dataset
-    from cellslide.evaluate.predictors import classical_nuclei, network_predictor, read_nuclei
-    from cellslide.evaluate.protocols import protocol_of
-    from cellslide.evaluate.report import pixel_size
-    from cellslide.evaluate.score import scored_classes
+    from cellslide.report.explain import Selection, explain_slide
+    from cellslide.report.explain.slide import weights_used
 
-    data = read_dataset(Path(dataset), split)
-    pairing = protocol_of(protocol, data)
-    classes = scored_classes(data, pairing)
-    for sample in data.samples:  # Before a network is loaded for nothing.
-        pixel_size(sample, None)
-    if model == CLASSICAL:
-        return _scores(CLASSICAL, data, split, classes, pairing, classical_nuclei)
-    task = model.task if isinstance(model, Model) else _task_of(model)
-    if task is None:
-        folder = Path(str(model))
-        return _scores(str(folder), data, split, classes, pairing, lambda sample, _: read_nuclei(folder, sample))
-    with _opened(model if isinstance(model, Model) else str(model), task) as network:
-        if task == "classify":
-            return _scores_of_classes(network, data, split, classes)
-        segmenter = network.image_segmenter()
-        predict = network_predictor(segmenter, segmenter.config, network.classes)
-        return _scores(network.name, data, split, classes, pairing, predict)
-
-
-def _task_of(model: str | Path) -> Task | None:
-    """Return the task of the model that an id names, None for a folder of predictions."""
-    from cellslide.weights import Manifest
-
-    manifest = Manifest.load()
-    if str(model) not in manifest.entries and Path(model).is_dir():
-        return None
-    return manifest.entry(str(model)).task
-
-
-def _scores(
-    name: str, data: Dataset, split: str | None, classes: ClassSet, pairing: Protocol, predict: Predictor
-) -> EvalReport:
-    from cellslide.evaluate.report import evaluate_dataset, summarise
-
-    return summarise(name, data, split, classes, evaluate_dataset(data, predict, classes, protocol=pairing), pairing)
-
-
-def _scores_of_classes(model: Model, data: Dataset, split: str | None, classes: ClassSet) -> EvalReport:
-    from cellslide.evaluate.predictors import path_predictor, score_given
-    from cellslide.weights.organs import organ_by_text
-
-    if not classes.names:
-        raise UsageError(f"{data.root}: its points have no classes, which a classifier is compared with")
-    by = model.slide_classifier(ClassifyConfig())
-    predict = path_predictor(by.classifier, organ_by_text(by.classifier.spec))
-    return score_given(model.name, data, split, classes, predict, by.rule)[0]
-
-
-def list_models(task: Task | None = None) -> tuple[WeightsEntry, ...]:
-    """Return what is known of all models, or of those for a task: id, licence, classes, pixel size and scores."""
-    from cellslide.weights import Manifest
-
-    return tuple(entry for entry in Manifest.load().entries.values() if task in (None, entry.task))
-
-
-def fetch_model(name: str, accept_licence: str | None = None) -> Path:
-    """Download the weights of a model after its licence is accepted by its name; return the file.
-
-    Weights that are here already are only checked. Raises UsageError without consent, WeightsError where they may not
-    or cannot be fetched.
-    """
-    from cellslide.weights import Manifest, fetch
-
-    return fetch(Manifest.load().entry(name), accept_licence, lambda licence: False)
+    if bool(cells) + (uncertain is not None) + (disagree is not None) != 1:
+        raise UsageError("give one of --cells IDS, --uncertain N and --disagree N")
+    if cells:
+        chosen = Selection("cells", ids=tuple(map(str, cells)))
+    else:
+        chosen = Selection("disagree", disagree or 0) if uncertain is None else Selection("uncertain", uncertain)
+    if model is None:
+        name, weights = weights_used(Path(folder))
+        model = partial(load_model, name, weights=weights, task="classify", device=device)
+    with opened(model, "classify") as network:
+        return explain_slide(
+            Path(folder), chosen, network.loaded, None if out is None else Path(out),
+            moved_to=None if slide is None else Path(slide),
+            runner_up=runner_up or disagree is not None, device=network.infer.device,
+        )  # fmt: skip
 
 
 def _watch(progress: Progress | None) -> Watch:
     return IDLE if progress is None else Watch(progress)
-
-
-def _words(source: object) -> str:
-    return str(source) if isinstance(source, (str, Path)) else "a slide"
 
 
 def _is_image(source: object) -> TypeGuard[UInt8]:
@@ -609,19 +398,17 @@ def _checked_image(image: UInt8, mpp: float | None) -> tuple[UInt8, float]:
     return image, SegmentConfig(mpp=mpp).mpp or mpp
 
 
-def _open_pixels(slide: UInt8 | SlideLike | None, mpp: float | None) -> Any:
+def _open_pixels(slide: UInt8 | SlideLike | None, mpp: float | None) -> AbstractContextManager[Slide]:
     """Return a slide to enter: a path is opened, an image becomes a slide, an open slide stays open."""
-    from contextlib import nullcontext
-
     from cellslide.slides.slide import Slide, slide_from_array
 
     if slide is None:
         raise UsageError("slide: cells in memory do not say where they lie; give the slide or image")
     if isinstance(slide, Slide):
         return nullcontext(slide)
-    return (
-        open_slide(slide, mpp=mpp) if isinstance(slide, (str, Path)) else slide_from_array(*_checked_image(slide, mpp))
-    )
+    if isinstance(slide, (str, Path)):
+        return open_slide(slide, mpp=mpp)
+    return slide_from_array(*_checked_image(slide, mpp))
 
 
 def _slide_input(source: SlideLike) -> SlideInput:
@@ -639,23 +426,17 @@ def _slide_input(source: SlideLike) -> SlideInput:
     return replace(found[0], mpp=info.mpp_x) if info is not None and given else found[0]
 
 
-def _target_of(slide: SlideInput, out: Path) -> Target:
-    from cellslide.classify.targets import Target
-
-    return Target(slide, out / slide.slide_id)
-
-
 def _target(table: TableLike, slide: UInt8 | SlideLike | None) -> Target:
     """Return the folder of a table and its slide: the one given, else the one that the table names."""
     from cellslide.classify.targets import Target, expand_targets
 
-    with read_cells(table) if isinstance(table, (str, Path)) else table as opened:
-        folder = opened.path.parent
+    with read_cells(table) if isinstance(table, (str, Path)) else table as found:
+        path = found.path
     if slide is None:
-        return expand_targets([str(folder / opened.path.name)], folder.parent)[0]
+        return expand_targets([str(path)], path.parent.parent)[0]
     if _is_image(slide):
         raise UsageError("slide: the cells of a table lie on a slide; give its path")
-    return Target(_slide_input(slide), folder)  # type: ignore[arg-type]
+    return Target(_slide_input(slide), path.parent)  # type: ignore[arg-type]
 
 
 def _kept_output(folder: Path, overwrite: bool) -> OutputConfig:
