@@ -47,6 +47,10 @@ class UsageError(CellslideError):
     exit_code = 2
 
 
+class StaleError(UsageError):
+    """A slide's folder that holds work of other settings; it is left as it is unless a flag gives that work up."""
+
+
 class PixelSizeError(UsageError):
     """A slide whose pixel size is unknown or not believable; cellslide never guesses it."""
 

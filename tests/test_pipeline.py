@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from cellslide.batch.plan import plan
 from cellslide.batch.run import SlideOutcome, StopOnSignal, exit_code, in_shard
 from cellslide.batch.work import do_slide
 from cellslide.classify.targets import Target
@@ -467,7 +467,7 @@ def test_a_failure_does_not_touch_what_was_done(slide: PaintedSlide, tmp_path: P
     segment(slide.path, tmp_path)
     with open_segmenter(fake_model(), replace(BASE, tiles=TileConfig(512))) as segmenter:
         (outcome,) = segment_slides([source(slide.path)], segmenter, tmp_path)
-    assert outcome.status == "failed" and exit_code([outcome]) == 2
+    assert outcome.status == "stale" and exit_code([outcome]) == 2
     assert json.loads((tmp_path / "seams" / "run.json").read_text())["status"] == "done"
 
 
@@ -506,17 +506,11 @@ def test_shards_partition_the_slides() -> None:
     assert sorted(sum(parts, [])) == sorted(ids) and all(40 < len(p) < 95 for p in parts)
 
 
-def test_plan_counts_tiles_and_times_one(slide: PaintedSlide) -> None:
-    with open_segmenter(fake_model(), BASE) as segmenter:
-        tiles, seconds = plan(source(slide.path), segmenter)
-        assert tiles == 24 and seconds > 0
-        assert plan(source(slide.path), segmenter, 2.0) == (24, 2.0)
-
-
-def test_signals_ask_for_a_stop_and_handlers_come_back() -> None:
+def test_signals_ask_for_a_stop_and_handlers_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
     import signal
 
+    monkeypatch.setattr("cellslide.batch.run.STOP_S", 0.2)
     before = signal.getsignal(signal.SIGTERM)
     with StopOnSignal() as stop:
         assert stop() is None
@@ -524,6 +518,11 @@ def test_signals_ask_for_a_stop_and_handlers_come_back() -> None:
         assert stop() == 143
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(Interrupted, match="stopped") as stopped, StopOnSignal():
+        # Work that does not look whether it is to stop is stopped all the same.
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+    assert stopped.value.exit_code == 143
     with StopOnSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop() == 130

@@ -55,7 +55,6 @@ class DeviceProcesses:
 
     def run(self, work: SlideWork, targets: Sequence[Target], lane_of: LaneOf, stop: StopCheck) -> Iterator[Ended]:
         """Do the slides as devices are free."""
-        work.check()
         return over_devices(work, targets, self.devices, lane_of, stop)
 
 
@@ -74,7 +73,6 @@ class DaskWorkers:
         from cellslide.batch.dask.stages import Job
 
         require_dask()
-        work.check()
         targets = [absolute(target) for target in targets]
         for folder in dict.fromkeys(target.folder.parent for target in targets):
             folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +16,7 @@ from types import FrameType, TracebackType
 from typing import Any, Literal
 
 from cellslide.classify.targets import Target
-from cellslide.errors import BusyError, CellslideError, Interrupted, in_words
+from cellslide.errors import BusyError, CellslideError, Interrupted, StaleError, UsageError, in_words
 from cellslide.inference.segmenter import Segmenter, begin_record
 from cellslide.report import keep_report
 from cellslide.slides.identity import slide_sha256
@@ -29,19 +30,30 @@ ENVIRONMENT = 3
 # There is no SIGUSR1 on Windows.
 STOPPING = (signal.SIGINT, signal.SIGTERM, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
 
+# A stop that was asked for is made after so long (s).
+STOP_S = 3.5
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class SlideOutcome:
-    """How one slide ended: `cells` found, seconds spent, why it failed, and the exit code that alone it would give."""
+    """How one slide ended: `cells` found, seconds spent, why it failed, and the exit code that alone it would give.
+
+    status  "stale" is work of other settings that was left as it is.
+    """
 
     slide: str
-    status: Literal["done", "skipped", "failed"]
+    status: Literal["done", "skipped", "failed", "stale"]
     cells: int | None
     seconds: float
     error: str | None = None
     exit_code: int = 0
+
+    @property
+    def refused(self) -> bool:
+        """True where the request did not suit the slide: nothing was done to it, and nothing was noted."""
+        return self.exit_code == UsageError.exit_code
 
     def to_json(self) -> dict[str, Any]:
         """Return the line of `--log-json`."""
@@ -68,12 +80,22 @@ def tried(
     except Exception as error:
         if getattr(error, "exit_code", 0) == ENVIRONMENT:
             raise
-        log.debug("%s failed", source.path, exc_info=error)
-        words, code = in_words(error), getattr(error, "exit_code", 1)
-        if record_failure is not None and not isinstance(error, BusyError):
-            record_failure(words)
-        return SlideOutcome(source.slide_id, "failed", None, time.perf_counter() - start, words, code)
+        return failed(source, error, time.perf_counter() - start, record_failure)
     return outcome_of(source, record, skipped, time.perf_counter() - start)
+
+
+def failed(
+    source: SlideInput, error: Exception, seconds: float, record_failure: Callable[[str], None] | None = None
+) -> SlideOutcome:
+    """Return how a slide ended by an error; `record_failure` notes what is the slide's, not what the request asked."""
+    log.debug("%s failed", source.path, exc_info=error)
+    status: Literal["failed", "stale"] = "stale" if isinstance(error, StaleError) else "failed"
+    outcome = SlideOutcome(
+        source.slide_id, status, None, seconds, in_words(error), getattr(error, "exit_code", CellslideError.exit_code)
+    )
+    if record_failure is not None and not outcome.refused and not isinstance(error, BusyError):
+        record_failure(outcome.error or "")
+    return outcome
 
 
 def outcome_of(source: SlideInput, record: RunRecord, skipped: bool, seconds: float) -> SlideOutcome:
@@ -121,11 +143,13 @@ def in_shard(slide_id: str, shard: tuple[int, int]) -> bool:
 class StopOnSignal:
     """While it is entered, Ctrl-C, SIGTERM and SIGUSR1 ask for a clean stop; called, it gives the exit code, or None.
 
-    SIGUSR1, the warning that Slurm sends before it kills, counts as SIGTERM. A second Ctrl-C stops at once.
+    SIGUSR1, the warning that Slurm sends before it kills, counts as SIGTERM. A second Ctrl-C stops at once; so does
+    the first one where the work has not ended after STOP_S. Raises Interrupted at its end where it was so.
     """
 
     def __init__(self) -> None:
         self._code: int | None = None
+        self._timer: threading.Timer | None = None
         self._before: dict[int, Any] = {}
 
     def __call__(self) -> int | None:
@@ -138,11 +162,29 @@ class StopOnSignal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if kind is KeyboardInterrupt and self._code is not None:
+            raise Interrupted(self._code) from error
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._code is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self._code is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self._code = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
         log.warning("stopping after the tiles at hand; finished tiles are kept")
+        self._timer = threading.Timer(STOP_S, _interrupt_main)
+        self._timer.daemon = True
+        self._timer.start()
+
+
+def _interrupt_main() -> None:
+    """Have the main thread stop now, also where it waits."""
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None:
+        signal.pthread_kill(main, signal.SIGINT)
+    else:
+        signal.raise_signal(signal.SIGINT)

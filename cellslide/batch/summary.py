@@ -46,14 +46,28 @@ log = logging.getLogger(__name__)
 
 
 class Ledger:
-    """Keeps how the slides of a run ended, and the summaries of the folders that they lie in."""
+    """Keeps how the slides of a run ended, and the summaries of the folders that they lie in.
+
+    Slides that the request did not suit are noted only where it suited others: a refused request changes nothing.
+    """
 
     def __init__(self, folders: Iterable[Path]) -> None:
         self.folders = tuple(dict.fromkeys(folders))
+        self._refused: list[tuple[Target, SlideOutcome]] = []
+        self._worked = False
         self._written = time.monotonic()
 
     def keep(self, target: Target, outcome: SlideOutcome) -> None:
         """Keep the row of a slide that ended; writes the summaries too when the last ones are old."""
+        if outcome.refused:
+            self._refused.append((target, outcome))
+            return
+        self._worked = True
+        self._keep(target, outcome)
+        if time.monotonic() - self._written > EVERY_S:
+            self._write(tries=1)
+
+    def _keep(self, target: Target, outcome: SlideOutcome) -> None:
         out_dir = target.folder.parent
         if os.path.abspath(out_dir) not in map(os.path.abspath, self.folders):
             return
@@ -61,11 +75,19 @@ class Ledger:
             write_row(out_dir, row_of(target, outcome))
         except OSError as error:
             log.warning("%s: cannot keep the row of %s: %s", out_dir / ROWS_FOLDER, outcome.slide, error)
-        if time.monotonic() - self._written > EVERY_S:
-            self.write(tries=1)
 
     def write(self, tries: int = MOST_TRIES) -> None:
-        """Write the summaries; a folder that cannot be written is said, and costs no slide."""
+        """Write the summaries at the end; a folder that cannot be written is said, and costs no slide."""
+        if self._refused and not self._worked:
+            return
+        for target, outcome in self._refused:
+            # What was done before stays as it is.
+            if outcome.status == "stale" or not _is_done(target.folder):
+                self._keep(target, outcome)
+        self._refused.clear()
+        self._write(tries)
+
+    def _write(self, tries: int) -> None:
         for folder in self.folders:
             try:
                 write_summary(folder, tries)
@@ -87,12 +109,20 @@ def row_of(target: Target, outcome: SlideOutcome) -> Row:
     row = Row(slide=outcome.slide, path=str(source.path), folder=target.folder.name, status="failed")
     if record is not None:
         row = _described_or_not(row, record, target.folder)
-    status = "done" if outcome.status != "failed" else "failed" if outcome.cells is None else "done_with_errors"
+    status = {"stale": "stale", "failed": "failed" if outcome.cells is None else "done_with_errors"}
     cells = row.cells if outcome.cells is None else outcome.cells
     organ = row.organ or source.organ or ""
-    seconds = row.seconds if outcome.status == "skipped" else outcome.seconds
-    row = replace(row, status=status, cells=cells, organ=organ, error=outcome.error or "", seconds=round(seconds, 2))
-    return replace(row, ended=row.ended if outcome.status == "skipped" and row.ended else now_utc())
+    kept = outcome.status in ("skipped", "stale")
+    seconds = row.seconds if kept else outcome.seconds
+    row = replace(
+        row,
+        status=status.get(outcome.status, "done"),
+        cells=cells,
+        organ=organ,
+        error=outcome.error or "",
+        seconds=round(seconds, 2),
+    )
+    return replace(row, ended=row.ended if kept and row.ended else now_utc())
 
 
 def row_of_folder(folder: Path) -> Row | None:
@@ -111,6 +141,11 @@ def _described_or_not(row: Row, record: RunRecord, folder: Path) -> Row:
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         log.warning("%s: its record is damaged (%s)", folder, short(error))
         return row
+
+
+def _is_done(folder: Path) -> bool:
+    record = _record(folder)
+    return record is not None and record.status in ("done", "done_with_errors")
 
 
 def _record(folder: Path) -> RunRecord | None:

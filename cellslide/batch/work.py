@@ -20,21 +20,24 @@ from cellslide.classify import SlideClassifier, open_classifier, regate_slide
 from cellslide.classify.foreign import import_cells
 from cellslide.classify.rule_settings import RuleSettings
 from cellslide.classify.slide import typed_by
-from cellslide.classify.targets import Target, require_cells
+from cellslide.classify.targets import Target, open_target, require_cells
 from cellslide.config import ClassifyConfig, EmbedConfig, InferConfig, SegmentConfig
 from cellslide.embed import Embedder, embed_target, open_embedder
 from cellslide.errors import UsageError
-from cellslide.inference.device import available_cpus
-from cellslide.inference.segmenter import Segmenter, load_segmenter
+from cellslide.formats.registry import find_formats
+from cellslide.inference.device import available_cpus, require_devices
+from cellslide.inference.segmenter import Segmenter, check_settings, load_segmenter
 from cellslide.inference.stream import default_workers
-from cellslide.pipeline import classify_slide, run_slide
+from cellslide.pipeline import classify_slide, open_source, run_slide
 from cellslide.progress import IDLE, Progress, StopCheck, Watch
+from cellslide.slides.slide import Slide
 from cellslide.store.slide_folder import held
 from cellslide.types import Calibration, ClassifierSpec, RunRecord
 from cellslide.weights import LoadedModel, muse
 from cellslide.weights import classifier as classifier_weights
-from cellslide.weights.classifier import LoadedClassifier, calibration_of, classifier_entry
-from cellslide.weights.organs import Organ, find_organ
+from cellslide.weights.classifier import LoadedClassifier, calibration_of, classifier_entry, spec_of
+from cellslide.weights.load import find_weights
+from cellslide.weights.organs import Organ, find_organ, look_up
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,11 @@ class SegmentWork:
 
     config: SegmentConfig
     load: Callable[..., LoadedModel] | None = None
+
+    def check(self) -> None:
+        """Raise UsageError, WeightsError or MissingDependencyError for settings with which no slide could be done."""
+        if self.load is None:
+            check_settings(self.config)
 
     def open(self) -> Segmenter:
         """Put the model on its device."""
@@ -60,10 +68,14 @@ class ClassifyWork:
     load: Callable[..., LoadedClassifier] | None = None
 
     def check(self) -> None:
-        """Raise UsageError for a rule or an organ that does not suit the classifier; needs no device."""
-        spec = self._loaded().spec
-        self.rule.rule(spec)
-        organ_finder(spec, self.config.organ)
+        """Raise UsageError for a rule or an organ that does not suit the classifier, or as `SegmentWork.check`."""
+        find_formats(self.config.output.formats)
+        entry = None if self.load else find_weights(self.config.model, self.config.weights, "classify")
+        spec = self._loaded().spec if entry is None else spec_of(entry, "")
+        rule = self.rule.rule(spec)
+        if self.config.organ is not None:
+            rule.for_organ(look_up(spec, self.config.organ).trained).check()
+        require_devices(self.config.infer.device)
 
     def open(self) -> SlideClassifier:
         """Put the classifier on its device."""
@@ -97,9 +109,18 @@ class SlideWork:
         return (self.segment is not None) + (self.classify is not None)
 
     def check(self) -> None:
-        """Raise UsageError for a rule or an organ that the classifier cannot take, before other processes start."""
-        if self.classify is not None:
-            self.classify.check()
+        """Raise as the checks of both parts, before anything starts."""
+        for part in (self.segment, self.classify):
+            if part is not None:
+                part.check()
+
+    def look(self, target: Target) -> Slide:
+        """Open a slide as the work will."""
+        if self.segment is not None:
+            return open_source(target.source, self.segment.config)
+        if self.classify is None:
+            raise ValueError("nothing to do")
+        return open_typed(target, self.classify.config)
 
     def on(self, device: str | None, processes: int) -> SlideWork:
         """Return the work of one of so many processes: on a device, if named, with its share of the cores."""
@@ -144,6 +165,12 @@ class SlideWork:
             yield copied
 
 
+def open_typed(target: Target, config: ClassifyConfig | EmbedConfig) -> Slide:
+    """Open the slide of a target that has cells; raises as `require_cells` and `open_target`."""
+    require_cells(target)
+    return open_target(target, config.mpp, config.allow_fluorescence)
+
+
 def do_slide(
     target: Target, segmenter: Segmenter | None, by: SlideClassifier | None, watch: Watch = IDLE
 ) -> SlideOutcome:
@@ -169,6 +196,14 @@ class EmbedWork:
     config: EmbedConfig
     stages: ClassVar[int] = 1
 
+    def check(self) -> None:
+        """Raise MissingDependencyError for a device that is not there."""
+        require_devices(self.config.infer.device)
+
+    def look(self, target: Target) -> Slide:
+        """Open a slide as the work will."""
+        return open_typed(target, self.config)
+
     @contextmanager
     def open(self, device: str, processes: int) -> Iterator[Handle]:
         """Open the backbone and give what does one slide."""
@@ -189,6 +224,14 @@ class RegateWork:
     config: ClassifyConfig
     rule: RuleSettings
     stages: ClassVar[int] = 1
+
+    def check(self) -> None:
+        """Raise UsageError for a format that is unknown."""
+        find_formats(self.config.output.formats)
+
+    def look(self, target: Target) -> None:
+        """Raise UsageError where a slide has no cells."""
+        require_cells(target)
 
     @contextmanager
     def open(self, device: str, processes: int) -> Iterator[Handle]:

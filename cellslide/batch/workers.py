@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cellslide.batch.run import SlideOutcome
     from cellslide.classify.targets import Target
     from cellslide.progress import Progress, StopCheck
+    from cellslide.slides.slide import Slide
 
 # Does one slide; hears who wants to know of its progress, and what says whether to stop.
 Handle = Callable[["Target", "Progress", "StopCheck"], "SlideOutcome"]
@@ -33,6 +34,8 @@ Handle = Callable[["Target", "Progress", "StopCheck"], "SlideOutcome"]
 TRIES = 2
 # Progress is told so often (s), signals are looked for so often (s), a process may take so long to end (s).
 TELL_S, POLL_S, END_S = 0.2, 0.2, 30.0
+# Processes that were asked to stop, and have not when the run ends, are killed after so long (s).
+KILL_S = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,12 @@ class Work(Protocol):
     @property
     def stages(self) -> int:
         """How often the progress of a slide begins."""
+
+    def check(self) -> None:
+        """Raise UsageError, WeightsError or MissingDependencyError where no slide could be done; starts nothing."""
+
+    def look(self, target: Target) -> Slide | None:
+        """Open a slide as the work will, None where that needs no pixels; raises what the work would."""
 
     def open(self, device: str, processes: int) -> AbstractContextManager[Handle]:
         """Open the model on a device, one of so many processes, and give what does one slide."""
@@ -176,9 +185,10 @@ class _Fleet:
 
     def close(self) -> None:
         """End the processes: those that still work are asked to stop, then made to."""
-        if self.stop_code is not None and not self.stop_code.value:
+        asked = self.stop_code is not None and bool(self.stop_code.value)
+        if self.stop_code is not None and not asked:
             self.stop_code.value = 128 + signal.SIGTERM
-        deadline = time.monotonic() + (END_S if self.lanes else 0)
+        deadline = time.monotonic() + (END_S if self.lanes and not asked else KILL_S)
         for lane in self.lanes:
             lane.pipe.close()
             lane.process.join(max(0.0, deadline - time.monotonic()))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cellslide.cli.many import cluster_options, copies_in, do_slides, stage_option
+from cellslide.cli import grouped
+from cellslide.cli.many import cluster_options, copies_in, do_slides, plan_slides, stage_option
 from cellslide.cli.options import (
     FILE,
     batch_size_option,
@@ -91,7 +92,7 @@ torch_options = chain(
 )
 
 
-@click.command()
+@grouped.define()
 @click.argument("slides", nargs=-1, required=True, metavar="SLIDES_OR_OUTPUTS...")
 @output_option
 @model_options
@@ -136,7 +137,7 @@ def command(
       cellslide classify slide.svs -o out --cells qupath.geojson --organ breast
     """
     from cellslide.batch.executor import Inline, choose_executor
-    from cellslide.batch.plan import plan_cells
+    from cellslide.batch.preflight import check_output
     from cellslide.batch.work import ClassifyWork, RegateWork, SlideWork, bring_cells
     from cellslide.classify.rule_settings import RuleSettings
     from cellslide.classify.targets import expand_targets
@@ -144,18 +145,26 @@ def command(
 
     config, rule = to_config(settings), settings_of(RuleSettings, settings)
     targets = expand_targets(slides, output)
+    typing = ClassifyWork(config, rule)
     if config.cells is not None:
+        # Nothing is brought for a request that will be refused.
+        typing.check()
+        check_output(output)
+        if dry_run and not all(target.has_cells for target in targets):
+            click.echo(f"{config.cells}: its nuclei would be brought into {targets[0].folder}, then typed")
+            return 0
         targets = [bring_cells(targets, config)]
     devices = parse_devices(config.infer.device)
     shown = {"log_json": log_json, "no_progress": no_progress}
     if regate:
-        return do_slides(RegateWork(config, rule), targets, Inline(devices[0]), output, slides, **shown)
-    executor, work = choose_executor(devices, scheduler, jobs), ClassifyWork(config, rule)
+        again = RegateWork(config, rule)
+        if dry_run:
+            return plan_slides(again, targets, devices[0], output)
+        return do_slides(again, targets, Inline(devices[0]), output, slides, **shown)
+    executor, work = choose_executor(devices, scheduler, jobs), SlideWork(None, typing, copies_in(stage_dir))
     if dry_run:
-        for line in plan_cells(targets, work, devices[0]):
-            click.echo(line)
-        return 0
-    return do_slides(SlideWork(None, work, copies_in(stage_dir)), targets, executor, output, slides, **shown)
+        return plan_slides(work, targets, devices[0], output)
+    return do_slides(work, targets, executor, output, slides, **shown)
 
 
 def to_config(flags: Mapping[str, Any]) -> ClassifyConfig:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from cellslide.cli import grouped
 from cellslide.cli.options import verbosity_options
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Check:
     detail: str
 
 
-@click.command()
+@grouped.define()
 @click.option("--online", is_flag=True, help="Also ask the model hub whether your account may read gated weights.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @verbosity_options
@@ -193,9 +194,13 @@ def _torch() -> str:
     import torch
 
     from cellslide.inference.device import device_name, resolve_device, resolve_precision
+    from cellslide.weights import Manifest
 
-    device = resolve_device("auto")
-    detail = f"--device auto is {device_name(device)}, --precision auto is {resolve_precision('auto', device)}"
+    device, finds = resolve_device("auto"), Manifest.load().default("segment")
+    # As their engines take it: `bf16_on_cpu` is about networks that find nuclei.
+    precision = resolve_precision("auto", device, finds.bf16_on_cpu), resolve_precision("auto", device)
+    detail = f"--device auto is {device_name(device)}, --precision auto is {precision[0]} to segment"
+    detail += "" if precision[0] == precision[1] else f", {precision[1]} to classify"
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         detail += f", {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"

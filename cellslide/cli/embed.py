@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from cellslide.cli import grouped
 from cellslide.cli.classify import cells_options
-from cellslide.cli.many import do_slides
+from cellslide.cli.many import do_slides, plan_slides
 from cellslide.cli.options import (
     batch_size_option,
     chain,
@@ -37,7 +38,7 @@ reading_options = chain(
 )  # fmt: skip
 
 
-@click.command()
+@grouped.define()
 @click.argument("slides", nargs=-1, required=True, metavar="SLIDES_OR_OUTPUTS...")
 @output_option
 @model_options
@@ -50,9 +51,10 @@ reading_options = chain(
 @fluorescence_option
 @reading_options
 @click.option("--overwrite", is_flag=True, help="Read anew what was read with other settings.")
+@click.option("--dry-run", is_flag=True, help="List slides and what their folders hold, and stop.")
 @run_options
 def command(
-    slides: tuple[str, ...], output: Path, no_progress: bool, log_json: bool, **settings: Any
+    slides: tuple[str, ...], output: Path, dry_run: bool, no_progress: bool, log_json: bool, **settings: Any
 ) -> int:  # fmt: skip
     """Give the nuclei of slides vectors: SLIDES whose cells.zarr lies in -o DIR, or the folders that `segment` wrote.
 
@@ -73,8 +75,10 @@ def command(
 
     config = settings_of(EmbedConfig, settings, infer=settings_of(InferConfig, settings))
     targets = expand_targets(slides, output)
-    if settings["cells"] is not None:
+    if settings["cells"] is not None and not dry_run:
         own = {"model": None, "weights": None, "output": OutputConfig(overwrite=config.overwrite)}
         targets = [bring_cells(targets, settings_of(ClassifyConfig, {**settings, **own}))]
     executor = Inline(config.infer.device)
+    if dry_run:
+        return plan_slides(EmbedWork(config), targets, config.infer.device, output)
     return do_slides(EmbedWork(config), targets, executor, output, slides, log_json=log_json, no_progress=no_progress)

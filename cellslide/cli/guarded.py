@@ -13,7 +13,7 @@ from cellslide.errors import CellslideError, Interrupted, UsageError, in_words, 
 log = logging.getLogger(__name__)
 
 
-def each(folders: Iterable[Path], work: Callable[[Path], None], command: str) -> list[Path]:
+def each(folders: Iterable[Path], work: Callable[[Path], None]) -> list[Path]:
     """Do the work of every folder and return those that failed; each failure is one line on stderr.
 
     Raises UsageError where that is what went wrong with all of them.
@@ -31,7 +31,7 @@ def each(folders: Iterable[Path], work: Callable[[Path], None], command: str) ->
             failed[folder] = error
             words = in_words(error)
             named = words if str(folder) in words else f"{folder}: {words}"
-            click.echo(f"cellslide {command}: {one_line(named)}", err=True)
+            click.echo(f"cellslide: {one_line(named)}", err=True)
     wrong = [error for error in failed.values() if isinstance(error, UsageError)]
     if wrong and not done and len(wrong) == len(failed):
         raise wrong[0]

@@ -8,13 +8,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 import click
 
 from cellslide import __version__
-from cellslide.errors import CellslideError, one_line, trouble
+from cellslide.errors import CellslideError, UsageError, one_line, trouble
 
 # name -> (where it lives, short help). The help stands here so that `--help` imports no command.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -43,13 +44,21 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("cellslide.cli.demo:command", "Run the whole thing on a slide that is made here, offline."),
 }
 
+# How the help lists them; what is named in no section stands in the last.
+SECTIONS = {
+    "Slides": ("run", "segment", "classify", "embed"),
+    "Results": ("report", "view", "explain", "export", "verify"),
+    "Models": ("weights", "evaluate", "calibrate", "probe", "train", "pretrain"),
+    "This machine": ("info", "doctor", "bench", "demo"),
+}
+
 
 class LazyGroup(click.Group):
     """A click group whose commands are imported when they are called, and that ends with cellslide's exit codes."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order of the table."""
-        return list(COMMANDS)
+        """Return the names in the order of the sections."""
+        return [name for names in _sections().values() for name in names]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return one command, or None if there is no such name."""
@@ -61,9 +70,21 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of commands from the table alone."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+        """Write the commands by section, from the tables alone."""
+        for section, names in _sections().items():
+            with formatter.section(section):
+                formatter.write_dl([(name, COMMANDS[name][1]) for name in names])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; raises UsageError with the nearest names where there is none."""
+        name = args[0]
+        if name in COMMANDS or name.startswith("-"):
+            return super().resolve_command(ctx, args)
+        near = get_close_matches(name, COMMANDS, n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see `cellslide --help`"
+        raise UsageError(f"no command {name}: {hint}")
 
     def main(  # type: ignore[override]  # click's two overloads say no more than this
         self, args: Sequence[str] | None = None, prog_name: str | None = None, *,
@@ -82,8 +103,7 @@ class LazyGroup(click.Group):
         try:
             result = super().main(args, prog_name, standalone_mode=False, **extra)
         except click.ClickException as error:
-            error.show()
-            return error.exit_code
+            return _refuse(error)
         except (click.Abort, KeyboardInterrupt):
             return _say("stopped", 130)
         except CellslideError as error:
@@ -97,6 +117,23 @@ class LazyGroup(click.Group):
         except Exception as error:
             return _say(f"unexpected {type(error).__name__}: {error} (-v shows where)", 1)
         return result if isinstance(result, int) else 0
+
+
+def _refuse(error: click.ClickException) -> int:
+    """Say on one line what click refuses, show the help where nothing was asked, and return the exit code."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return error.exit_code
+    ctx = error.ctx if isinstance(error, click.UsageError) else None
+    hint = "" if ctx is None else f"; see `{ctx.command_path} --help`"
+    return _say(f"{error.format_message().rstrip('.')}{hint}", error.exit_code)
+
+
+def _sections() -> dict[str, list[str]]:
+    """Return the commands of each section, those of none in the last."""
+    found = {section: [name for name in names if name in COMMANDS] for section, names in SECTIONS.items()}
+    found["This machine"] += [name for name in COMMANDS if not any(name in names for names in SECTIONS.values())]
+    return found
 
 
 def _heed_warning() -> None:
@@ -122,8 +159,11 @@ def cli() -> None:
     \b
     Example:
       cellslide demo                              see it work, offline, in three minutes
-      cellslide segment slide.svs -o out          every nucleus of a slide
+      cellslide run slide.svs -o out              every nucleus of a slide, found and typed
       cellslide COMMAND --help                    options and examples of one command
+
+    Completion by the Tab key, for bash (zsh and fish alike): put into ~/.bashrc
+    eval "$(_CELLSLIDE_COMPLETE=bash_source cellslide)"
     """
     from cellslide.inference.cpu_memory import share_freed_memory
 

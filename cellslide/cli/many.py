@@ -97,10 +97,17 @@ def do_slides(
     named  folders of results that get a summary too.
     """
     from cellslide.batch.executor import DaskWorkers
-    from cellslide.batch.run import StopOnSignal
+    from cellslide.batch.preflight import check_request, is_refused
+    from cellslide.batch.run import StopOnSignal, failed
     from cellslide.batch.summary import Ledger, summary_folders
+    from cellslide.batch.work import SlideWork
     from cellslide.cli.progress import progress_bar
 
+    # The devices of Dask's workers are not those of this machine.
+    here = work.on("auto", 1) if isinstance(executor, DaskWorkers) and isinstance(work, SlideWork) else work
+    checked = check_request(here, targets, output)
+    if is_refused(checked):
+        return _refuse([failed(one.target.source, one.error, 0.0) for one in checked if one.error], log_json)
     ledger = Ledger(summary_folders(targets, output, map(Path, named)))
     shown = not no_progress and logging.getLogger("cellslide").isEnabledFor(logging.INFO)
     with StopOnSignal() as stop, progress_bar(len(targets), shown, work.stages) as progress:
@@ -111,6 +118,29 @@ def do_slides(
     if isinstance(executor, DaskWorkers):
         _end_in_time(code)
     return code
+
+
+def plan_slides(work: Work, targets: Sequence[Target], device: str, output: Path) -> int:
+    """Check a request, print what it would do and what that takes, and return 0; nothing is written.
+
+    Raises UsageError where it would be refused.
+    """
+    from cellslide.batch.plan import plan_request
+    from cellslide.batch.preflight import check_request, is_refused
+    from cellslide.batch.work import SlideWork
+    from cellslide.errors import UsageError, in_words
+
+    checked = check_request(work, targets, output)
+    if is_refused(checked) and (error := checked[0].error) is not None:
+        raise UsageError(in_words(error))
+    if isinstance(work, SlideWork):
+        for line in plan_request(work, checked, device, output):
+            click.echo(line)
+        return 0
+    for one in checked:
+        click.echo(f"{one.target.source.slide_id}  {one.state}  {one.error or ''}  {one.target.source.path}")
+    click.echo(f"{len(checked)} slides; the files of their folders are written anew")
+    return 0
 
 
 def _noted(
@@ -138,6 +168,8 @@ def _finish(outcomes: list[SlideOutcome], ledger: Ledger, log_json: bool) -> int
     from cellslide.batch.summary import PAGE_FILE
     from cellslide.cli.progress import summary
 
+    if outcomes and all(outcome.refused for outcome in outcomes):
+        return _refuse(outcomes, False)
     if logging.getLogger("cellslide").isEnabledFor(logging.INFO):
         summary(outcomes, to_stderr=log_json)
         for folder in ledger.folders if len(outcomes) > 1 else ():
@@ -145,6 +177,17 @@ def _finish(outcomes: list[SlideOutcome], ledger: Ledger, log_json: bool) -> int
     for outcome in outcomes:
         if outcome.error is not None:
             click.echo(f"cellslide: {' '.join(outcome.slide.splitlines())}: {outcome.error}", err=True)
+    return exit_code(outcomes)
+
+
+def _refuse(outcomes: list[SlideOutcome], log_json: bool) -> int:
+    """Say why a request suited not one slide, for the first of them; return the exit code."""
+    from cellslide.batch.run import exit_code
+
+    for outcome in outcomes if log_json else ():
+        click.echo(json.dumps(outcome.to_json()))
+    more = f" (and {len(outcomes) - 1} more slides)" if len(outcomes) > 1 else ""
+    click.echo(f"cellslide: refused, nothing was changed: {outcomes[0].error}{more}", err=True)
     return exit_code(outcomes)
 
 

@@ -85,8 +85,19 @@ geojson_options = chain(
     ),
 )  # fmt: skip
 
+
+def shipped_by_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Read the word "default" as the model that ships for the command's task, as a callback of click."""
+    return None if value == "default" else value
+
+
 model_options = chain(
-    click.option("--model", metavar="ID", help="Model from `cellslide weights list`.  [default: the one that ships]"),
+    click.option(
+        "--model",
+        metavar="ID",
+        callback=shipped_by_name,
+        help="Model from `cellslide weights list`.  [default: the one that ships]",
+    ),
     click.option("--weights", type=FILE, help="Weights file of a published checkpoint (.pth, .safetensors)."),
 )
 

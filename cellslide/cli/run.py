@@ -7,9 +7,18 @@ from typing import Any
 
 import click
 
+from cellslide.cli import grouped
 from cellslide.cli.classify import decision_options, network_options, organ_option
 from cellslide.cli.classify import to_config as to_classify_config
-from cellslide.cli.many import choose_slides, cluster_options, copies_in, do_slides, shard_option, stage_option
+from cellslide.cli.many import (
+    choose_slides,
+    cluster_options,
+    copies_in,
+    do_slides,
+    plan_slides,
+    shard_option,
+    stage_option,
+)
 from cellslide.cli.options import (
     FILE,
     chain,
@@ -21,6 +30,7 @@ from cellslide.cli.options import (
     output_option,
     run_options,
     settings_of,
+    shipped_by_name,
     slides_argument,
     tile_options,
     tissue_options,
@@ -29,12 +39,17 @@ from cellslide.cli.options import (
 from cellslide.cli.segment import to_config as to_segment_config
 
 classifier_options = chain(
-    click.option("--classifier", metavar="ID", help="Classifier from `cellslide weights list`.  [default: what ships]"),
+    click.option(
+        "--classifier",
+        metavar="ID",
+        callback=shipped_by_name,
+        help="Classifier from `cellslide weights list`.  [default: what ships]",
+    ),
     click.option("--classifier-weights", type=FILE, help="Weights file of a classifier."),
 )
 
 
-@click.command()
+@grouped.define()
 @slides_argument
 @output_option
 @model_options
@@ -54,6 +69,7 @@ classifier_options = chain(
 @cluster_options
 @stage_option
 @click.option("--overwrite", is_flag=True, help="Start anew; without it, finished slides are skipped, others resumed.")
+@click.option("--dry-run", is_flag=True, help="List slides, tiles and what they would take, and stop.")
 @run_options
 def command(
     slides: tuple[str, ...],
@@ -64,6 +80,7 @@ def command(
     scheduler: str | None,
     jobs: int | None,
     stage_dir: Path | None,
+    dry_run: bool,
     no_progress: bool,
     log_json: bool,
     **settings: Any,
@@ -85,9 +102,12 @@ def command(
     from cellslide.batch.executor import choose_executor
     from cellslide.config import parse_devices
 
-    executor = choose_executor(parse_devices(found.infer.device), scheduler, jobs)
+    devices = parse_devices(found.infer.device)
+    executor = choose_executor(devices, scheduler, jobs)
     from cellslide.batch.work import ClassifyWork, SegmentWork, SlideWork
     from cellslide.classify.rule_settings import RuleSettings
 
     work = SlideWork(SegmentWork(found), ClassifyWork(typed, settings_of(RuleSettings, settings)), copies_in(stage_dir))
+    if dry_run:
+        return plan_slides(work, targets, devices[0], output)
     return do_slides(work, targets, executor, output, log_json=log_json, no_progress=no_progress)

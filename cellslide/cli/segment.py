@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cellslide.cli.many import choose_slides, cluster_options, copies_in, do_slides, shard_option, stage_option
+from cellslide.cli import grouped
+from cellslide.cli.many import (
+    choose_slides,
+    cluster_options,
+    copies_in,
+    do_slides,
+    plan_slides,
+    shard_option,
+    stage_option,
+)
 from cellslide.cli.options import (
     fluorescence_option,
     format_option,
@@ -27,7 +36,7 @@ if TYPE_CHECKING:
     from cellslide.config import SegmentConfig
 
 
-@click.command()
+@grouped.define()
 @slides_argument
 @output_option
 @model_options
@@ -82,16 +91,12 @@ def command(
     from cellslide.config import parse_devices
 
     devices = parse_devices(config.infer.device)
-    if dry_run:
-        from cellslide.batch.plan import plan_tiles
-
-        for line in plan_tiles([target.source for target in targets], config, devices[0]):
-            click.echo(line)
-        return 0
     executor = choose_executor(devices, scheduler, jobs)
     from cellslide.batch.work import SegmentWork, SlideWork
 
     work = SlideWork(SegmentWork(config), copies=copies_in(stage_dir))
+    if dry_run:
+        return plan_slides(work, targets, devices[0], output)
     return do_slides(work, targets, executor, output, log_json=log_json, no_progress=no_progress)
 
 

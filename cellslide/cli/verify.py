@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cellslide.cli import grouped
 from cellslide.cli.options import FOLDER, verbosity_options
 from cellslide.errors import CellslideError
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from cellslide.formats.verify import Verdict
 
 
-@click.command()
+@grouped.define()
 @click.argument("folders", nargs=-1, required=True, type=FOLDER, metavar="OUTDIR_OR_SLIDEDIR...")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, one per slide.")
 @verbosity_options
@@ -23,7 +24,7 @@ def command(folders: tuple[Path, ...], as_json: bool) -> None:
     """Check that table, GeoJSON, parquet, CSV and run.json of every slide agree: counts, ids, classes, places, hashes.
 
     The slide itself is compared with the hash that the record keeps, where it is still there. Nothing is written. Exit
-    code 1 where anything differs, after all slides were looked at.
+    code 1 where anything differs, after all slides were looked at. Of a slide that is worked on now it says so.
 
     \b
     Examples:
@@ -47,12 +48,12 @@ def _show(verdict: Verdict, as_json: bool) -> None:
     from cellslide.errors import one_line
 
     if as_json:
-        names = ("cells", "agrees", "checked", "faults", "notes")
+        names = ("cells", "running", "agrees", "checked", "faults", "notes")
         facts = {"slide": verdict.folder.name, **{name: getattr(verdict, name) for name in names}}
         click.echo(json.dumps(facts))
         return
     cells = "" if verdict.cells is None else f"  {verdict.cells:,} nuclei"
-    word = "agrees" if verdict.agrees else "differs"
+    word = "running" if verdict.running else "agrees" if verdict.agrees else "differs"
     click.echo(f"{one_line(verdict.folder.name)}  {word}{cells}  {', '.join(verdict.checked)}")
     for line in verdict.faults:
         click.echo(f"  differs: {one_line(line)}")

@@ -29,6 +29,7 @@ from cellslide.slides.identity import is_slide
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable, open_table
 from cellslide.store.file_list import changed_bytes
 from cellslide.store.foreign_files import is_plain
+from cellslide.store.lock import who_works
 from cellslide.store.run_record import RUN_FILE, TABLE, differences, flatten, read_record, to_dict
 from cellslide.store.table_schema import NOT_NUCLEUS, SCHEMA_VERSION
 from cellslide.store.uuids import SeenPlaces, make_uuids, pack_places
@@ -44,10 +45,14 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 @dataclass(slots=True)
 class Verdict:
-    """What was found in one folder: files that were read, where they differ, and what else is worth knowing."""
+    """What was found in one folder: files that were read, where they differ, and what else is worth knowing.
+
+    running  who works there now: what is half written is not looked at.
+    """
 
     folder: Path
     cells: int | None = None
+    running: str | None = None
     checked: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -86,7 +91,10 @@ def _is_slide_folder(path: Path) -> bool:
 
 def verify_folder(folder: Path) -> Verdict:
     """Compare all that lies in a slide's folder; whatever is wrong is in the verdict, nothing is raised."""
-    verdict, records = Verdict(folder), list[RunRecord]()
+    verdict, records = Verdict(folder, running=who_works(folder)), list[RunRecord]()
+    if verdict.running is not None:
+        verdict.notes.append(f"a run works here now ({verdict.running}); look again when it has ended")
+        return verdict
     if (folder / RUN_FILE).is_file():
         verdict.read(RUN_FILE, lambda: _record_faults(folder, records))
     else:

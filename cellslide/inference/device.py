@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from cellslide.config import Precision, parse_device
+from cellslide.config import Precision, parse_device, parse_devices
 from cellslide.errors import MissingDependencyError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,6 +26,12 @@ def resolve_device(name: str) -> torch.device:
             f"--device {name}: not on this machine (CUDA devices: {n_cuda}); use --device auto or cpu"
         )
     return torch.device(name)
+
+
+def require_devices(names: str) -> None:
+    """Raise as `resolve_device` for what `--device` names, one device or several with commas."""
+    for name in parse_devices(names):
+        resolve_device(name)
 
 
 def _has_mps() -> bool:

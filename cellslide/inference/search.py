@@ -127,7 +127,8 @@ def keep_parts(results: Iterator[TileResult], layout: Layout, info: SlideInfo, p
     try:
         for result in results:
             group.append(to_part(result, layout, info))
-            watch.progress.advance(group[-1].n_raw)
+            found = group[-1].cells
+            watch.progress.advance(0 if found is None else len(found))
             watch.check()
             if len(group) >= PART_TILES or time.monotonic() - written > PART_SECONDS:
                 parts.add(group)

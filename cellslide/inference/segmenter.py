@@ -16,7 +16,7 @@ from cellslide.config import InferConfig, SegmentConfig, TileConfig
 from cellslide.errors import UsageError
 from cellslide.formats.registry import find_formats
 from cellslide.inference.cpu_memory import share_freed_memory
-from cellslide.inference.device import available_cpus, resolve_device
+from cellslide.inference.device import available_cpus, require_devices, resolve_device
 from cellslide.inference.flips import with_flips
 from cellslide.inference.onnx_engine import OnnxEngine
 from cellslide.inference.stream import Detector, default_workers, start_processes
@@ -26,6 +26,7 @@ from cellslide.slides.identity import content_sha256
 from cellslide.store.run_record import now_utc, plain
 from cellslide.types import ModelSpec, RunRecord, WeightsRef
 from cellslide.weights import LoadedModel, Manifest
+from cellslide.weights.load import find_weights, spec_of
 
 Load = Callable[..., LoadedModel]
 
@@ -90,6 +91,20 @@ def load_segmenter(load: Load, config: SegmentConfig) -> Segmenter:
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)
         raise
+
+
+def check_settings(config: SegmentConfig) -> None:
+    """Raise, before anything starts, for settings with which no slide could be done: weights, tiles, formats, device.
+
+    What only the tensors of a file can tell is left to `open_segmenter`.
+    """
+    find_formats(config.output.formats)
+    entry = find_weights(config.model, config.weights)
+    if entry is not None:
+        spec = spec_of(entry, entry.config, "")
+        resolve_tiles(spec, config.tiles)
+        check_formats(spec, config.output.formats)
+    require_devices(config.infer.device)
 
 
 def may_need_decoding(config: SegmentConfig) -> bool:

@@ -94,7 +94,9 @@ def common_classes(rows: Sequence[Row]) -> list[str]:
 def _facts(rows: Sequence[Row], why: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
     done = sum(row.status == "done" for row in rows)
     bad = sum(row.status in ("failed", "done_with_errors") for row in rows)
-    facts = [("done", done), ("failed or with errors", bad), ("not finished", len(rows) - done - bad)]
+    stale = sum(row.status == "stale" for row in rows)
+    facts = [("done", done), ("failed or with errors", bad), ("not finished", len(rows) - done - bad - stale)]
+    facts += [("stale: of other settings", stale)] if stale else []
     facts += [("stand out", sum(map(bool, why))), ("nuclei", sum(row.cells or 0 for row in rows))]
     area = sum(row.tissue_mm2 or 0 for row in rows)
     return [*((f"{n:,}", name) for name, n in facts), (f"{area:,.1f}", "mm² searched")]
@@ -108,7 +110,7 @@ def _line(row: Row, words: Sequence[str], typed: bool, classes: Sequence[str]) -
         numbers += [_cell(row.typed, ",.0f"), _cell(row.abstained_share, ".1%")]
     total = sum(row.classes.values())
     numbers += [_cell(row.classes.get(name, 0) / total if total else None, ".1%") for name in classes]
-    kinds = {"failed": "failed", "done_with_errors": "errors", "done": "out" if words else ""}
+    kinds = {"failed": "failed", "done_with_errors": "errors", "stale": "errors", "done": "out" if words else ""}
     return Line(
         row=row,
         kind=kinds.get(row.status, "other"),

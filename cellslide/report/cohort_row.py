@@ -20,7 +20,8 @@ MAD_TO_SD = 1.4826
 class Row:
     """What is told of one slide; None and "" are what is not known.
 
-    status  done, done_with_errors, failed, or what a run that did not end left: interrupted, running.
+    status  done, done_with_errors, failed, stale (work of other settings than the last
+            request, left as it is), or what a run that did not end left: interrupted, running.
     folder  name of its folder in the output, and `files` what lies there to be opened.
     seconds  of the last run that worked on it; `classes` is cells by class.
     """

@@ -137,6 +137,22 @@ def hold(folder: Path, check: Callable[[], None] = lambda: None) -> Iterator[Loc
                 folder.rmdir()
 
 
+def who_works(folder: Path) -> str | None:
+    """Return in words who works in a folder, as far as can be told without a wait, or None; nothing is changed."""
+    for path in folder.glob(f"{PREFIX}*"):
+        try:
+            if not stat.S_ISREG(path.lstat().st_mode) or path.suffix == ".tmp":
+                continue
+            with path.open("rb") as stream:
+                holder = _holder(stream.read(MOST_BYTES).decode("utf-8", "replace"))
+            runs = holder.runs()
+            if runs or (runs is None and time.time() - path.stat().st_mtime <= STALE_S):
+                return str(holder)
+        except FileNotFoundError:
+            continue
+    return None
+
+
 def _take(folder: Path, check: Callable[[], None]) -> Path:
     beats: dict[Path, float] = {}
     quiet: dict[Path, tuple[float, float]] = {}

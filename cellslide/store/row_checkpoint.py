@@ -16,7 +16,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from cellslide.errors import SlideError, UsageError, short
+from cellslide.errors import SlideError, StaleError, short
 from cellslide.store.atomic import new_array, remove_folder
 from cellslide.store.foreign_files import read_json
 from cellslide.store.run_record import FINGERPRINT_FILE, changed_since, write_fingerprint
@@ -50,7 +50,7 @@ class PartialRows:
     ) -> Self:
         """Open or begin the store of `n` cells with `width` numbers each.
 
-        Raises UsageError, naming the differences, when what is there was made with other settings.
+        Raises StaleError, naming the differences, when what is there was made with other settings.
         """
         folder = slide_folder / cls.folder_name
         if overwrite:
@@ -73,7 +73,7 @@ class PartialRows:
                 del store
                 return cls._open(slide_folder, fingerprint, n, width, overwrite=True)
             if words:
-                raise UsageError(f"{slide_folder}: {cls.before} in part with other settings ({words}); --overwrite")
+                raise StaleError(f"{slide_folder}: {cls.before} in part with other settings ({words}); --overwrite")
             store._drop_damaged()
             return store
         return cls._mapped(folder, max(n, 1), width)
@@ -82,7 +82,7 @@ class PartialRows:
     def _mapped(cls, folder: Path, n: int, width: int) -> Self:
         """Map the two arrays; raises ValueError where they are not of `n` rows."""
         values, checks = (open_memmap(folder / name, "r+") for name in (cls.values_file, CHECKS_FILE))
-        kinds = (values.dtype, checks.dtype) == (np.float32, np.uint64)
+        kinds = values.dtype == np.float32 and checks.dtype == np.uint64
         if values.shape != (n, width) or checks.shape != (n,) or not kinds:
             raise ValueError(f"arrays of {values.shape} and {checks.shape}, expected {n} rows of {width}")
         return cls(folder, values, checks)
@@ -125,7 +125,8 @@ class PartialRows:
 
     def missing(self, rows: Int64) -> Int64:
         """Return those of `rows` that are not done."""
-        return rows[self._checks[rows] == 0]
+        missing: Int64 = rows[self._checks[rows] == 0]
+        return missing
 
     def put(self, rows: Int64, values: Float32) -> None:
         """Take the values (n, W) of `rows`; they count as done from the next `flush` on."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from cellslide.errors import CellslideError, Interrupted, UsageError, in_words
+from cellslide.errors import CellslideError, Interrupted, StaleError, in_words
 from cellslide.progress import Watch
 from cellslide.store.atomic import remove_folder
 from cellslide.store.cell_table import open_table
@@ -71,13 +71,13 @@ def close_record(record: RunRecord, folder: Path, peak_device_bytes: int, began:
 def find_finished(folder: Path, record: RunRecord) -> RunRecord | None:
     """Return the record of a slide whose nuclei are complete, else None.
 
-    Raises UsageError, naming the differences, when the slide was done with other settings.
+    Raises StaleError, naming the differences, when the slide was done with other settings.
     """
     earlier = read_record(folder)
     if earlier is None or earlier.status != "done" or not (folder / TABLE).is_dir():
         return None
     if words := differences(fingerprint(earlier), fingerprint(record)):
-        raise UsageError(f"{folder}: done with other settings ({words}); --overwrite starts anew")
+        raise StaleError(f"{folder}: done with other settings ({words}); --overwrite starts anew")
     if TABLE in changed_sizes(folder) and not _replaced_since(folder, earlier):
         log.warning("%s: %s is not as it was written; the slide is done again", folder, TABLE)
         return None

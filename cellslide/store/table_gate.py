@@ -82,7 +82,7 @@ def check_size(path: Path, array: Any) -> None:
 def _limit(array: Any) -> int:
     if array.dtype.kind in "OUT":
         return MOST_TEXT_BYTES
-    return max(LEAST_BYTES, int(np.prod([float(n) for n in array.chunks])) * array.dtype.itemsize)
+    return max(LEAST_BYTES, int(np.prod([float(n) for n in array.chunks])) * int(array.dtype.itemsize))
 
 
 def _stated(head: bytes, codec: str) -> int | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cellslide.errors import SlideError, UsageError
+from cellslide.errors import SlideError, StaleError
 from cellslide.store.atomic import beside, remove_folder
 from cellslide.store.run_record import FINGERPRINT_FILE, changed_since, write_fingerprint
 from cellslide.types import Cells, concat
@@ -57,7 +57,7 @@ class Parts:
     def open(cls, slide_folder: Path, fingerprint: Mapping[str, str], overwrite: bool = False) -> Parts:
         """Open or begin the parts of a slide.
 
-        Raises UsageError, naming the differences, when the finished tiles come from other settings.
+        Raises StaleError, naming the differences, when the finished tiles come from other settings.
         """
         folder = slide_folder / PARTS_FOLDER
         # Parts that nothing says the settings of would be taken for those of this run.
@@ -65,7 +65,7 @@ class Parts:
             remove_folder(folder)
             write_fingerprint(folder, fingerprint)
         elif words := _changed_or_gone(folder, fingerprint):
-            raise UsageError(f"{slide_folder}: finished tiles come from another run ({words}); --overwrite starts anew")
+            raise StaleError(f"{slide_folder}: finished tiles come from another run ({words}); --overwrite starts anew")
         parts = cls(folder)
         parts._scan()
         return parts

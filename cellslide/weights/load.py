@@ -52,6 +52,26 @@ def load_model(model: str | None = None, weights: Path | None = None, task: str 
     return load_entry(entry, weights)
 
 
+def find_weights(model: str | None = None, weights: Path | None = None, task: str = "segment") -> WeightsEntry | None:
+    """Return the entry of what `load_model` would load, None for a file that must tell itself; reads no weights.
+
+    Raises UsageError for an unknown id or another task, WeightsError where a file is missing.
+    """
+    manifest = Manifest.load()
+    if weights is not None and model is None:
+        entry = entry_beside(resolve_path(weights))
+        if entry is None:
+            return None
+    else:
+        entry = manifest.default(task) if model is None else _named(manifest, model)
+    check_task(entry, task)
+    if weights is None or model is None:
+        require_file(entry)
+    else:
+        resolve_path(weights)
+    return entry
+
+
 def _named(manifest: Manifest, name: str) -> WeightsEntry:
     """Return the entry called `name`, or the one that ships for the task of that name."""
     ships = name in FINDERS and name not in manifest.entries

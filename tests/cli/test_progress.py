@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from io import StringIO
 
 import pytest
 from rich.console import Console
-from rich.progress import Progress
 
 from cellslide.batch.run import SlideOutcome
-from cellslide.cli.progress import Drawn, Lines, Meter, RunProgress, progress_bar, summary
+from cellslide.cli.progress import Drawn, Lines, Meter, RunProgress, bars_on, progress_bar, summary
 
 
 class Clock:
@@ -37,22 +37,24 @@ def lines(meter: Meter, caplog: pytest.LogCaptureFixture) -> RunProgress:
     return RunProgress(meter, Lines(meter))
 
 
-def test_rates_and_the_rest_come_from_what_this_run_did(clock: Clock) -> None:
+def test_the_rest_comes_from_what_this_run_did(clock: Clock) -> None:
     meter = Meter(12, clock=clock)
     for name in ("skipped1", "skipped2"):
-        meter.end(outcome(name, "skipped"))
+        meter.end(outcome(name, "skipped", 0))
     meter.begin(0, "a", 20, 0)
     clock.now += 10
-    meter.advance(0, 40, 20)
+    meter.advance(0, 45, 20)
+    assert meter.nuclei == 45
     meter.end(outcome("a"))
+    assert meter.nuclei == 40, "those that are left when tiles are merged"
     assert meter.rest_s == pytest.approx(90), "ten seconds a slide, nine left"
-    assert meter.text() == "3/12 slides, 0.10 slides/s, 2.0 tiles/s, 4 cells/s, about 90 s left"
+    assert "40 nuclei" in meter.text() and "90 s" in meter.text() and meter.place == "slide 4/12"
     meter.begin(0, "b", 20, 10)  # Half of it is an earlier run's.
     clock.now += 5
     meter.advance(0, 0, 5)
-    assert meter.rest_s == pytest.approx(15 / 1.5 * 8.5)
+    assert meter.rest_s == pytest.approx(5 + 8 * 10)
     meter.end(outcome("b", "failed", None))
-    assert "4/12 slides (1 failed)" in meter.text()
+    assert meter.place == "slide 5/12, 1 failed"
 
 
 def test_a_slide_that_is_found_and_typed_counts_once(clock: Clock) -> None:
@@ -60,10 +62,16 @@ def test_a_slide_that_is_found_and_typed_counts_once(clock: Clock) -> None:
     meter.begin(0, "a", 10, 0)
     clock.now += 8
     meter.advance(0, 5, 10)
-    assert meter.rest_s == pytest.approx(8 / 0.5 * 1.5)
+    assert meter.rest_s == pytest.approx(8 + 16), "typing is taken to last as long as finding"
     meter.begin(0, "a", 4, 0)
-    meter.advance(0, 5, 2)
-    assert meter.rest_s == pytest.approx(8 / 0.75 * 1.25)
+    clock.now += 6
+    meter.advance(0, 3, 2)
+    assert meter.nuclei == 5
+    assert meter.rest_s == pytest.approx(6 + 8 + 12)
+    clock.now += 6
+    meter.advance(0, 2, 2)
+    meter.end(outcome("a", cells=4))
+    assert meter.nuclei == 4 and meter.rest_s == pytest.approx(20)
 
 
 def test_plain_lines_are_few_and_tell_all(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
@@ -74,8 +82,8 @@ def test_plain_lines_are_few_and_tell_all(clock: Clock, caplog: pytest.LogCaptur
         progress.advance(2)
     progress.ended(outcome("a"))
     assert len(caplog.messages) == 3
-    assert caplog.messages[0].startswith("a: 30/100 tiles, 60 nuclei  [0/2 slides")
-    assert caplog.messages[2].startswith("a: done, 40 nuclei, 10.0 s  [1/2 slides, 51.4 slides/h, 1.0 tiles/s, 2 cells")
+    assert all(word in caplog.messages[0] for word in ("a: ", "30/100", "60 nuclei", "slide 1/2", "left"))
+    assert all(word in caplog.messages[2] for word in ("a: done", "40 nuclei", "10.0 s", "slide 2/2"))
 
 
 def test_devices_have_lanes_of_their_own(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
@@ -84,22 +92,32 @@ def test_devices_have_lanes_of_their_own(clock: Clock, caplog: pytest.LogCapture
     progress.lane(0).begin("a", 10, 0)
     progress.lane(1).begin("b", 10, 0)
     progress.lane(1).advance(7, 3)
-    assert (meter.lanes[0].done, meter.lanes[1].done, meter.cells) == (0, 3, 7)
+    assert (meter.lanes[0].done, meter.lanes[1].done, meter.nuclei) == (0, 3, 7)
     progress.ended(outcome("b"))
     assert list(meter.lanes) == [0] and meter.ended == 1
 
 
-def test_bars_show_the_slide_and_all_slides(clock: Clock) -> None:
-    console = Console(file=StringIO(), force_terminal=True, width=160)
-    meter = Meter(3, clock=clock)
-    with Progress(console=console) as bars:
+def test_bars_show_the_slide_and_all_slides_in_80_columns(clock: Clock) -> None:
+    written = StringIO()
+    console = Console(file=written, force_terminal=True, width=80)
+    meter = Meter(3, stages=2, clock=clock)
+    name = "a-name-of-a-slide-that-is-long-[red]-and-longer"
+    with bars_on(console) as bars:
         progress = RunProgress(meter, Drawn(meter, bars))
-        progress.begin("a", 10, 2)
+        progress.begin(name, 10_000_000, 0)
+        clock.now += 7000
+        progress.advance(50_000_000, 4_000_000)
+        assert [(t.completed, t.total) for t in bars.tasks] == [(0.2, 3), (4_000_000, 10_000_000)]
+        bars.refresh()
+        progress.stage("merge")
         clock.now += 1
-        progress.advance(5, 4)
-        assert [(t.description, t.completed, t.total) for t in bars.tasks] == [("all slides", 0.5, 3), ("a", 6, 10)]
-        progress.ended(outcome("a"))
-        assert [(t.description, t.completed) for t in bars.tasks] == [("all slides", 1)]
+        bars.refresh()
+        progress.ended(outcome(name))
+        assert [(t.description, t.completed) for t in bars.tasks] == [("slide 2/3", 1)]
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.getvalue())
+    assert max(map(len, shown.replace("\r", "\n").splitlines())) <= 80
+    for words in ("slide 1/3", "4,000,000/10,000,000", "50,000,000 nuclei, about", " left", "merging"):
+        assert words in shown, words
 
 
 def test_nothing_is_said_unless_asked(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,7 +157,7 @@ def test_a_region_has_the_origin_of_the_geojson(slide: Path, tmp_path: Path) -> 
 
 
 def test_help_has_units_defaults_and_examples() -> None:
-    text = " ".join(run("--help").stdout.split())
+    text = " ".join(run("--help-all").stdout.split())
     for words in (
         "in µm",
         "[default: auto]",
@@ -180,7 +180,10 @@ class Slow(FakeMask):
 
 model = fake_model()
 cellslide.weights.load_model = lambda *args: type(model)(model.spec, Slow(), None)
+from cellslide.batch import run
 from cellslide.cli.main import cli
+
+run.STOP_S = 60  # Longer than a loaded machine takes for one tile.
 cli(sys.argv[1:])
 """
 
@@ -233,6 +236,6 @@ def test_model_and_weights_reach_the_loader(slide: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr("cellslide.weights.load_model", load)
     weights = tmp_path / "w.pth"
     weights.write_bytes(b"x")
-    run(slide, "-o", tmp_path / "out", *FLAGS, "--model", "some-id", "--weights", weights)
-    assert asked == [("some-id", weights)]
+    run(slide, "-o", tmp_path / "out", *FLAGS, "--model", "cellslide-nuclei-small", "--weights", weights)
+    assert asked == [("cellslide-nuclei-small", weights)]
     assert isinstance(loaded.spec, ModelSpec)

@@ -20,4 +20,5 @@ def absolute(record: T) -> T:
     changed = {
         name: absolute(value) for name, value in values.items() if isinstance(value, Path) or is_dataclass(value)
     }
-    return replace(settings, **changed)
+    found: T = replace(settings, **changed)
+    return found

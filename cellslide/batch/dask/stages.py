@@ -13,7 +13,7 @@ from enum import Enum
 from cellslide import __version__
 from cellslide.batch.dask.events import telling
 from cellslide.batch.dask.retries import MOST, guarded
-from cellslide.batch.run import ENVIRONMENT, SlideOutcome, outcome_of, reported, write_failure
+from cellslide.batch.run import ENVIRONMENT, SlideOutcome, failed, outcome_of, reported, write_failure
 from cellslide.batch.work import SlideWork
 from cellslide.classify import SlideClassifier
 from cellslide.classify.slide import Typing, type_table, write_typed
@@ -201,11 +201,10 @@ def check_worker(target: Target, job: Job) -> None:
 
 
 def _failed(stage: Stage, target: Target, error: Exception, job: Job) -> SlideOutcome:
-    log.debug("%s failed", target.source.path, exc_info=error)
-    words, code = in_words(error), getattr(error, "exit_code", 1)
-    if stage is Stage.FIND and not isinstance(error, BusyError):
+    def record(words: str) -> None:
         write_failure(target.source, _networks.segmenter(job), target.folder, words)
-    return SlideOutcome(target.source.slide_id, "failed", None, 0.0, words, code)
+
+    return failed(target.source, error, 0.0, record if stage is Stage.FIND else None)
 
 
 def _find(target: Target, job: Job, handed: Handed, watch: Watch) -> StageEnd:
