@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cellslide.cli import grouped
 from cellslide.cli.guarded import each, refuse
 from cellslide.cli.options import FOLDER, verbosity_options
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 MOST_PICTURED = 12
 
 
-@click.command()
+@grouped.define()
 @click.argument("first", type=FOLDER, metavar="OUT_A")
 @click.argument("second", type=FOLDER, metavar="OUT_B")
 @click.option(
@@ -57,7 +58,7 @@ def command(first: Path, second: Path, output: Path, radius_um: float, as_json: 
         click.echo(_line(comparison))
         found.append(comparison)
 
-    failed = each(by_folder, work, "compare")
+    failed = each(by_folder, work)
     if found:
         from cellslide.store.atomic import write_text
 

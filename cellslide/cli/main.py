@@ -47,7 +47,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 # How the help lists them; what is named in no section stands in the last.
 SECTIONS = {
     "Slides": ("run", "segment", "classify", "embed"),
-    "Results": ("report", "view", "explain", "export", "verify"),
+    "Results": ("report", "view", "explain", "compare", "export", "verify"),
     "Models": ("weights", "evaluate", "calibrate", "probe", "train", "pretrain"),
     "This machine": ("info", "doctor", "bench", "demo"),
 }
