@@ -30,8 +30,8 @@ ENVIRONMENT = 3
 # There is no SIGUSR1 on Windows.
 STOPPING = (signal.SIGINT, signal.SIGTERM, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
 
-# A stop that was asked for is made after so long (s).
-STOP_S = 3.5
+# A stop that was asked for is made after so long, and the process ended after so long (s).
+STOP_S, END_S = 3.0, 4.6
 
 log = logging.getLogger(__name__)
 
@@ -144,12 +144,14 @@ class StopOnSignal:
     """While it is entered, Ctrl-C, SIGTERM and SIGUSR1 ask for a clean stop; called, it gives the exit code, or None.
 
     SIGUSR1, the warning that Slurm sends before it kills, counts as SIGTERM. A second Ctrl-C stops at once; so does
-    the first one where the work has not ended after STOP_S. Raises Interrupted at its end where it was so.
+    the first one where the work has not ended after STOP_S, unless it is `patient`, as work elsewhere needs. Raises
+    Interrupted at its end where it was so. Where nothing else helps, the process ends after END_S, as if it was killed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
         self._code: int | None = None
-        self._timer: threading.Timer | None = None
+        self._patient = patient
+        self._timers: list[threading.Timer] = []
         self._before: dict[int, Any] = {}
 
     def __call__(self) -> int | None:
@@ -162,8 +164,8 @@ class StopOnSignal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in self._timers:
+            timer.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if kind is KeyboardInterrupt and self._code is not None:
@@ -176,9 +178,11 @@ class StopOnSignal:
             return
         self._code = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
         log.warning("stopping after the tiles at hand; finished tiles are kept")
-        self._timer = threading.Timer(STOP_S, _interrupt_main)
-        self._timer.daemon = True
-        self._timer.start()
+        if not self._patient:
+            self._timers = [threading.Timer(STOP_S, _interrupt_main), threading.Timer(END_S, os._exit, (self._code,))]
+        for timer in self._timers:
+            timer.daemon = True
+            timer.start()
 
 
 def _interrupt_main() -> None:

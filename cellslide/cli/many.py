@@ -110,7 +110,10 @@ def do_slides(
         return _refuse([failed(one.target.source, one.error, 0.0) for one in checked if one.error], log_json)
     ledger = Ledger(summary_folders(targets, output, map(Path, named)))
     shown = not no_progress and logging.getLogger("cellslide").isEnabledFor(logging.INFO)
-    with StopOnSignal() as stop, progress_bar(len(targets), shown, work.stages) as progress:
+    with (
+        StopOnSignal(isinstance(executor, DaskWorkers)) as stop,
+        progress_bar(len(targets), shown, work.stages) as progress,
+    ):
         ended = executor.run(work, targets, progress.lane, stop)
         outcomes = _noted(ended, ledger, progress.ended, log_json)
     order = {target.source.slide_id: k for k, target in enumerate(targets)}

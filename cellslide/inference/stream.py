@@ -140,7 +140,7 @@ class Detector:
         limit = 2 * max(self.workers, 1)
         passed = self._passed(read, tiles, seconds)
         # The network runs in a thread of its own: it need not wait for whoever takes the results.
-        network = ThreadPoolExecutor(1, thread_name_prefix="cellslide-network")
+        network, ends = ThreadPoolExecutor(1, thread_name_prefix="cellslide-network"), False
         try:
             coming = network.submit(next, passed, None)
             while (batch := coming.result()) is not None:
@@ -150,9 +150,14 @@ class Detector:
                     yield self._result(pending.popleft(), seconds)
             while pending:
                 yield self._result(pending.popleft(), seconds)
+        except KeyboardInterrupt:
+            # The process is to end now: what the network is at is not waited for.
+            ends = True
+            raise
         finally:
-            network.shutdown(wait=True, cancel_futures=True)
-            passed.close()
+            network.shutdown(wait=not ends, cancel_futures=True)
+            if not ends:
+                passed.close()
 
     def _passed(self, read: ReadTile, tiles: Iterable[Tile], seconds: Seconds) -> Generator[Batch, None, None]:
         """Yield what the network makes of the tiles, batch by batch."""

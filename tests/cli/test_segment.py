@@ -183,7 +183,7 @@ cellslide.weights.load_model = lambda *args: type(model)(model.spec, Slow(), Non
 from cellslide.batch import run
 from cellslide.cli.main import cli
 
-run.STOP_S = 60  # Longer than a loaded machine takes for one tile.
+run.STOP_S, run.END_S = 60, 80  # Longer than a loaded machine takes for one tile.
 cli(sys.argv[1:])
 """
 
