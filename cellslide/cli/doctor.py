@@ -26,7 +26,7 @@ MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "missing": ("MISSING
 
 # Distribution, module, lowest version. Several names of one module: any of them serves.
 REQUIRED: tuple[tuple[str, str, str], ...] = (
-    ("click", "click", "8.1"),
+    ("click", "click", "8.2"),
     ("geopandas", "geopandas", "1.0"),
     ("h5py", "h5py", "3.10"),
     ("huggingface_hub", "huggingface_hub", "0.27"),

@@ -33,7 +33,7 @@ NEEDS = {
     "a server": ("view ",),
     "minutes": ("bench", "demo", "--model classical"),
     "a file of vectors": ("vectors.npz",),
-    "what an example before it wrote, elsewhere": ("--predictions", "/elsewhere", "/archive"),
+    "what an example before it wrote, elsewhere": ("--predictions", "compare ", "/elsewhere", "/archive"),
 }
 
 
@@ -101,7 +101,7 @@ def test_examples_are_found() -> None:
 @pytest.mark.parametrize("line", COMMANDS)
 def test_is_understood(line: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    words = shlex.split(line)[1:]
+    words = shlex.split(line.partition(" > ")[0])[1:]
     command: click.Command = cli
     while isinstance(command, click.Group):
         found = command.get_command(click.Context(command), words[0])

@@ -49,7 +49,8 @@ class Regions:
     def agreement(self) -> Float64:
         """2 both / (first + second), float64 (rows, cols); NaN where neither found a nucleus."""
         total = self.first + self.second
-        return np.divide(2 * self.both, total, out=np.full(total.shape, np.nan), where=total > 0)
+        shares: Float64 = np.divide(2 * self.both, total, out=np.full(total.shape, np.nan), where=total > 0)
+        return shares
 
 
 @dataclass(frozen=True, slots=True)
