@@ -118,9 +118,9 @@ def verify_folder(folder: Path) -> Verdict:
         verdict.cells = len(table)
         if table.version < SCHEMA_VERSION:
             # What lies beside it says otherwise what a class is; no file can be compared with another.
-            words = f"{TABLE}: of schema version {table.version}, where a class is not the decision"
             verdict.faults.append(
-                f"{words}; the same command again, or `cellslide export {folder}`, brings it up to date"
+                f"{TABLE}: of schema version {table.version}, where a class is not the decision; the same command "
+                f"again, or `cellslide export {folder}`, brings it up to date"
             )
             return verdict
         verdict.read(TABLE, lambda: _table_faults(table, record))
