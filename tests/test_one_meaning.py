@@ -56,13 +56,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paint_doubtful(top / "slide.tif")
     (top / "slide.tif").rename(top / "slide.svs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cellslide.weights.load_model", lambda *_: fake_model())
-        patch.setattr("cellslide.weights.classifier.load_classifier", rejecting_classifier)
-        invoke(
-            "run", top / "slide.svs", "-o", top / "out", "--organ", "breast", "--gate", "local", "--abstain", ABSTAIN,
-            "--no-tissue", "--workers", 0, "--format", FORMATS, *QUICK,
-        )  # fmt: skip
+        run(patch, top / "slide.svs", top / "out")
     return top
+
+
+def run(patch: pytest.MonkeyPatch, slide: Path, out: Path) -> None:
+    """Run fake networks on the slide, into every format."""
+    patch.setattr("cellslide.weights.load_model", lambda *_: fake_model())
+    patch.setattr("cellslide.weights.classifier.load_classifier", rejecting_classifier)
+    invoke(
+        "run", slide, "-o", out, "--organ", "breast", "--gate", "local", "--abstain", ABSTAIN, "--no-tissue",
+        "--workers", 0, "--format", FORMATS, *QUICK,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -129,6 +134,17 @@ def of_summary(folder: Path) -> Counts:
     return {name: n for name, n in found.items() if n}
 
 
+def of_cohort(folder: Path) -> Counts:
+    """Turn the shares of the page back into counts: of the typed nuclei abstained, of those with a class each."""
+    page = (folder.parent / "cohort.html").read_text()
+    values = [float(value) for value in re.findall(r'<td class="n" data-v="([\d.e+-]+)"', page)]
+    typed, abstained, *shares = values[-4:]
+    found = {ABSTAINED: round(typed * abstained)}
+    said = typed - found[ABSTAINED]
+    found |= {name: round(said * share) for name, share in zip(("pink", "blue"), shares, strict=True)}
+    return {name: n for name, n in found.items() if n}
+
+
 def of_record(folder: Path) -> Counts:
     record = json.loads((folder / "run.json").read_text())
     counts, said = record["counts"], record["config"]["classify"]["counts"]
@@ -180,6 +196,7 @@ SOURCES: dict[str, Callable[[Path], Counts]] = {
     "labels": of_labels,
     "report": of_report,
     "summary": of_summary,
+    "cohort": of_cohort,
     "run.json": of_record,
     "view": of_view,
     "evaluate": of_evaluate,
@@ -223,14 +240,22 @@ def test_another_rule_changes_all_of_it(folder: Path) -> None:
     assert {name: counts for name, counts in found.items() if counts != found["table"]} == {}
 
 
-def test_what_an_older_version_wrote_is_brought_up_to_date_first(folder: Path) -> None:
+@pytest.mark.parametrize("command", ["export", "run", "regate"])
+def test_what_an_older_version_wrote_is_brought_up_to_date_first(
+    made: Path, folder: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = of_table(folder)
     make_version_1(folder / "cells.zarr")
     (folder / "cells.csv.gz").write_bytes(b"of another meaning")
     assert of_table(folder) == of_view(folder) == of_explain(folder) == of_evaluate(folder) == expected
     verified = CliRunner().invoke(cli, ["verify", str(folder)])
     assert verified.exit_code == 1 and "schema version 1" in verified.output
-    invoke("export", folder, "--format", "geojson")
+    if command == "run":
+        run(monkeypatch, made / "slide.svs", folder.parent)
+    elif command == "regate":
+        invoke("classify", folder, "--regate", "--gate", "local", "--abstain", ABSTAIN, *QUICK)
+    else:
+        invoke("export", folder, "--format", "geojson")
     with open_table(folder / "cells.zarr") as table:
         assert table.version == 2
     assert {name: counts for name, counts in all_counts(folder).items() if counts != expected} == {}

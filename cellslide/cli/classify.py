@@ -126,8 +126,8 @@ def command(
 ) -> int:
     """Type the nuclei of slides: SLIDES whose cells.zarr lies in -o DIR, or the folders that `segment` wrote.
 
-    The table gains class, class_prob, gate, path, abstained and organ, and the probabilities of both paths, so that any
-    rule can be applied later. The same command again goes on where it stopped.
+    The table gains class (what is decided), class_top, class_prob, gate, path, abstained and organ, and the
+    probabilities of both paths, so that any rule can be applied later. The same command again goes on where it stopped.
 
     \b
     Examples:
