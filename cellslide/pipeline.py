@@ -43,11 +43,13 @@ from cellslide.inference.search import (
 )
 from cellslide.inference.segmenter import Segmenter, Setup, begin_record, open_segmenter
 from cellslide.nuclei.merge import merge_stream, same_point_um
+from cellslide.plausibility.artefacts import find_artefacts, read_fields, write_fields
+from cellslide.plausibility.verdict import judge_folder
 from cellslide.progress import IDLE, Watch
 from cellslide.slides.identity import describe_slide, refuse_other_slide
 from cellslide.slides.inputs import SlideInput
 from cellslide.slides.slide import Slide, open_slide, slide_from_array
-from cellslide.store.cell_table import CellTableWriter
+from cellslide.store.cell_table import CellTableWriter, open_table
 from cellslide.store.file_list import changed_sizes
 from cellslide.store.foreign_files import is_plain
 from cellslide.store.run_record import TABLE, fingerprint, read_record, write_record
@@ -163,9 +165,10 @@ class Found:
             note_typing(self.record, typing)
         watch.progress.stage("merge")
         spec, classes = self.setup.spec, typing.spec.classes if isinstance(typing, Typing) else None
-        writer = CellTableWriter(
-            self.folder / TABLE, self.slide.info, spec, None if columns is None else columns.block, classes
-        )
+        artefacts = find_artefacts(self.parts.fields(), self.layout.plane)
+        write_searched(self.folder, self.layout, self.slide, self.setup.config, artefacts.regions())
+        further = None if columns is None else columns.block
+        writer = CellTableWriter(self.folder / TABLE, self.slide.info, spec, further, classes, artefacts.contains)
         seconds = self.record.seconds
         try:
             for cells in timed(self.merged(), seconds):
@@ -180,11 +183,13 @@ class Found:
             if columns is not None and isinstance(typing, Typing):
                 note(self.record, columns, typing.settings)
                 columns.name_projected(writer.group)
+            write_fields(writer.group, artefacts.fields)
             writer.close(self.record)
             seconds.write += time.perf_counter() - start
         except BaseException:
             writer.abort()
             raise
+        self.record.verdict = judge_folder(self.folder, self.record)
         write_formats(self.folder, self.setup.config.output, self.record, watch, anew=True)
 
     def forget(self, typing: Typing | Exception | None) -> None:
@@ -282,7 +287,10 @@ def finished(slide: Slide, folder: Path, record: RunRecord, setup: Setup) -> Run
     """
     earlier = None if setup.config.output.overwrite else find_finished(folder, record)
     if earlier is not None and TISSUE_FILE in changed_sizes(folder):
-        write_searched(folder, lay_out(slide, setup), slide, setup.config)
+        layout = lay_out(slide, setup)
+        with open_table(folder / TABLE) as table:
+            artefacts = find_artefacts(read_fields(table), layout.plane)
+        write_searched(folder, layout, slide, setup.config, artefacts.regions())
         write_record(folder, earlier)
     return earlier
 

@@ -11,9 +11,10 @@ Points are (x, y), arrays [row, col], boxes xyxy and half-open. Pixel i covers [
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +106,55 @@ class Tile:
     def to_plane(self, xy: NDArray[Any]) -> Float64:
         """Convert tile points (N, 2) to plane pixels."""
         return np.asarray(xy, np.float64) + (self.read_xyxy[0], self.read_xyxy[1])
+
+
+FIELD_MEASURES = (
+    "tissue", "blur", "blocks", "density", "contrast", "haematoxylin_r", "haematoxylin_g", "haematoxylin_b",
+    "eosin_r", "eosin_g", "eosin_b", "ink", "dark", "nuclei", "dense_eosin",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """Squares of the plane as the network saw them, N of them, and what was measured of each.
+
+    place   int32 (N, 2), column and row in the lattice that covers the plane.
+    values  float32 (N, M), a column for each of FIELD_MEASURES:
+    tissue     share of the pixels that are stained.
+    blur       Crete's measure, 0 is sharp, 1 is not; NaN where the field is too even to tell.
+    blocks     steps at the borders of JPEG blocks over those elsewhere, NaN where the plane does not show blocks.
+    density    mean optical density of stained pixels; `contrast` its standard deviation.
+    haematoxylin_*, eosin_*  optical density (red, green, blue; length 1) of the pixels that stand for the stain.
+    ink, dark  share of pixels of a pen's colour, and of pixels too dark for any stain.
+    nuclei, dense_eosin  share of pixels as nuclei absorb, and as keratin and blood do.
+    """
+
+    place: Int32
+    values: Float32
+
+    def __post_init__(self) -> None:
+        _check_lengths(self, len(self.place), ("values",))
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    @classmethod
+    def of(cls, parts: Iterable[Fields]) -> Fields:
+        """Return the fields of all parts, in the order of the lattice whatever the order of the parts."""
+        found = list(parts)
+        place = np.concatenate([np.zeros((0, 2), np.int32), *(part.place for part in found)])
+        values = np.concatenate([np.zeros((0, len(FIELD_MEASURES)), np.float32), *(part.values for part in found)])
+        order = np.lexsort((place[:, 0], place[:, 1]))
+        return cls(place[order], values[order])
+
+    def column(self, name: str) -> Float32:
+        """Return one measure (N,)."""
+        return self.values[:, FIELD_MEASURES.index(name)]
+
+    def vectors(self, stain: str) -> Float32:
+        """Return the vectors (N, 3) of "haematoxylin" or "eosin"."""
+        first = FIELD_MEASURES.index(f"{stain}_r")
+        return self.values[:, first : first + 3]
 
 
 @dataclass(frozen=True, slots=True)
@@ -479,6 +529,44 @@ class FailedTile:
     error: str
 
 
+Word = Literal["good", "look", "do not use"]
+# From the best to the worst.
+WORDS: tuple[Word, ...] = get_args(Word)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A measure of a run beside what is expected of it: `word` grades it, `advice` says why and what to do next.
+
+    name  what was measured, with its unit, as in `nucleus_diameter_um`.
+    """
+
+    name: str
+    value: float | str
+    expected: str
+    word: Word
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a run can be used: the worst word of its checks."""
+
+    word: Word
+    checks: tuple[Check, ...] = ()
+
+    @classmethod
+    def of(cls, checks: Iterable[Check]) -> Verdict:
+        """Return the verdict of checks, the worst first."""
+        ranked = tuple(sorted(checks, key=lambda check: -WORDS.index(check.word)))
+        return cls(ranked[0].word if ranked else "good", ranked)
+
+    @property
+    def reasons(self) -> tuple[Check, ...]:
+        """The checks that are not good."""
+        return tuple(check for check in self.checks if check.word != "good")
+
+
 @dataclass(slots=True)
 class RunRecord:
     """What `run.json` holds; `status` is "running" until the slide is complete, then "done" or "done_with_errors"."""
@@ -496,6 +584,7 @@ class RunRecord:
     finished: str | None = None
     counts: Counts = field(default_factory=Counts)
     searched_mm2: float | None = None
+    verdict: Verdict | None = None
     batch_size: BatchSize = field(default_factory=BatchSize)
     failed_tiles: list[FailedTile] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)

@@ -22,7 +22,7 @@ from cellslide.report import keep_report
 from cellslide.slides.identity import slide_sha256
 from cellslide.slides.inputs import SlideInput
 from cellslide.store.run_record import read_record, write_record
-from cellslide.types import RunRecord
+from cellslide.types import RunRecord, Verdict
 
 # Broken weights or a missing device would fail every slide in the same way.
 ENVIRONMENT = 3
@@ -40,7 +40,8 @@ log = logging.getLogger(__name__)
 class SlideOutcome:
     """How one slide ended: `cells` found, seconds spent, why it failed, and the exit code that alone it would give.
 
-    status  "stale" is work of other settings that was left as it is.
+    status   "stale" is work of other settings that was left as it is.
+    verdict  whether the cells can be used; None where there are none, or an earlier version found them.
     """
 
     slide: str
@@ -49,6 +50,12 @@ class SlideOutcome:
     seconds: float
     error: str | None = None
     exit_code: int = 0
+    verdict: Verdict | None = None
+
+    @property
+    def unusable(self) -> bool:
+        """Whether the cells are not to be used."""
+        return self.verdict is not None and self.verdict.word == "do not use"
 
     @property
     def refused(self) -> bool:
@@ -58,7 +65,8 @@ class SlideOutcome:
     def to_json(self) -> dict[str, Any]:
         """Return the line of `--log-json`."""
         names = ("slide", "status", "cells", "seconds", "error")
-        return {name: getattr(self, name) for name in names}
+        word = None if self.verdict is None else self.verdict.word
+        return {**{name: getattr(self, name) for name in names}, "verdict": word}
 
 
 def reported(target: Target, outcome: SlideOutcome) -> SlideOutcome:
@@ -107,8 +115,9 @@ def outcome_of(source: SlideInput, record: RunRecord, skipped: bool, seconds: fl
         lost = f"{counts.tiles_failed} of {counts.tiles} tiles failed"
         told = [words for n, words in ((counts.tiles_failed, lost), (counts.tiles_missing, gone)) if n]
         words = f"{' and '.join(told)}, {where}"
-        return SlideOutcome(source.slide_id, "failed", record.counts.nuclei, seconds, words, 1)
-    return SlideOutcome(source.slide_id, "skipped" if skipped else "done", record.counts.nuclei, seconds)
+        return SlideOutcome(source.slide_id, "failed", record.counts.nuclei, seconds, words, 1, record.verdict)
+    status: Literal["skipped", "done"] = "skipped" if skipped else "done"
+    return SlideOutcome(source.slide_id, status, record.counts.nuclei, seconds, verdict=record.verdict)
 
 
 def write_failure(source: SlideInput, segmenter: Segmenter, folder: Path, words: str) -> None:
@@ -128,9 +137,12 @@ def write_failure(source: SlideInput, segmenter: Segmenter, folder: Path, words:
         write_record(folder, record)
 
 
-def exit_code(outcomes: list[SlideOutcome]) -> int:
-    """Return 0 when all slides are done, the code they share when all failed alike, else 1."""
-    codes = {o.exit_code for o in outcomes}
+def exit_code(outcomes: list[SlideOutcome], strict: bool = False) -> int:
+    """Return 0 when all slides are done, the code they share when all failed alike, else 1.
+
+    strict  a slide that is not to be used counts as failed.
+    """
+    codes = {1 if strict and o.unusable else o.exit_code for o in outcomes}
     return codes.pop() if len(codes) == 1 else 1 if codes else 0
 
 

@@ -22,6 +22,7 @@ from cellslide.batch.run import SlideOutcome
 from cellslide.classify.targets import Target
 from cellslide.errors import CellslideError, short
 from cellslide.formats.csv_text import harmless
+from cellslide.plausibility.verdict import in_short
 from cellslide.report.cohort_page import page
 from cellslide.report.cohort_row import Row, outliers
 from cellslide.store.atomic import write_json, write_text
@@ -178,6 +179,8 @@ def _described(row: Row, record: RunRecord, folder: Path) -> Row:
         device=record.device,
         model=", ".join(w.id for w in record.weights),
         ended=record.finished or "",
+        verdict="" if record.verdict is None else record.verdict.word,
+        reasons=() if record.verdict is None else tuple(map(in_short, record.verdict.reasons)),
         files=tuple(name for name in SHOWN_FILES if (folder / name).exists()),
     )
 
@@ -231,7 +234,8 @@ def _read_row(path: Path) -> Row | None:
     try:
         content = read_json(path)
         known = {name: value for name, value in content.items() if name in ROW_FIELDS}
-        return Row(**{**known, "files": tuple(known.get("files", ()))})
+        lists = {name: tuple(known.get(name, ())) for name in ("files", "reasons")}
+        return Row(**{**known, **lists})
     except (OSError, CellslideError, ValueError, TypeError, AttributeError):
         log.warning("%s is damaged; the row is made from the slide's record", path)
         return None
@@ -274,6 +278,8 @@ def on_one_line(cell: object) -> str:
     """Return a cell as text on one line that no spreadsheet runs."""
     if isinstance(cell, dict):
         cell = " ".join(f"{name}={count}" for name, count in cell.items())
+    if isinstance(cell, tuple):
+        cell = "; ".join(cell)
     if not isinstance(cell, str):
         return "" if cell is None else str(cell)
     return harmless(" ".join(cell.splitlines()))

@@ -25,6 +25,7 @@ from cellslide.config import ClassifyConfig, OutputConfig, TissueConfig
 from cellslide.errors import SlideError, StaleError, UsageError
 from cellslide.formats.files import renew_files, write_formats, write_missing
 from cellslide.inference.finite import NOT_FINITE
+from cellslide.plausibility.verdict import judge_folder
 from cellslide.progress import IDLE, Watch
 from cellslide.slides.identity import content_sha256
 from cellslide.slides.slide import Slide
@@ -369,6 +370,7 @@ def described(rule: Rule) -> dict[str, Any]:
 
 def finish(folder: Path, record: RunRecord, output: OutputConfig, began: float, watch: Watch, peak: int) -> None:
     """Write the other formats anew, those that are there and those asked for, then `run.json`."""
+    record.verdict = judge_folder(folder, record)
     write_formats(folder, output, record, watch, anew=True)
     shaped = {"geojson_origin": output.geojson_origin, "profile": output.profile}
     record.config = {**record.config, "output": {**record.config.get("output", {}), **shaped}}

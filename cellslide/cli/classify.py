@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cellslide.cli import grouped
-from cellslide.cli.many import cluster_options, copies_in, do_slides, plan_slides, stage_option
+from cellslide.cli.many import cluster_options, copies_in, do_slides, plan_slides, stage_option, strict_option
 from cellslide.cli.options import (
     FILE,
     batch_size_option,
@@ -111,6 +111,7 @@ torch_options = chain(
 @click.option("--regate", is_flag=True, help="Apply another rule to typed cells; runs no network.")
 @click.option("--overwrite", is_flag=True, help="Type anew what was typed with other settings.")
 @click.option("--dry-run", is_flag=True, help="List cells and an estimate of the time, and stop.")
+@strict_option
 @run_options
 def command(
     slides: tuple[str, ...],
@@ -122,6 +123,7 @@ def command(
     dry_run: bool,
     no_progress: bool,
     log_json: bool,
+    strict: bool,
     **settings: Any,
 ) -> int:
     """Type the nuclei of slides: SLIDES whose cells.zarr lies in -o DIR, or the folders that `segment` wrote.
@@ -155,7 +157,7 @@ def command(
             return 0
         targets = [bring_cells(targets, config)]
     devices = parse_devices(config.infer.device)
-    shown = {"log_json": log_json, "no_progress": no_progress}
+    shown = {"log_json": log_json, "no_progress": no_progress, "strict": strict}
     if regate:
         again = RegateWork(config, rule)
         if dry_run:

@@ -48,6 +48,10 @@ stage_option = click.option(
     help="Copy each slide to this local folder first, as far as it fits, and remove it after.",
 )  # fmt: skip
 
+strict_option = click.option(
+    "--strict", is_flag=True, help='A slide whose verdict is "do not use" makes the command end with 1.'
+)
+
 cluster_options = chain(
     click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="Slides at once on this machine, by Dask."),
     click.option(
@@ -91,10 +95,12 @@ def do_slides(
     *,
     log_json: bool,
     no_progress: bool,
+    strict: bool = False,
 ) -> int:
     """Do slides and show how they end: on the terminal, as lines of JSON, in summaries; return the exit code.
 
-    named  folders of results that get a summary too.
+    named   folders of results that get a summary too.
+    strict  a slide whose verdict is "do not use" ends the command with 1.
     """
     from cellslide.batch.executor import DaskWorkers
     from cellslide.batch.preflight import check_request, is_refused
@@ -117,7 +123,7 @@ def do_slides(
         ended = executor.run(work, targets, progress.lane, stop)
         outcomes = _noted(ended, ledger, progress.ended, log_json)
     order = {target.source.slide_id: k for k, target in enumerate(targets)}
-    code = _finish(sorted(outcomes, key=lambda outcome: order[outcome.slide]), ledger, log_json)
+    code = _finish(sorted(outcomes, key=lambda outcome: order[outcome.slide]), ledger, log_json, strict)
     if isinstance(executor, DaskWorkers):
         _end_in_time(code)
     return code
@@ -165,22 +171,26 @@ def _noted(
     return outcomes
 
 
-def _finish(outcomes: list[SlideOutcome], ledger: Ledger, log_json: bool) -> int:
-    """Show the summary and the errors; return the exit code."""
+def _finish(outcomes: list[SlideOutcome], ledger: Ledger, log_json: bool, strict: bool) -> int:
+    """Show the summary, the reasons of verdicts and the errors; return the exit code."""
     from cellslide.batch.run import exit_code
     from cellslide.batch.summary import PAGE_FILE
-    from cellslide.cli.progress import summary
+    from cellslide.cli.progress import reasons, summary
 
     if outcomes and all(outcome.refused for outcome in outcomes):
         return _refuse(outcomes, False)
     if logging.getLogger("cellslide").isEnabledFor(logging.INFO):
         summary(outcomes, to_stderr=log_json)
+        for line in reasons(outcomes):
+            click.echo(line, err=log_json)
         for folder in ledger.folders if len(outcomes) > 1 else ():
             click.echo(f"all slides at a glance: {folder / PAGE_FILE}", err=log_json)
     for outcome in outcomes:
         if outcome.error is not None:
             click.echo(f"cellslide: {' '.join(outcome.slide.splitlines())}: {outcome.error}", err=True)
-    return exit_code(outcomes)
+        elif strict and outcome.unusable:
+            click.echo(f"cellslide: {' '.join(outcome.slide.splitlines())}: do not use (--strict)", err=True)
+    return exit_code(outcomes, strict)
 
 
 def _refuse(outcomes: list[SlideOutcome], log_json: bool) -> int:

@@ -32,6 +32,7 @@ STAGE_WORDS = {
 COUNTED = ("tiles", "pieces", "windows")
 # A longer table scrolls away; then only what is not done is listed, and the summary has the rest.
 MOST_ROWS = 40
+MOST_REASONED = 5
 
 log = logging.getLogger(__name__)
 
@@ -341,6 +342,7 @@ def summary(outcomes: Sequence[SlideOutcome], to_stderr: bool) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("slide", overflow="fold")
     table.add_column("status")
+    table.add_column("verdict")
     table.add_column("nuclei", justify="right")
     table.add_column("seconds", justify="right")
     listed = (
@@ -349,15 +351,32 @@ def summary(outcomes: Sequence[SlideOutcome], to_stderr: bool) -> None:
     for o in listed:
         # Text, since a slide's name may look like markup.
         cells = "" if o.cells is None else f"{o.cells:,}"
-        table.add_row(Text(" ".join(o.slide.splitlines())), o.status, cells, f"{o.seconds:.1f}")
+        word = "" if o.verdict is None else o.verdict.word
+        table.add_row(Text(" ".join(o.slide.splitlines())), o.status, word, cells, f"{o.seconds:.1f}")
     if len(outcomes) > 1:
         table.add_row(
             in_numbers(outcomes),
+            "",
             "",
             f"{sum(o.cells or 0 for o in outcomes):,}",
             f"{sum(o.seconds for o in outcomes):.1f}",
         )
     Console(stderr=to_stderr).print(table)
+
+
+def reasons(outcomes: Sequence[SlideOutcome]) -> list[str]:
+    """Return why verdicts are not good, the worst of the first few slides, each check on a line with what to do."""
+    from cellslide.plausibility.verdict import in_short
+    from cellslide.types import WORDS
+
+    judged = [o for o in outcomes if o.verdict is not None and o.verdict.reasons]
+    judged.sort(key=lambda o: -WORDS.index(o.verdict.word) if o.verdict else 0)
+    lines = []
+    for o in judged[:MOST_REASONED]:
+        checks = () if o.verdict is None else o.verdict.reasons
+        lines += [f"{' '.join(o.slide.splitlines())}: {in_short(check)}. {check.advice}" for check in checks]
+    left = len(judged) - MOST_REASONED
+    return [*lines, f"and {left:,} more slides to look at"] if left > 0 else lines
 
 
 def in_numbers(outcomes: Sequence[SlideOutcome]) -> str:

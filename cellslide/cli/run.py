@@ -18,6 +18,7 @@ from cellslide.cli.many import (
     plan_slides,
     shard_option,
     stage_option,
+    strict_option,
 )
 from cellslide.cli.options import (
     FILE,
@@ -70,6 +71,7 @@ classifier_options = chain(
 @stage_option
 @click.option("--overwrite", is_flag=True, help="Start anew; without it, finished slides are skipped, others resumed.")
 @click.option("--dry-run", is_flag=True, help="List slides, tiles and what they would take, and stop.")
+@strict_option
 @run_options
 def command(
     slides: tuple[str, ...],
@@ -83,6 +85,7 @@ def command(
     dry_run: bool,
     no_progress: bool,
     log_json: bool,
+    strict: bool,
     **settings: Any,
 ) -> int:
     """Find and type every nucleus of SLIDES: files, folders, patterns, or one .csv or .txt list.
@@ -110,4 +113,4 @@ def command(
     work = SlideWork(SegmentWork(found), ClassifyWork(typed, settings_of(RuleSettings, settings)), copies_in(stage_dir))
     if dry_run:
         return plan_slides(work, targets, devices[0], output)
-    return do_slides(work, targets, executor, output, log_json=log_json, no_progress=no_progress)
+    return do_slides(work, targets, executor, output, log_json=log_json, no_progress=no_progress, strict=strict)

@@ -16,6 +16,7 @@ from cellslide.cli.many import (
     plan_slides,
     shard_option,
     stage_option,
+    strict_option,
 )
 from cellslide.cli.options import (
     fluorescence_option,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     "--overwrite", is_flag=True, help="Start anew; without it, finished slides are skipped and others resumed."
 )
 @click.option("--dry-run", is_flag=True, help="List slides, tiles and an estimate of the time, and stop.")
+@strict_option
 @run_options
 def command(
     slides: tuple[str, ...],
@@ -66,6 +68,7 @@ def command(
     dry_run: bool,
     no_progress: bool,
     log_json: bool,
+    strict: bool,
     **settings: Any,
 ) -> int:
     """Find every nucleus of SLIDES: files, folders, patterns, or one .csv or .txt list.
@@ -97,7 +100,7 @@ def command(
     work = SlideWork(SegmentWork(config), copies=copies_in(stage_dir))
     if dry_run:
         return plan_slides(work, targets, devices[0], output)
-    return do_slides(work, targets, executor, output, log_json=log_json, no_progress=no_progress)
+    return do_slides(work, targets, executor, output, log_json=log_json, no_progress=no_progress, strict=strict)
 
 
 def to_config(no_tissue: bool, tissue_mask: Path | None, roi: Path | None, **flags: Any) -> SegmentConfig:

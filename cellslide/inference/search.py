@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
+from shapely.geometry.base import BaseGeometry
 
 from cellslide.config import SegmentConfig, TissueConfig
 from cellslide.errors import CellslideError, SlideError
 from cellslide.inference.segmenter import Segmenter, Setup
 from cellslide.inference.stream import TileResult
 from cellslide.nuclei.merge import merge_stream, same_point_um, to_cells
+from cellslide.plausibility.fields import JPEG_PX, centres, measure_fields
 from cellslide.progress import Watch
 from cellslide.slides.missing import missing_tissue
 from cellslide.slides.slide import Slide
 from cellslide.slides.tiles import TileGrid, fitting_grid, select_tiles
 from cellslide.slides.tissue import TissueMask, find_tissue, write_tissue
 from cellslide.store.tile_checkpoint import Parts, TilePart
-from cellslide.types import Cells, FailedTile, ModelSpec, Plane, RunRecord, SlideInfo, Tile, UInt8
+from cellslide.types import Cells, FailedTile, Fields, ModelSpec, Plane, RunRecord, SlideInfo, Tile, UInt8
 
 TISSUE_FILE = "tissue.geojson"
 # A part is written after so many tiles or seconds: a killed run loses little, and a slide is not a thousand files.
@@ -69,10 +70,19 @@ def _missing(
     return tuple(box for box in missing_tissue(slide, level, found) if mask is None or mask.near(box))
 
 
-def write_searched(folder: Path, layout: Layout, slide: Slide, config: SegmentConfig) -> float:
-    """Write `tissue.geojson`, the regions that are searched; return their area (mm²)."""
+def write_searched(
+    folder: Path,
+    layout: Layout,
+    slide: Slide,
+    config: SegmentConfig,
+    artefacts: Mapping[str, BaseGeometry] | None = None,
+) -> float:
+    """Write `tissue.geojson`, the regions that are searched and those that are no clean tissue, by what they are.
+
+    Returns the area that is searched (mm²).
+    """
     mask = layout.mask or find_tissue(slide, replace(config.tissue, enabled=False))
-    return write_tissue(mask, folder / TISSUE_FILE, slide.info, config.output.geojson_origin)
+    return write_tissue(mask, folder / TISSUE_FILE, slide.info, config.output.geojson_origin, artefacts)
 
 
 def read_tile(slide: Slide, plane: Plane, tile: Tile) -> UInt8:
@@ -80,18 +90,42 @@ def read_tile(slide: Slide, plane: Plane, tile: Tile) -> UInt8:
     return slide.read_plane(plane, tile.read_xyxy)
 
 
-def to_part(result: TileResult, layout: Layout, info: SlideInfo) -> TilePart:
+class TileReader:
+    """Reads the pixels of tiles and measures the fields on them, from any thread; `take` gives a tile's fields once."""
+
+    def __init__(self, slide: Slide, layout: Layout) -> None:
+        self._slide, self._layout = slide, layout
+        plane = layout.plane
+        self._block_px = JPEG_PX * slide.level_scales[slide.best_level(plane)] / plane.scale_x
+        self._fields: dict[int, Fields] = {}
+
+    def __call__(self, tile: Tile) -> UInt8:
+        """Return the pixels of a tile's read box, uint8 (H, W, 3)."""
+        image, plane, mask = read_tile(self._slide, self._layout.plane, tile), self._layout.plane, self._layout.mask
+        fields = measure_fields(image, tile, plane, self._slide.info.mpp_x, self._block_px)
+        if mask is not None:
+            inside = mask.contains(centres(fields.place, plane))
+            fields = Fields(fields.place[inside], fields.values[inside])
+        self._fields[tile.index] = fields
+        return image
+
+    def take(self, tile: Tile) -> Fields | None:
+        """Return the fields of a tile that was read, None where it could not be."""
+        return self._fields.pop(tile.index, None)
+
+
+def to_part(result: TileResult, layout: Layout, info: SlideInfo, fields: Fields | None = None) -> TilePart:
     """Return what a tile gave in level-0 pixels: what it answers for, and only inside what is to be searched.
 
     Without the second rule, how far beyond the tissue nuclei are found would depend on the tile size.
     """
     tile, instances = result.tile, result.instances
     if instances is None:
-        return TilePart(tile.index, None, 0, result.error)
+        return TilePart(tile.index, None, 0, result.error, fields)
     cells = to_cells(instances, tile, layout.plane, info)
     if layout.mask is not None:
         cells = cells.take(layout.mask.contains(cells.centroid_xy))
-    return TilePart(tile.index, cells, len(instances))
+    return TilePart(tile.index, cells, len(instances), None, fields)
 
 
 def detect_tiles(
@@ -104,10 +138,11 @@ def detect_tiles(
     done = parts.done()
     todo = [tile for tile in layout.tiles if tile.index not in done]
     watch.progress.begin(slide.info.slide_id, len(layout.tiles), len(layout.tiles) - len(todo))
-    results = segmenter.detector.run(partial(read_tile, slide, layout.plane), todo, record.seconds)
+    reader = TileReader(slide, layout)
+    results = segmenter.detector.run(reader, todo, record.seconds)
     try:
         with closing(results):
-            keep_parts(results, layout, slide.info, parts, watch)
+            keep_parts(results, layout, slide.info, parts, watch, reader.take)
     except CellslideError:
         watch.check()  # A signal to the whole group ends the decoding processes too; that is a stop, not a failure.
         raise
@@ -120,13 +155,20 @@ def detect_tiles(
         )
 
 
-def keep_parts(results: Iterator[TileResult], layout: Layout, info: SlideInfo, parts: Parts, watch: Watch) -> None:
+def keep_parts(
+    results: Iterator[TileResult],
+    layout: Layout,
+    info: SlideInfo,
+    parts: Parts,
+    watch: Watch,
+    fields_of: Callable[[Tile], Fields | None],
+) -> None:
     """Write results to `parts` as they come, in groups; also those at hand when something stops the run."""
     group: list[TilePart] = []
     written = time.monotonic()
     try:
         for result in results:
-            group.append(to_part(result, layout, info))
+            group.append(to_part(result, layout, info, fields_of(result.tile)))
             found = group[-1].cells
             watch.progress.advance(0 if found is None else len(found))
             watch.check()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cellslide.report.histogram import Histogram
+from cellslide.plausibility.histogram import Histogram
 
 WIDTH, HEIGHT = 300, 90
 

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from cellslide.report.cohort_row import Row
 from cellslide.report.rendering import part, template
+from cellslide.types import WORDS
 
 MOST_CLASSES = 8
 REPORT = "report.html"
@@ -29,6 +30,7 @@ class Column:
 COLUMNS = (
     Column("slide", "Slide, with links to its files", False),
     Column("status", "How the slide ended", False),
+    Column("verdict", "Whether the nuclei can be used: good, look, or do not use"),
     Column("nuclei", "Nuclei found"),
     Column("per mm²", "Nuclei per mm² of the area that was searched"),
     Column("tissue mm²", "Area that was searched"),
@@ -41,7 +43,7 @@ TYPED = (Column("typed", "Cells that were typed"), Column("abstained", "Share of
 LAST = (
     Column("organ", "Organ that the typing was told", False),
     Column("ended", "When the slide ended (UTC)", False),
-    Column("what stands out", "Why a slide failed, and what differs from the other slides", False),
+    Column("what stands out", "Why a slide failed, its verdict, and what differs from the other slides", False),
 )
 
 
@@ -64,6 +66,11 @@ class Line:
     links: tuple[tuple[str, str], ...]
     numbers: tuple[Cell, ...]
     words: tuple[str, ...]
+
+    @property
+    def rank(self) -> str:
+        """Where the verdict sorts: the worst is the largest."""
+        return str([*WORDS].index(self.row.verdict)) if self.row.verdict in WORDS else ""
 
 
 def page(rows: Sequence[Row], why: Sequence[Sequence[str]], title: str) -> str:
@@ -97,6 +104,7 @@ def _facts(rows: Sequence[Row], why: Sequence[Sequence[str]]) -> list[tuple[str,
     stale = sum(row.status == "stale" for row in rows)
     facts = [("done", done), ("failed or with errors", bad), ("not finished", len(rows) - done - bad - stale)]
     facts += [("stale: of other settings", stale)] if stale else []
+    facts += [(word, sum(row.verdict == word for row in rows)) for word in WORDS if any(row.verdict for row in rows)]
     facts += [("stand out", sum(map(bool, why))), ("nuclei", sum(row.cells or 0 for row in rows))]
     area = sum(row.tissue_mm2 or 0 for row in rows)
     return [*((f"{n:,}", name) for name, n in facts), (f"{area:,.1f}", "mm² searched")]
@@ -110,7 +118,8 @@ def _line(row: Row, words: Sequence[str], typed: bool, classes: Sequence[str]) -
         numbers += [_cell(row.typed, ",.0f"), _cell(row.abstained_share, ".1%")]
     total = sum(row.classes.values())
     numbers += [_cell(row.classes.get(name, 0) / total if total else None, ".1%") for name in classes]
-    kinds = {"failed": "failed", "done_with_errors": "errors", "stale": "errors", "done": "out" if words else ""}
+    odd = words or row.verdict in ("look", "do not use")
+    kinds = {"failed": "failed", "done_with_errors": "errors", "stale": "errors", "done": "out" if odd else ""}
     return Line(
         row=row,
         kind=kinds.get(row.status, "other"),

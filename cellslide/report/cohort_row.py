@@ -22,6 +22,7 @@ class Row:
 
     status  done, done_with_errors, failed, stale (work of other settings than the last
             request, left as it is), or what a run that did not end left: interrupted, running.
+    verdict  good, look or do not use, and `reasons` the checks behind it, each in a few words.
     folder  name of its folder in the output, and `files` what lies there to be opened.
     seconds  of the last run that worked on it; `classes` is cells by class.
     """
@@ -44,6 +45,8 @@ class Row:
     device: str = ""
     model: str = ""
     ended: str = ""
+    verdict: str = ""
+    reasons: tuple[str, ...] = ()
     error: str = ""
     path: str = ""
     folder: str = ""

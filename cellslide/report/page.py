@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,18 +10,29 @@ import numpy as np
 from cellslide.report.charts import HEIGHT, WIDTH, Chart, chart_of
 from cellslide.report.gallery import GalleryCell, Kind
 from cellslide.report.images import color_of, dots_uri, heat_uri, shape_of, smoothed, webp_uri
-from cellslide.report.pixels import CROP_PX, CROP_UM, Crop, Sharpness
-from cellslide.report.quality import Flag
-from cellslide.report.regions import SearchedRegion
+from cellslide.report.pixels import CROP_PX, CROP_UM, Crop
+from cellslide.report.regions import SearchedRegion, outline
 from cellslide.report.rendering import part, template
 from cellslide.report.statistics import CellStatistics
 from cellslide.store.cell_table import CellTable
 from cellslide.store.table_schema import ABSTAINED, NOT_NUCLEUS
-from cellslide.types import RunRecord, UInt8, hex_color
+from cellslide.types import RunRecord, UInt8, Verdict, hex_color
 
 TITLES: dict[Kind, str] = {
     "sure": "most certain", "unsure": "least certain", "disputed": "most disputed", "small": "smallest",
     "large": "largest",
+}  # fmt: skip
+# What checks are called on the page.
+CHECKS = {
+    "pixel_size_um": "Pixel size (µm)", "tiles_lost": "Tiles lost", "nuclei_per_mm2": "Nuclei per mm²",
+    "stain": "Stain (optical density of red, green, blue)", "jpeg_blocks": "JPEG blocks",
+    "out_of_focus": "Out of focus", "artefacts": "No clean tissue",
+    "small_nucleus_um": "Width of the smallest tenth (µm)",
+    "nucleus_diameter_um": "Width of nuclei (median, µm)", "specks": "Share of specks",
+    "giants": "Share of giants", "outlines_crossing": "Outlines that cross themselves",
+    "nuclei_at_seams": "Nuclei at seams of tiles", "size_drift": "Change of size along the slide",
+    "not_typed": "Share not typed", "abstained": "Share of no class", "organ": "Organ",
+    "class_mix_change": "Change of the mix of classes",
 }  # fmt: skip
 STAGES = ("read", "infer", "decode", "merge", "classify", "write")
 MOST_CROSSES = 300
@@ -39,16 +50,16 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """Everything that was found out of a slide; `picture` and `sharpness` are None where the slide is not there."""
+    """Everything that was found out of a slide; `picture` is None where the slide is not there."""
 
     table: CellTable
     record: RunRecord
     tally: CellStatistics
     searched: SearchedRegion
-    flags: tuple[Flag, ...]
+    verdict: Verdict
+    notes: tuple[str, ...]
     crops: dict[int, Crop]
     picture: UInt8 | None
-    sharpness: Sharpness | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +131,7 @@ def render(material: Material, budget: Budget) -> str:
     return template("report.html").render(
         material=material, tally=tally, record=record, info=material.table.slide,
         style=part("report.css"),
-        verdict=verdict(material.flags), rows=class_rows(material), others=other_rows(tally),
+        verdict=verdict(material.verdict), titles=CHECKS, rows=class_rows(material), others=other_rows(tally),
         size=frame_size(material), heat_size=heat_size(material), overlay=overlay(material),
         picture=None if material.picture is None else webp_uri(material.picture, budget.quality),
         layers=tuple(layers(material)), densities=tuple(densities(tally)), charts=tuple(charts(tally)),
@@ -131,14 +142,14 @@ def render(material: Material, budget: Budget) -> str:
     )  # fmt: skip
 
 
-def verdict(flags: Sequence[Flag]) -> tuple[str, str]:
-    """Return the level of the page as a whole and the sentence that says it."""
-    bad, notes = (sum(flag.level == level for flag in flags) for level in ("bad", "note"))
-    if bad:
-        return "bad", f"{bad} of {len(flags)} checks did not pass: look before you use these numbers."
-    if notes:
-        return "note", f"Nothing is wrong with this run; {notes} of {len(flags)} checks are worth a look."
-    return "good", f"All {len(flags)} checks passed."
+def verdict(found: Verdict) -> str:
+    """Return the sentence that says the verdict."""
+    odd, n = len(found.reasons), len(found.checks)
+    if found.word == "good":
+        return f"Good: all {n} checks came out as expected of H&E tissue."
+    if found.word == "look":
+        return f"Look before you use these numbers: {odd} of {n} checks came out otherwise than expected."
+    return f"Do not use these numbers as they are: {odd} of {n} checks came out otherwise than expected."
 
 
 def class_rows(material: Material) -> tuple[ClassRow, ...]:
@@ -185,7 +196,7 @@ def heat_size(material: Material) -> tuple[float, float]:
 
 
 def overlay(material: Material) -> dict[str, object]:
-    """Return what is drawn over the picture as lines: tissue, failed tiles, blurred fields, in the picture's pixels."""
+    """Return what is drawn over the picture as lines: tissue, artefacts and failed tiles in the picture's pixels."""
     width, _ = frame_size(material)
     x0, y0, x1, _ = material.tally.frame.box
     factor = width / max(x1 - x0, 1e-9)
@@ -194,11 +205,17 @@ def overlay(material: Material) -> dict[str, object]:
         return round((x - x0) * factor, 1), round((y - y0) * factor, 1)
 
     failed = [place(tile.x, tile.y) for tile in material.record.failed_tiles[:MOST_CROSSES]]
-    blurred = [] if material.sharpness is None else [place(x, y) for x, y in material.sharpness.blurred.tolist()]
+    artefacts = outline([polygon for _, polygon in material.searched.artefacts], (x1 - x0) / width, place)
     bar_um = _scale_bar((x1 - x0) * material.tally.frame.mpp)
     bar = bar_um / material.tally.frame.mpp * factor
     words = f"{bar_um / 1000:g} mm" if bar_um >= 1000 else f"{bar_um:g} µm"
-    return {"tissue": material.searched.path(place), "failed": failed, "blurred": blurred, "bar": bar, "words": words}
+    return {
+        "tissue": material.searched.path(place),
+        "failed": failed,
+        "artefacts": artefacts,
+        "bar": bar,
+        "words": words,
+    }
 
 
 def _scale_bar(width_um: float) -> float:

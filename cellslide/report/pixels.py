@@ -1,11 +1,10 @@
-"""What a report takes from the slide itself: the picture, crops of chosen nuclei, and how sharp the tissue is."""
+"""What a report takes from the slide itself: the picture, and crops of chosen nuclei."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
 from cellslide.errors import TileError
@@ -18,10 +17,6 @@ from cellslide.types import Float64, Int64, Plane, UInt8
 
 PICTURE_PX = 1100
 CROP_PX, CROP_UM = 72, 36.0
-# Blur is judged on fields of this size at this pixel size, wherever the slide was scanned finer.
-FIELD_PX, FIELD_MPP, MOST_FIELDS = 256, 0.5, 48
-# Crete's measure, 0 sharp to 1. Sharp fields of five scanners lie below 0.4, the same blurred by 1.5 µm above 0.53.
-BLURRED = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +28,6 @@ class Crop:
     outline_xy: Float64 | None
 
 
-@dataclass(frozen=True, slots=True)
-class Sharpness:
-    """Fields of tissue that were looked at: level-0 centres (N, 2), blur (N,) 0 to 1; `unread` could not be read."""
-
-    xy: Float64
-    blur: Float64
-    unread: int
-
-    @property
-    def blurred(self) -> Float64:
-        """Centres (M, 2) of the fields that are out of focus."""
-        return self.xy[self.blur > BLURRED]
-
-
 def read_picture(slide: Slide, frame: Frame) -> UInt8:
     """Return the frame as uint8 (h, w, 3), its longer edge at most PICTURE_PX; raises TileError on a damaged file."""
     x0, y0, x1, y1 = frame.box
@@ -56,40 +37,6 @@ def read_picture(slide: Slide, frame: Frame) -> UInt8:
     left, top = int(x0 / factor), int(y0 / factor)
     width, height = (max(1, round((b - a) / factor)) for a, b in ((x0, x1), (y0, y1)))
     return slide.read_plane(plane, (left, top, left + width, top + height))
-
-
-def measure_sharpness(slide: Slide, xy: Float64) -> Sharpness:
-    """Measure blur on fields about cells, evenly spread over those given (N, 2) in the table's order."""
-    from skimage.measure import blur_effect
-
-    plane = Plane.of(slide.info, max(FIELD_MPP, slide.info.mpp_x))
-    centres, blur, unread = [], [], 0
-    for row in _apart(plane.from_level0(xy)).tolist():
-        x, y = (int(v) - FIELD_PX // 2 for v in plane.from_level0(xy[row : row + 1])[0])
-        try:
-            grey = cv2.cvtColor(slide.read_plane(plane, _inside(x, y, plane)), cv2.COLOR_RGB2GRAY)
-        except TileError:
-            unread += 1
-            continue
-        # Of an even field nothing can be said, nor of a sliver.
-        if min(grey.shape) >= FIELD_PX // 2 and grey.std() > 1:
-            centres.append(xy[row])
-            blur.append(float(blur_effect(grey)))
-    return Sharpness(np.array(centres, np.float64).reshape(-1, 2), np.array(blur, np.float64), unread)
-
-
-def _apart(xy: Float64) -> Int64:
-    """Return the rows of at most MOST_FIELDS points (N, 2) of the plane, evenly spread, one for each half field."""
-    _, first = np.unique(np.floor(xy * 2 / FIELD_PX), axis=0, return_index=True)
-    rows = np.sort(first)
-    return rows[np.unique(np.linspace(0, max(len(rows) - 1, 0), min(MOST_FIELDS, len(rows))).astype(np.int64))]
-
-
-def _inside(x: int, y: int, plane: Plane) -> tuple[int, int, int, int]:
-    """Return a field moved onto the slide, so that no edge of it is taken for detail."""
-    x = max(0, min(x, plane.width_px - FIELD_PX))
-    y = max(0, min(y, plane.height_px - FIELD_PX))
-    return x, y, min(x + FIELD_PX, plane.width_px), min(y + FIELD_PX, plane.height_px)
 
 
 def cut_crops(slide: Slide, table: CellTable, picks: Iterable[GalleryCell]) -> dict[int, Crop]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import shapely
 from shapely.geometry import shape
 
 from cellslide.errors import CellslideError
-from cellslide.slides.tissue import origin_offset
+from cellslide.slides.tissue import ARTEFACT, origin_offset
 from cellslide.store.foreign_files import read_json
 from cellslide.types import RunRecord, SlideInfo
 
@@ -25,11 +26,15 @@ Place = Callable[[float, float], tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class SearchedRegion:
-    """The regions that were searched; `mm2` is None and `polygons` empty where the file is not there."""
+    """The regions that were searched; `mm2` is None and `polygons` empty where the file is not there.
+
+    artefacts  what of them is no clean tissue: what it is, and its outline.
+    """
 
     polygons: tuple[shapely.Polygon, ...]
     mm2: float | None
     info: SlideInfo
+    artefacts: tuple[tuple[str, shapely.Polygon], ...] = ()
 
     def box(self) -> tuple[float, float, float, float]:
         """Return the level-0 box that pictures show: the slide, or what was searched where that is much less."""
@@ -45,13 +50,18 @@ class SearchedRegion:
     def path(self, place: Place) -> str:
         """Return the outline as an SVG path; `place` takes level-0 points into its frame."""
         x0, _, x1, _ = self.box()
-        words = []
-        for polygon in self.polygons[:MOST_POLYGONS]:
-            simple = shapely.simplify(polygon, SIMPLE_SHARE * (x1 - x0))
-            for ring in (simple.exterior, *simple.interiors):
-                points = (place(x, y) for x, y in ring.coords[:-1])
-                words.append("M" + "L".join(f"{x:g},{y:g}" for x, y in points) + "Z")
-        return "".join(words)
+        return outline(self.polygons, SIMPLE_SHARE * (x1 - x0), place)
+
+
+def outline(polygons: Sequence[shapely.Polygon], tolerance: float, place: Place) -> str:
+    """Return the outline of the first polygons as an SVG path, steps below `tolerance` (level-0 px) left out."""
+    words = []
+    for polygon in polygons[:MOST_POLYGONS]:
+        simple = shapely.simplify(polygon, tolerance)
+        for ring in (simple.exterior, *simple.interiors):
+            points = (place(x, y) for x, y in ring.coords[:-1])
+            words.append("M" + "L".join(f"{x:g},{y:g}" for x, y in points) + "Z")
+    return "".join(words)
 
 
 def read_searched(folder: Path, info: SlideInfo, record: RunRecord) -> SearchedRegion:
@@ -59,9 +69,10 @@ def read_searched(folder: Path, info: SlideInfo, record: RunRecord) -> SearchedR
     origin = (record.config.get("output") or {}).get("geojson_origin", "bounds")
     dx, dy = origin_offset(info, origin)
     try:
-        features = read_json(folder / "tissue.geojson")["features"]
-        polygons = tuple(shapely.transform(shape(f["geometry"]), lambda xy: xy + (dx, dy)) for f in features)
-        area = sum(float(f["properties"]["measurements"]["area mm2"]) for f in features)
+        named = [(_name(f), f) for f in read_json(folder / "tissue.geojson")["features"]]
+        placed = [(name, shapely.transform(shape(f["geometry"]), lambda xy: xy + (dx, dy))) for name, f in named]
+        searched = [f for name, f in named if not name.startswith(ARTEFACT)]
+        area = sum(float(f["properties"]["measurements"]["area mm2"]) for f in searched)
     except (
         OSError,
         CellslideError,
@@ -73,5 +84,10 @@ def read_searched(folder: Path, info: SlideInfo, record: RunRecord) -> SearchedR
         shapely.errors.ShapelyError,
     ):
         return SearchedRegion((), None, info)
-    kept = tuple(p for p in polygons if isinstance(p, shapely.Polygon) and not p.is_empty)
-    return SearchedRegion(kept, area, info)
+    kept = [(name, p) for name, p in placed if isinstance(p, shapely.Polygon) and not p.is_empty]
+    tissue = tuple(p for name, p in kept if not name.startswith(ARTEFACT))
+    return SearchedRegion(tissue, area, info, tuple((n, p) for n, p in kept if n.startswith(ARTEFACT)))
+
+
+def _name(feature: dict[str, Any]) -> str:
+    return str((feature["properties"].get("classification") or {}).get("name", ""))

@@ -6,14 +6,12 @@ import logging
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-
 from cellslide.errors import SlideError, TileError, in_words
+from cellslide.plausibility.verdict import judge
 from cellslide.report.page import Budget, Material, render, shown_each
-from cellslide.report.pixels import Crop, Sharpness, cut_crops, measure_sharpness, read_picture
-from cellslide.report.quality import flags
+from cellslide.report.pixels import Crop, cut_crops, read_picture
+from cellslide.report.quality import notes
 from cellslide.report.regions import read_searched
-from cellslide.report.seams import SeamCheck
 from cellslide.report.statistics import CellStatistics, Frame, tally_cells
 from cellslide.slides.reopen import reopen_or_why
 from cellslide.slides.slide import Slide
@@ -21,7 +19,7 @@ from cellslide.store.atomic import write_text
 from cellslide.store.cell_table import CellTable, open_table
 from cellslide.store.lock import hold
 from cellslide.store.run_record import RUN_FILE, TABLE, read_record
-from cellslide.types import Float64, UInt8
+from cellslide.types import UInt8
 
 PAGE_FILE = "report.html"
 # Mail and browsers take a megabyte; the first budget that fits is used.
@@ -83,33 +81,24 @@ def gather(folder: Path, table: CellTable, slide: Slide | None, gone: str | None
     """Find out all that the page says."""
     record = read_record(folder) or table.run
     searched = read_searched(folder, table.slide, record)
-    seams = SeamCheck.of(table.slide, record)
-    tally = tally_cells(table, Frame.of(table.slide, searched.box()), seams)
+    tally = tally_cells(table, Frame.of(table.slide, searched.box()))
     picture: UInt8 | None = None
-    sharpness: Sharpness | None = None
     crops: dict[int, Crop] = {}
     if slide is not None:
-        picture, sharpness, crops, gone = look(slide, table, tally)
-    verdict = None if seams is None else seams.verdict()
-    checked = flags(record, table, tally, searched.mm2, verdict, sharpness, gone)
-    return Material(table, record, tally, searched, tuple(checked), crops, picture, sharpness)
+        picture, crops, gone = look(slide, table, tally)
+    # Records of earlier versions hold none.
+    verdict = record.verdict or judge(table, record)
+    further = tuple(notes(record, str(table.slide.mpp_source), gone))
+    return Material(table, record, tally, searched, verdict, further, crops, picture)
 
 
-def look(
-    slide: Slide, table: CellTable, tally: CellStatistics
-) -> tuple[UInt8 | None, Sharpness | None, dict[int, Crop], str | None]:
-    """Return picture, sharpness and crops; of a slide that is damaged what can be had, and why not all."""
+def look(slide: Slide, table: CellTable, tally: CellStatistics) -> tuple[UInt8 | None, dict[int, Crop], str | None]:
+    """Return picture and crops; of a slide that is damaged what can be had, and why not all."""
     gone = None
     try:
         picture: UInt8 | None = read_picture(slide, tally.frame)
     except (TileError, SlideError) as error:
         picture, gone = None, f"No picture: {error}"
-    sharpness = measure_sharpness(slide, _places(tally))
     each = shown_each(tally, BUDGETS[0])
     picks = [pick for k, kind in tally.picks.kept for pick in tally.picks.of(k, kind, each)]
-    return picture, sharpness, cut_crops(slide, table, picks), gone
-
-
-def _places(tally: CellStatistics) -> Float64:
-    """Return the cells that are drawn, (N, 2): they are spread over the slide as the cells are."""
-    return np.concatenate([np.empty((0, 2), np.float32), *tally.dots_xy]).astype(np.float64)
+    return picture, cut_crops(slide, table, picks), gone

@@ -6,13 +6,12 @@ Frames: `Frame` is the level-0 box that the pictures show; grids [row, col] lie 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cellslide.plausibility.histogram import Histogram
 from cellslide.report.gallery import CellBlock, Gallery
-from cellslide.report.histogram import Histogram
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable
 from cellslide.types import Float32, Float64, Int64, SlideInfo
 
@@ -106,8 +105,8 @@ class CellStatistics:
         return sum(map(len, self.dots_class))
 
 
-def tally_cells(table: CellTable, frame: Frame, seams: Any = None) -> CellStatistics:
-    """Read a table once and sum it up; `seams`, where given, is told of every block as well (`add(xy, tile)`)."""
+def tally_cells(table: CellTable, frame: Frame) -> CellStatistics:
+    """Read a table once and sum it up."""
     tally = _empty(table, frame)
     chosen = _dots(len(table))
     for start in range(0, len(table), BLOCK_ROWS):
@@ -118,8 +117,6 @@ def tally_cells(table: CellTable, frame: Frame, seams: Any = None) -> CellStatis
         _add(tally, block)
         tally.picks.add(block)
         _keep_dots(tally, block, np.flatnonzero(np.isin(block.rows, chosen)))
-        if seams is not None:
-            seams.add(block.xy, block.tile)
     return tally
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,8 @@ from cellslide.store.atomic import write_text
 from cellslide.types import Bool, Float64, Int64, SlideInfo
 
 Box = tuple[float, float, float, float]
-TISSUE_COLOR = (150, 110, 60)
+TISSUE, TISSUE_COLOR = "Tissue", (150, 110, 60)
+ARTEFACT, ARTEFACT_COLOR = "Artefact", (230, 120, 0)
 GRID_PX = 0.01
 # Outlines follow the cells' edges; steps of one cell are smoothed away.
 SMOOTH_CELLS, SMALL_CELLS = 0.8, 25.0
@@ -186,16 +188,30 @@ def _tell_share(tissue: TissueMask, config: TissueConfig) -> None:
         _log.info("%s %s: %s of the slide is searched", flag, file, words)
 
 
-def write_tissue(tissue: TissueMask, path: Path, info: SlideInfo, origin: Origin = "bounds") -> float:
-    """Write the searched regions as QuPath annotations, a Feature a polygon, in one step; return their area (mm²)."""
+def write_tissue(
+    tissue: TissueMask,
+    path: Path,
+    info: SlideInfo,
+    origin: Origin = "bounds",
+    artefacts: Mapping[str, BaseGeometry] | None = None,
+) -> float:
+    """Write the searched regions as QuPath annotations, a Feature a polygon, in one step; return their area (mm²).
+
+    artefacts  what of them is no clean tissue, by what it is; each part becomes a Feature of its own class.
+    """
     dx, dy = origin_offset(info, origin)
     polygons = [p for q in tissue.polygons() for p in on_grid(shapely.affinity.translate(q, -dx, -dy))]
-    features = [_feature(polygon, number, info) for number, polygon in enumerate(polygons, 1)]
+    features = [_feature(polygon, number, info, TISSUE) for number, polygon in enumerate(polygons, 1)]
+    for name, region in (artefacts or {}).items():
+        # What lies beyond the tissue was not searched.
+        inside = shapely.intersection(shapely.affinity.translate(region, -dx, -dy), shapely.union_all(polygons))
+        found = enumerate(on_grid(inside), 1)
+        features += [_feature(polygon, number, info, f"{ARTEFACT}: {name}") for number, polygon in found]
     write_text(path, json.dumps({"type": "FeatureCollection", "features": features}))
     return round(float(sum(polygon.area for polygon in polygons)) * info.mpp_x * info.mpp_y / 1e6, 6)
 
 
-def _feature(polygon: shapely.Polygon, number: int, info: SlideInfo) -> dict[str, Any]:
+def _feature(polygon: shapely.Polygon, number: int, info: SlideInfo, name: str) -> dict[str, Any]:
     rings = [polygon.exterior, *polygon.interiors]
     coordinates = [[[round(x, 2), round(y, 2)] for x, y in ring.coords] for ring in rings]
     area_mm2 = polygon.area * info.mpp_x * info.mpp_y / 1e6
@@ -205,9 +221,9 @@ def _feature(polygon: shapely.Polygon, number: int, info: SlideInfo) -> dict[str
         "geometry": {"type": "Polygon", "coordinates": coordinates},
         "properties": {
             "objectType": "annotation",
-            "name": f"Tissue {number}",
+            "name": f"{name} {number}",
             "isLocked": True,
-            "classification": {"name": "Tissue", "color": list(TISSUE_COLOR)},
+            "classification": {"name": name, "color": list(TISSUE_COLOR if name == TISSUE else ARTEFACT_COLOR)},
             "measurements": {"area mm2": round(area_mm2, 6)},
         },
     }

@@ -210,6 +210,14 @@ def write_values(group: zarr.Group, path: str, values: Sequence[str]) -> None:
     array.close()
 
 
+def write_array(group: zarr.Group, path: str, values: NDArray[Any]) -> None:
+    """Write an array of numbers, replacing what was there."""
+    parent, _, name = path.rpartition("/")
+    array = GrowingArray(group.require_group(parent), name, values[:0])
+    array.append(values)
+    array.close()
+
+
 def write_word(group: zarr.Group, path: str, text: str) -> None:
     """Write one string, replacing what was there."""
     parent, _, name = path.rpartition("/")

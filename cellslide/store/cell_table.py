@@ -59,6 +59,7 @@ from cellslide.store.table_schema import (
 )
 from cellslide.store.uuids import SeenPlaces, make_uuids, pack_places
 from cellslide.types import (
+    Bool,
     Cells,
     ClassSpec,
     Float32,
@@ -100,6 +101,7 @@ def output_classes(spec: ModelSpec) -> tuple[ClassSpec, ...]:
 class CellTableWriter:
     """Writes cells, in their final order, to `path` through a temporary folder beside it.
 
+    in_artefact  says which places (N, 2), level-0 pixels, are no clean tissue; without it none is.
     further  gives more columns of rows [start, stop), over those of the same name; `classes` are what they name.
     """
 
@@ -110,8 +112,9 @@ class CellTableWriter:
         spec: ModelSpec,
         further: Callable[[int, int], Columns] | None = None,
         classes: Sequence[ClassSpec] | None = None,
+        in_artefact: Callable[[Float64], Bool] | None = None,
     ) -> None:
-        self.slide, self.spec, self.further = slide, spec, further
+        self.slide, self.spec, self.further, self.in_artefact = slide, spec, further, in_artefact
         self.classes = output_classes(spec) if classes is None else tuple(classes)
         self.own_classes = output_classes(spec)
         self.mpp = (slide.mpp_x + slide.mpp_y) / 2
@@ -186,12 +189,17 @@ class CellTableWriter:
             "class_top": Categorical(index, names),
             "class_prob": prob,
             "is_nucleus": np.ones(len(cells), np.bool_),
-            "in_artefact": np.zeros(len(cells), np.bool_),
+            "in_artefact": self._in_artefact(cells),
             "tile_index": cells.tile_index.astype(np.int32),
             "tile_row": cells.row.astype(np.int32),
             "region": Categorical(np.zeros(len(cells), np.int8), ("nuclei",)),
             "instance_id": ids,
         }
+
+    def _in_artefact(self, cells: Cells) -> Bool:
+        if self.in_artefact is None:
+            return np.zeros(len(cells), np.bool_)
+        return self.in_artefact(np.asarray(cells.centroid_xy, np.float64))
 
     def _features(self, cells: Cells) -> Float32:
         rings = cell_rings(cells)
@@ -395,6 +403,11 @@ class CellTable:
         """Return rows [start, stop) of `obsm[name]`, or of the shape features for the name "X"."""
         with _readable(self.path, f"{name} is damaged"):
             return read_matrix(self.group, name if name == "X" else f"obsm/{name}", start, stop, self._nodes)
+
+    def small(self, path: str) -> NDArray[Any]:
+        """Return an array of `uns`, whole; raises TableError where there is none."""
+        with _readable(self.path, path):
+            return np.asarray(read_matrix(self.group, path))
 
     def rings(self, start: int, stop: int) -> tuple[Float64, Int64] | None:
         """Return the outlines of rows [start, stop) as flat rings, or None where the model gives points."""

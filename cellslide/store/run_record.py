@@ -17,7 +17,7 @@ from cellslide.errors import SlideError, short
 from cellslide.store import file_list
 from cellslide.store.atomic import write_json
 from cellslide.store.foreign_files import read_json
-from cellslide.types import BatchSize, Counts, FailedTile, RunRecord, Seconds, WeightsRef
+from cellslide.types import WORDS, BatchSize, Check, Counts, FailedTile, RunRecord, Seconds, Verdict, WeightsRef
 
 # The two that every finished slide's folder holds.
 RUN_FILE, TABLE = "run.json", "cells.zarr"
@@ -73,6 +73,7 @@ def from_dict(content: Mapping[str, Any]) -> RunRecord:
         values["counts"] = Counts(**content["counts"])
         # Records of earlier versions have none.
         values["batch_size"] = BatchSize(**content.get("batch_size") or {})
+        values["verdict"] = _verdict(content.get("verdict"))
         values["failed_tiles"] = [FailedTile(**t) for t in content["failed_tiles"]]
         values["seconds"] = Seconds(**content["seconds"])
         record = RunRecord(**values)
@@ -82,6 +83,21 @@ def from_dict(content: Mapping[str, Any]) -> RunRecord:
             f"not a run record ({type(error).__name__}: {short(error)}); --overwrite starts anew"
         ) from error
     return record
+
+
+def _verdict(content: Mapping[str, Any] | None) -> Verdict | None:
+    """Return the verdict of a record; None where there is none. Raises ValueError for a word that is none."""
+    if content is None:
+        return None
+    verdict = Verdict(content["word"], tuple(Check(**check) for check in content["checks"]))
+    if not {verdict.word, *(check.word for check in verdict.checks)} <= {*WORDS}:
+        raise ValueError("a word of the verdict is none")
+    texts = [text for check in verdict.checks for text in (check.name, check.expected, check.advice)]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a text of the verdict is none")
+    if not all(isinstance(check.value, (str, int, float)) for check in verdict.checks):
+        raise TypeError("a value of the verdict is none")
+    return verdict
 
 
 def _check_values(record: RunRecord) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from cellslide.errors import SlideError, StaleError
 from cellslide.store.atomic import beside, remove_folder
 from cellslide.store.run_record import FINGERPRINT_FILE, changed_since, write_fingerprint
-from cellslide.types import Cells, concat
+from cellslide.types import Cells, Fields, concat
 
 PARTS_FOLDER = ".parts"
 
@@ -29,12 +29,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TilePart:
-    """What one tile gave: its cells (None when there are none), nuclei before the own-box rule, and why it failed."""
+    """What one tile gave: its cells (None when there are none), nuclei before the own-box rule, and why it failed.
+
+    fields  what was measured of its pixels.
+    """
 
     tile_index: int
     cells: Cells | None
     n_raw: int
     error: str | None = None
+    fields: Fields | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,19 @@ class Parts:
                 held = (entry.path, _read_cells(entry.path))
             yield held[1].take(held[1].tile_index == tile)
 
+    def fields(self) -> Fields:
+        """Return the fields of all tiles."""
+        found = []
+        for path in sorted({entry.path for entry in self._entries.values()}):
+            with np.load(path, allow_pickle=False) as arrays:
+                tile = np.repeat(arrays["tile"], arrays["n_fields"])
+                place, values = arrays["fields.place"], arrays["fields.values"]
+            # A tile that was done again is taken from the later file.
+            here = np.array([t for t, entry in self._entries.items() if entry.path == path], np.int64)
+            rows = np.isin(tile, here)
+            found.append(Fields(place[rows], values[rows]))
+        return Fields.of(found)
+
     def remove(self) -> None:
         """Delete the folder; called when the slide is complete."""
         remove_folder(self.folder)
@@ -151,6 +168,10 @@ def _columns(results: Sequence[TilePart]) -> dict[str, Any]:
         "n_cells": np.array([_n_cells(r) for r in results], np.int64),
         "error": np.array([r.error or "" for r in results], np.str_),
     }
+    looked = [Fields.of([]) if r.fields is None else r.fields for r in results]
+    columns["n_fields"] = np.array(list(map(len, looked)), np.int64)
+    columns["fields.place"] = np.concatenate([fields.place for fields in looked])
+    columns["fields.values"] = np.concatenate([fields.values for fields in looked])
     found = [r.cells for r in results if r.cells is not None and len(r.cells)]
     if found:
         cells = concat(found)
@@ -162,6 +183,8 @@ def _columns(results: Sequence[TilePart]) -> dict[str, Any]:
 def _read_index(path: Path) -> list[tuple[int, int, int, str]]:
     with np.load(path, allow_pickle=False) as arrays:
         lists = [arrays[name].tolist() for name in ("tile", "n_raw", "n_cells", "error")]
+        if len(arrays["fields.values"]) != int(arrays["n_fields"].sum()):
+            raise ValueError("it holds another number of fields than it says")
     return list(zip(*lists, strict=True))
 
 

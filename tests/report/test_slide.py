@@ -25,26 +25,21 @@ from cellslide.pipeline import segment_slide
 from cellslide.report import keep_report, needs_report, write_report
 from cellslide.report import slide as report_slide
 from cellslide.report import statistics as tally
-from cellslide.report.histogram import Histogram
 from cellslide.report.images import color_of, shape_of
 from cellslide.report.page import Budget, render
-from cellslide.report.pixels import BLURRED, measure_sharpness
-from cellslide.report.quality import broken_outlines, flags
-from cellslide.report.seams import SeamCheck
 from cellslide.report.statistics import Frame, tally_cells
 from cellslide.slides.inputs import SlideInput
-from cellslide.slides.slide import open_slide, slide_from_array
-from cellslide.slides.tiles import tile_grid
+from cellslide.slides.slide import open_slide
 from cellslide.store.anndata_columns import Columns
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable, TableExtender, open_table
 from cellslide.store.lock import hold
 from cellslide.store.run_record import read_record, write_record
-from cellslide.types import ClassSpec, FailedTile, Plane, RunRecord
+from cellslide.types import ClassSpec
 from tests.classify.test_rows import BREAST, INFER, OUTPUT, classifier, rule
 from tests.painted import DISC, PINK_DISC, paint_slide
 from tests.support.browser import Chromium
 from tests.support.fakes import fake_model
-from tests.support.random_cells import CLASSES, ellipses, model_spec, run_record, slide_info, write_table
+from tests.support.random_cells import CLASSES, ellipses, model_spec, slide_info, write_table
 
 NEITHER = (118, 60, 124)
 WHOLE = (0.0, 0.0, 4000.0, 3000.0)
@@ -224,7 +219,7 @@ def test_no_cells_make_a_page_that_says_so(tmp_path: Path, chromium: Chromium) -
     write_report(tmp_path)
     with chromium.page(width_px=400) as page:
         page.open(tmp_path / "report.html")
-        assert "None were found" in page.text("#checks") and not page.raw.locator("#counts").count()
+        assert "No nucleus was found" in page.text("#checks") and not page.raw.locator("#counts").count()
 
 
 @pytest.mark.parametrize("kind", ["mask", "box", "point"])
@@ -233,7 +228,7 @@ def test_every_kind_of_nucleus_has_a_page(tmp_path: Path, kind: str) -> None:
 
     write_table(tmp_path, as_kind(ellipses(200, 0), kind), model_spec(kind, ())).close()  # type: ignore[arg-type]
     text = write_report(tmp_path).read_text()
-    assert ("Repaired outlines" in text) == (kind == "mask")
+    assert ("Outlines that cross themselves" in text) == (kind == "mask")
     assert "confidence of the detector" in text and "probability of the class" not in text
 
 
@@ -304,96 +299,6 @@ def test_pages_stay_small_by_giving_up_detail(made: Path, monkeypatch: pytest.Mo
         assert sizes[0] > report_slide.MOST_BYTES > len(report_slide.fitted(material))
         few = render(material, Budget(50, 6))
     assert few.count('class="crop"') < render(material, Budget(50, 60)).count('class="crop"')
-
-
-def levels(record: RunRecord, table: CellTable, **found: object) -> dict[str, tuple[str, str]]:
-    """Return level and text of each check by its title."""
-    counted = tally_cells(table, Frame.of(table.slide, WHOLE))
-    given = {"tissue_mm2": 1.0, "seams": None, "sharpness": None, "slide_gone": None, **found}
-    return {flag.title: (flag.level, flag.text) for flag in flags(record, table, counted, **given)}  # type: ignore[arg-type]
-
-
-def test_checks_tell_good_from_bad(tmp_path: Path) -> None:
-    record = replace(run_record(), config={"classify": {"organ": "unknown"}})
-    record.counts.tiles = 4
-    with write_table(tmp_path / "a", ellipses(600), None, replace(slide_info(), mpp_y=0.25)) as table:
-        good = levels(record, table)
-        assert {good[name][0] for name in ("Pixel size", "Failed tiles", "Density", "Repaired outlines")} == {"good"}
-        assert good["Organ"][0] == "note" and "Licence" not in good
-        assert levels(record, table, tissue_mm2=100.0)["Density"][0] == "note"
-        record.counts.tiles_failed, record.failed_tiles = 1, [FailedTile(5, 6, "torn")]
-        assert levels(record, table)["Failed tiles"] == (
-            "bad", "1 of 4 tiles could not be done: torn. No nuclei there.",
-        )  # fmt: skip
-    odd = replace(slide_info(), mpp_x=0.25, mpp_y=0.25, objective_power=20.0)
-    with write_table(tmp_path / "b", ellipses(50), None, odd) as table:
-        assert levels(record, table)["Pixel size"][0] == "bad"
-
-
-def test_outlines_that_cross_themselves_are_counted(tmp_path: Path) -> None:
-    cells = ellipses(300)
-    xy, start = np.array(cells.contour_xy), np.array(cells.contour_start)
-    for i in range(0, 300, 30):
-        xy[start[i] + 1], xy[start[i] + 3] = xy[start[i] + 3].copy(), xy[start[i] + 1].copy()
-    with write_table(tmp_path, replace(cells, contour_xy=xy)) as table:
-        assert broken_outlines(table) == (300, 10)
-        assert levels(run_record(), table)["Repaired outlines"][0] == "note"
-
-
-def seam_check(xy: np.ndarray, tile: np.ndarray) -> tuple[int, float, int, bool]:
-    info = replace(slide_info(), mpp_x=0.5, mpp_y=0.5)
-    check = SeamCheck(tile_grid(Plane.of(info, 0.5), 512, 64))
-    for rows in np.array_split(np.arange(len(xy)), 3):
-        check.add(xy[rows], tile[rows])
-    verdict = check.verdict()
-    return verdict.near, verdict.expected, verdict.twins, verdict.odd
-
-
-def test_losses_and_doubles_along_seams_are_seen() -> None:
-    """Random places have neither; nuclei taken out along the seams, or put there twice, are noticed."""
-    rng = np.random.default_rng(3)
-    xy = rng.uniform(0, (4000, 3000), (40_000, 2))
-    tile = np.zeros(len(xy), np.int64)
-    near, expected, twins, odd = seam_check(xy, tile)
-    assert not odd and twins == 0 and abs(near - expected) < 4 * np.sqrt(expected)
-    # Tiles of 512 px, 64 shared: they meet at 480, 928, ...
-    cuts = 480 + 448 * np.arange(8)
-    apart = np.abs(xy[:, :1] - cuts).min(axis=1) * 0.5
-    lost = seam_check(xy[apart > 2], tile[apart > 2])
-    assert lost[3] and lost[0] < near
-    doubled = apart < 3
-    both = np.concatenate([xy, xy[doubled] + (0.5, 0)])
-    twice = seam_check(both, np.concatenate([tile, np.ones(doubled.sum(), np.int64)]))
-    assert twice[2] >= 0.9 * doubled.sum() and twice[3]
-
-
-def test_fields_out_of_focus_are_told_from_sharp_ones() -> None:
-    rng = np.random.default_rng(0)
-    image = np.full((800, 800, 3), 215, np.uint8)
-    for x, y in rng.integers(0, 800, (900, 2)).tolist():
-        cv2.circle(image, (x, y), int(rng.integers(4, 9)), (90, 60, 140), -1)
-    image = np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
-    image[:, 400:] = cv2.GaussianBlur(image, (0, 0), 3.5)[:, 400:]
-    xy = np.array([(x, y) for y in (150, 400, 650) for x in (140, 660)], np.float64)
-    found = measure_sharpness(slide_from_array(image, 0.5), xy)
-    assert (found.blur[found.xy[:, 0] < 400] < BLURRED).all() and len(found.blur) == 6
-    np.testing.assert_array_equal(np.sort(found.blurred[:, 1]), [150, 400, 650])
-    assert (found.blurred[:, 0] == 660).all()
-
-
-def test_histograms_count_and_measure() -> None:
-    values = np.random.default_rng(0).gamma(4, 10, 20_000)
-    histogram = Histogram(0, 1000, 1000, 2)
-    group = np.random.default_rng(1).integers(-1, 2, len(values))
-    for part in np.array_split(np.arange(len(values)), 9):
-        histogram.add(np.append(values[part], np.nan), np.append(group[part], 0))
-    for k in (0, 1):
-        for share in (0.05, 0.5, 0.95):
-            assert histogram.quantile(share, k) == pytest.approx(np.quantile(values[group == k], share), abs=1)
-    edges, counts = histogram.bars()
-    assert counts.sum() == (group >= 0).sum() and len(edges) == counts.shape[1] + 1 <= 41
-    assert edges[-1] < 2 * np.quantile(values, 0.995), "the tail is in the last bar"
-    assert np.isnan(Histogram(0, 1, 10).quantile(0.5))
 
 
 def test_no_two_classes_look_alike() -> None:
