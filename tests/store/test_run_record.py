@@ -26,7 +26,7 @@ from cellslide.types import Counts, FailedTile, Level, RunRecord, SlideInfo, Wei
 CONTRACT_KEYS = {
     "cellslide_version", "status", "slide", "config", "weights", "device", "engine", "precision", "seed", "started",
     "finished", "counts", "failed_tiles", "seconds", "peak_rss_bytes", "peak_device_bytes",
-    "batch_size", "searched_mm2",
+    "batch_size", "searched_mm2", "verdict",
 }  # fmt: skip
 
 
