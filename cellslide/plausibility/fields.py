@@ -49,7 +49,7 @@ def measure_fields(image: UInt8, tile: Tile, plane: Plane, slide_mpp: float, blo
     corner = first_col * edge, first_row * edge
     area = _cut(image, corner[0] - tile.read_xyxy[0], corner[1] - tile.read_xyxy[1], n_cols * edge, n_rows * edge)
     grid = n_rows, n_cols
-    grey = cv2.cvtColor(area, cv2.COLOR_RGB2GRAY)
+    grey = np.asarray(cv2.cvtColor(area, cv2.COLOR_RGB2GRAY), np.uint8)
     blocks = _blockiness(grey, corner, block_px)
     values = np.column_stack([_colours(area, grid), np.full(n_rows * n_cols, blocks, np.float32)])
     blur = _blur(grey, grid, edge, max(FOCUS_MPP, slide_mpp) / plane.mpp)
