@@ -105,7 +105,7 @@ def _run_or_plan(callback: Callable[..., Any], *args: Any, dry_run: bool, **give
             elif isinstance(path, Path):
                 check_output(path.parent)
                 click.echo(f"would write {path}")
-    click.echo(f"{ctx.command_path}: the request is good; nothing was done")
+    click.echo(f"{ctx.command_path}: its options and paths are good; nothing was done")
     return 0
 
 
