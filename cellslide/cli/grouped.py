@@ -26,7 +26,7 @@ SECTIONS = {
         "context_size", "context_grid", "adaptive", "read_mpp", "field_px", "max_minutes", "max_steps",
     ),
     "Decision": ("gate", "tau", "gamma", "thresholds", "abstain", "prior", "taxonomy", "regate", "target", "unseen"),
-    "Many slides": ("shard", "jobs", "scheduler", "stage_dir", "log_json"),
+    "Many slides": ("shard", "jobs", "scheduler", "stage_dir", "log_json", "strict"),
 }  # fmt: skip
 SECTION_OF = {name: section for section, names in SECTIONS.items() for name in names}
 # The options that people use first, in this order; a help shows six.
