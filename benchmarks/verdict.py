@@ -7,16 +7,29 @@ prints how each kind is judged. Nuclei are kept in the cache: a change of the ch
 
 from __future__ import annotations
 
+import argparse
 import csv
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from cellslide.types import Float32, UInt8
+from cellslide.config import InferConfig, SegmentConfig
+from cellslide.inference.segmenter import Segmenter, open_segmenter
+from cellslide.pipeline import segment_array
+from cellslide.plausibility.artefacts import find_artefacts
+from cellslide.plausibility.cells import CellSums
+from cellslide.plausibility.checks import Evidence, checks, focus, stain
+from cellslide.plausibility.fields import measure_fields
+from cellslide.slides.slide import slide_from_array
+from cellslide.types import WORDS, Cells, Float32, Plane, RunRecord, Tile, UInt8, Verdict
+from cellslide.weights import load_model
 
+PLANE_MPP = 0.4
 SETS = ("consep", "tnbc", "brca-m2c")
 MOST_PX = 800
 HAEMATOXYLIN, EOSIN, DAB = (
@@ -122,3 +135,65 @@ def cases(data: Path, good: int, faulty: int) -> Iterator[Case]:
     for kind, make in FAULTS.items():
         for name, image, mpp in some:
             yield Case(name, kind, *make(image, mpp))
+
+
+def judge_case(case: Case, cells: Cells | None) -> Verdict:
+    """Return the verdict on a field with its nuclei, or of its pixels alone."""
+    slide = slide_from_array(np.ascontiguousarray(case.image), case.mpp)
+    plane = Plane.of(slide.info, PLANE_MPP)
+    whole = (0, 0, plane.width_px, plane.height_px)
+    image = slide.read_plane(plane, whole)
+    fields = measure_fields(image, Tile(0, 0, 0, whole, whole), plane, case.mpp, 8 / plane.scale_x)
+    sums = CellSums(("Nucleus",))
+    if cells is not None:
+        zeros = np.zeros(len(cells), np.int64)
+        sums.add(cells.centroid_xy, np.zeros((len(cells), 2), np.int64), cells.area_um2, zeros, zeros == 0)
+    area = case.image.shape[0] * case.image.shape[1] * case.mpp**2 / 1e6
+    record = RunRecord("", "done", {}, {}, [], "", "", "", 0, "", searched_mm2=area)
+    evidence = Evidence(Path("."), slide.info, "mask", record, sums, find_artefacts(fields, plane), None)
+    found = checks(evidence) if cells is not None else (*stain(evidence), *focus(evidence))
+    return Verdict.of(found)
+
+
+def nuclei(case: Case, cache: Path, segmenter: Segmenter | None) -> Cells | None:
+    """Return the nuclei of a case, found now or kept from before; None where there are none and no network is given."""
+    key = hashlib.sha256(f"{case.name}|{case.kind}".encode()).hexdigest()[:16]
+    path = cache / f"{key}.npz"
+    if not path.exists():
+        if segmenter is None:
+            return None
+        found = segment_array(segmenter, case.image, case.mpp, segmenter.config)
+        np.savez(path, xy=found.centroid_xy, area=found.area_um2, score=found.score)
+    kept = np.load(path)
+    none = np.zeros(len(kept["xy"]), np.int32)
+    return Cells(kept["xy"], none, none, kept["score"], kept["area"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Judge all cases and print a line for each kind."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--cache", type=Path, default=Path("verdict-cache"))
+    parser.add_argument("--good", type=int, default=14, help="good fields of each set")
+    parser.add_argument("--faulty", type=int, default=4, help="fields of each set that faults are made of")
+    parser.add_argument("--no-network", action="store_true", help="take nuclei from the cache alone")
+    given = parser.parse_args(arguments)
+    given.cache.mkdir(parents=True, exist_ok=True)
+    words: dict[str, list[tuple[str, bool]]] = {}
+    with ExitStack() as stack:
+        segmenter = None
+        if not given.no_network:
+            config = SegmentConfig(infer=InferConfig(workers=0, batch_size=1))
+            segmenter = stack.enter_context(open_segmenter(load_model(None, None), config))
+        for case in cases(given.data, given.good, given.faulty):
+            found = nuclei(case, given.cache, segmenter)
+            words.setdefault(case.kind, []).append((judge_case(case, found).word, found is not None))
+    print("| fields | n | with nuclei | good | look | do not use |\n| --- | --- | --- | --- | --- | --- |")
+    for kind, all_words in words.items():
+        counts = [sum(word == name for word, _ in all_words) for name in WORDS]
+        known = sum(found for _, found in all_words)
+        print(f"| {kind} | {len(all_words)} | {known} | {' | '.join(map(str, counts))} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -56,8 +56,10 @@ class Range:
 DIAMETER = Range(4.0, 10.0, 3.6, 13.0, unit="µm")
 LOW_DIAMETER = Range(2.8, 5.2, 2.6, 6.5, unit="µm")
 DENSITY = Range(50.0, 15_000.0, 1.0, 40_000.0, form=",.0f", unit="nuclei per mm²")
+# Nuclei that are large and yet far apart: pixels are taken for larger than they are.
+LARGE_UM, LARGE_PER_MM2 = 7.0, 2_800.0
 SPECKS, SPECK_UM = Range(0.0, 0.15, 0.0, 0.5, ".0%"), 2.5
-GIANTS, GIANT_TIMES = Range(0.0, 0.03, 0.0, 0.2, ".0%"), 2.5
+GIANTS, GIANT_TIMES = Range(0.0, 0.06, 0.0, 0.2, ".0%"), 2.5
 ABSTAINED = Range(0.0, 0.3, 0.0, 0.7, ".0%")
 UNTYPED = Range(0.0, 0.05, 0.0, 1.0, ".0%")
 FAILED = Range(0.0, 0.0, 0.0, 0.2, ".0%")
@@ -67,9 +69,11 @@ BLURRED = Range(0.0, 0.1, 0.0, 0.5, ".0%")
 ARTEFACTS = Range(0.0, 0.1, 0.0, 0.5, ".0%")
 BLOCKS = Range(0.0, 1.45, 0.0, 2.5)
 # Eosin absorbs green; how much more than the other colours tells H&E from other stains (optical density of length 1).
-GREEN_OF_EOSIN = Range(0.1, 1.0, 0.0, 1.0)
+GREEN_OF_EOSIN = Range(0.1, 1.0, -0.02, 1.0)
 # No stained tissue is as dense as light on black is.
 MOST_DENSE = 1.5
+# Two stains that are nearer than this (vectors of length 1) are one: grey, or a single dye.
+ONE_STAIN = 0.02
 # Of so few fields no share means much.
 FEW_FIELDS = 2
 MIX = Range(0.0, 0.8, 0.0, 1.0, form=".1f")
@@ -142,7 +146,8 @@ def stain(evidence: Evidence) -> Iterator[Check]:
     haematoxylin, eosin = (np.median(fields.vectors(name)[rows], axis=0) for name in ("haematoxylin", "eosin"))
     margin = round(float(eosin[1] - max(eosin[0], eosin[2])), 3)
     dense = float(np.median(fields.column("density")[rows])) > MOST_DENSE
-    word = "do not use" if dense else GREEN_OF_EOSIN.grade(margin)
+    one = float(np.linalg.norm(haematoxylin - eosin)) < ONE_STAIN
+    word = "do not use" if dense or one else GREEN_OF_EOSIN.grade(margin)
     found = f"haematoxylin {_vector(haematoxylin)}, eosin {_vector(eosin)}"
     advice = "The colours are not those of H&E: " + ("light on black, as in fluorescence. " if dense else "")
     advice += "the models know H&E alone, and other stains (IHC, trichrome, grey) give wrong nuclei and classes. Is it "
@@ -225,6 +230,14 @@ def nuclear_size(evidence: Evidence) -> Iterator[Check]:
     median = round(sizes.quantile(0.5), 2)
     word = DIAMETER.grade(median)
     yield Check("nucleus_diameter_um", median, DIAMETER.words, word, "" if word == "good" else _scale(evidence, median))
+    if median > LARGE_UM and evidence.record.searched_mm2:
+        per_mm2 = round(evidence.cells.n / evidence.record.searched_mm2, 1)
+        word = "good" if per_mm2 >= LARGE_PER_MM2 else "look"
+        again = evidence.again(f"--mpp {evidence.info.mpp_x / 2:.3g}")
+        advice = f"Nuclei are {median:.1f} µm wide in the median and yet few: sparse tissue, or the "
+        advice += f"pixel size is too large. If it is twice the true one: {again}"
+        expected = f"at least {LARGE_PER_MM2:,.0f} per mm² where nuclei are wider than {LARGE_UM:g} µm"
+        yield Check("large_and_sparse", per_mm2, expected, word, "" if word == "good" else advice)
     low = round(sizes.quantile(0.1), 2)
     word = LOW_DIAMETER.grade(low)
     yield Check("small_nucleus_um", low, LOW_DIAMETER.words, word, "" if word == "good" else _scale(evidence, median))

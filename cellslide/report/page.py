@@ -28,6 +28,7 @@ CHECKS = {
     "stain": "Stain (optical density of red, green, blue)", "jpeg_blocks": "JPEG blocks",
     "out_of_focus": "Out of focus", "artefacts": "No clean tissue",
     "small_nucleus_um": "Width of the smallest tenth (µm)",
+    "large_and_sparse": "Nuclei per mm² where they are large",
     "nucleus_diameter_um": "Width of nuclei (median, µm)", "specks": "Share of specks",
     "giants": "Share of giants", "outlines_crossing": "Outlines that cross themselves",
     "nuclei_at_seams": "Nuclei at seams of tiles", "size_drift": "Change of size along the slide",
