@@ -460,7 +460,7 @@ def test_one_bad_slide_of_three_is_recorded_and_the_rest_goes_on(three: list[Sli
     content = json.loads((out / "bad" / "run.json").read_text())
     assert content["status"] == "failed" and content["error"] == outcomes[1].error
     assert content["slide"]["sha256_head"] and content["slide"]["mpp"] is None
-    assert set(outcomes[0].to_json()) == {"slide", "status", "cells", "seconds", "error"}
+    assert set(outcomes[0].to_json()) == {"slide", "status", "cells", "seconds", "error", "verdict"}
 
 
 def test_a_failure_does_not_touch_what_was_done(slide: PaintedSlide, tmp_path: Path) -> None:

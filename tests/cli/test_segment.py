@@ -60,7 +60,7 @@ def test_json_lines_are_all_there_is_on_stdout(slide: Path, tmp_path: Path) -> N
     first = run(bad, slide, "-o", out, *FLAGS, "--log-json")
     lines = [json.loads(line) for line in first.stdout.splitlines()]
     assert [(o["slide"], o["status"], o["cells"]) for o in lines] == [("bad", "failed", None), ("two", "done", 2)]
-    assert set(lines[0]) == {"slide", "status", "cells", "seconds", "error"}
+    assert set(lines[0]) == {"slide", "status", "cells", "seconds", "error", "verdict"}
     assert lines[0]["error"] and lines[1]["error"] is None
     assert first.exit_code == 1 and "cellslide: bad: " in first.stderr and "Traceback" not in first.stderr
     second = run(bad, slide, "-o", out, *FLAGS, "--log-json", "-q")

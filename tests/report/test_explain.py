@@ -326,7 +326,7 @@ def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     evil = ClassSpec('<img src=x onerror="y">', (1, 2, 3))
     picture = Picture("a < b", np.zeros((8, 8, 3), np.uint8), 0.5, (4, 4))
     bars = (Bars("p", np.array([1.0], np.float32), (evil,)),)
-    card = Card(7, "u", (1.0, 2.0), evil.name, 0.5, 0.5, "mix", False, "<b>", bars, ((picture,),))
+    card = Card(7, "u", (1.0, 2.0), evil.name, evil.name, 0.5, 0.5, "mix", "<b>", bars, ((picture,),))
     read = read_page(write_gallery(tmp_path / "p.html", Heading("<t>"), [card]))
     assert read.tags.count("img") == 1 and "b" not in read.tags
     assert evil.name in read.text
@@ -387,6 +387,6 @@ def test_command_says_what_is_missing(folder: Path, tmp_path: Path) -> None:
 
 def test_point_is_marked_by_a_cross(tmp_path: Path) -> None:
     picture = Picture("p", np.zeros((40, 40, 3), np.uint8), 0.5, (10.0, 30.0))
-    card = Card(1, "u", (0, 0), "c", 0.5, 0.5, "mix", False, "o", (), ((picture,),))
+    card = Card(1, "u", (0, 0), "c", "c", 0.5, 0.5, "mix", "o", (), ((picture,),))
     text = write_gallery(tmp_path / "p.html", Heading("t"), [card]).read_text()
     assert 'd="M9.00,30.00H11.00M10.00,29.00V31.00"' in text

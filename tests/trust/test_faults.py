@@ -79,8 +79,8 @@ def test_the_warning_of_slurm_asks_for_a_clean_stop(name: str) -> None:
 def test_a_warning_before_the_work_begins_ends_as_sigterm_does() -> None:
     code = (
         "import os, signal, click\nfrom cellslide.cli import main\n"
-        "main.LazyGroup.get_command = lambda *a: click.Command('x', callback=lambda: os.kill(os.getpid(), "
-        "signal.SIGUSR1))\nmain.cli(['x'])"
+        "main.LazyGroup.get_command = lambda *a: click.Command('info', callback=lambda: os.kill(os.getpid(), "
+        "signal.SIGUSR1))\nmain.cli(['info'])"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, timeout=60, check=False).returncode == 143
 
