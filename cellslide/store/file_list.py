@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,8 @@ def changed_bytes(folder: Path, but: Sequence[str] = ()) -> list[str]:
             continue
         if not path.exists():
             words.append(f"{name}: is gone")
+        elif strange := _not_plain(path):
+            words.append(f"{name}: {strange.relative_to(folder)} is not a plain file")
         elif (there := _described(path)) != entry:
             words.append(f"{name}: {there['bytes']:,} bytes, CRC {there['crc32']}; listed are {_in_words(entry)}")
     return words
@@ -74,6 +77,11 @@ def _files(path: Path) -> list[Path]:
         return [path]
     below = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
     return sorted(below, key=lambda file: file.relative_to(path).as_posix())
+
+
+def _not_plain(path: Path) -> Path | None:
+    """Return the first file that is no plain one: a pipe would be waited for, a link may lead elsewhere."""
+    return next((f for f in _files(path) if not stat.S_ISREG((f.stat() if f == path else f.lstat()).st_mode)), None)
 
 
 def _size(path: Path) -> int | None:

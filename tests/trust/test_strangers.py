@@ -314,6 +314,13 @@ def test_the_list_of_files_tells_what_differs(tmp_path: Path) -> None:
     (tmp_path / "cells.zarr" / "c" / "0").write_bytes(b"abcd")
     assert sorted(file_list.changed_sizes(tmp_path)) == ["cells.h5ad", "cells.zarr"]
     assert len(file_list.changed_bytes(tmp_path)) == 3
+    # A pipe would be waited for, and what lies beyond a link is no result.
+    (tmp_path / "cells.zarr" / "c" / "0").unlink()
+    os.mkfifo(tmp_path / "cells.zarr" / "c" / "0")
+    assert any("c/0" in words for words in file_list.changed_bytes(tmp_path))
+    (tmp_path / "cells.zarr" / "c" / "0").unlink()
+    (tmp_path / "cells.zarr" / "c" / "0").symlink_to(tmp_path / "report.html")
+    assert any("c/0" in words for words in file_list.changed_bytes(tmp_path))
     (tmp_path / RUN_FILE).write_text('{"files": [1]}')
     assert file_list.changed_bytes(tmp_path) == []
 
