@@ -125,12 +125,14 @@ def trouble(error: OSError | MemoryError) -> str | None:
 
 
 def _first_of(error: shutil.Error) -> OSError:
-    """Return the first of the errors that copying a folder has gathered, of which it keeps the words only."""
+    """Return the first of the errors that copying a folder has gathered: of each it keeps two places and words."""
     found = re.search(r"\[Errno (\d+)\]", str(error))
     if found is None:
         return error
     number = int(found[1])
-    return OSError(number, os.strerror(number))
+    gathered = error.args[0] if error.args else None
+    source = gathered[0][0] if isinstance(gathered, list) and gathered and isinstance(gathered[0], tuple) else None
+    return OSError(number, os.strerror(number), source)
 
 
 def in_words(error: BaseException) -> str:
