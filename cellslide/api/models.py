@@ -169,7 +169,7 @@ def _load(name: str | None, weights: Path | None, task: Task) -> LoadedModel | L
 
 
 def task_of(name: str | None, weights: Path | None = None) -> Task | None:
-    """Return the task of an id, or of the `model.yaml` beside a file of weights; None where neither says it."""
+    """Return the task of an id, or of the `model.yaml` beside a file of weights; None where neither names it."""
     from cellslide.weights import Manifest
     from cellslide.weights.load import entry_beside
 

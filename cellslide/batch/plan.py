@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellslide.batch.preflight import Checked
+from cellslide.batch.preflight import Checked, nearest_there
 from cellslide.batch.work import SlideWork
 from cellslide.classify import SlideClassifier, prepare
 from cellslide.classify.slide import choose_cells, estimate, in_time, read_places
@@ -65,10 +65,7 @@ def plan_request(work: SlideWork, checked: Sequence[Checked], device: str, outpu
 
 def _sum(states: Counter[str], total: Needs, output: Path, workers: int) -> str:
     memory = peak_rss_bytes() + WORK_BYTES + workers * WORKER_BYTES
-    there = output.absolute()
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(nearest_there(output)).free
     counted = ", ".join(f"{n} {state}" for state, n in states.items())
     room = "" if total.disk_bytes < free else ": NOT ENOUGH ROOM"
     return (

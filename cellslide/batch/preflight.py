@@ -63,9 +63,7 @@ def is_refused(checked: Sequence[Checked]) -> bool:
 
 def check_output(folder: Path) -> None:
     """Raise UsageError where results cannot be written to a folder, or its disk is full; makes nothing."""
-    there = Path(os.path.abspath(folder))
-    while not os.path.lexists(there):
-        there = there.parent
+    there = nearest_there(folder)
     if not there.is_dir():
         raise UsageError(f"--output {folder}: {there} is no folder")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -73,6 +71,14 @@ def check_output(folder: Path) -> None:
     free = shutil.disk_usage(there).free
     if free < LEAST_FREE_BYTES:
         raise UsageError(f"--output {folder}: its disk is full ({free >> 20} MB left); make room or give another")
+
+
+def nearest_there(folder: Path) -> Path:
+    """Return a folder, or the nearest one above it that is there."""
+    there = Path(os.path.abspath(folder))
+    while not os.path.lexists(there):
+        there = there.parent
+    return there
 
 
 def check_slide(look: Callable[[Target], Slide | None], target: Target) -> Checked:

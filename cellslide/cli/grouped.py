@@ -40,13 +40,13 @@ FEW = 10
 
 
 class Command(click.Command):
-    """A command whose help has sections, and that can say what it would do."""
+    """A command whose help has sections, and that has a dry run."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         if not any(param.name == "dry_run" for param in self.params):
             self.params.append(
-                click.Option(["--dry-run"], is_flag=True, help="Check the request, say what it would do, and stop.")
+                click.Option(["--dry-run"], is_flag=True, help="Check the request, print what it would do, and stop.")
             )
             if self.callback is not None:
                 self.callback = partial(_run_or_plan, self.callback)
@@ -89,7 +89,7 @@ def _show_all(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 def _run_or_plan(callback: Callable[..., Any], *args: Any, dry_run: bool, **given: Any) -> Any:
-    """Run a command, or say what it would read and write; raises UsageError where that cannot be written."""
+    """Run a command, or print what it would read and write; raises UsageError where that cannot be written."""
     if not dry_run:
         return callback(*args, **given)
     from cellslide.batch.preflight import check_output

@@ -70,7 +70,7 @@ class Lane:
 
 @dataclass(slots=True)
 class Meter:
-    """Counts slides and nuclei of a run, and says how long it will take.
+    """Counts slides and nuclei of a run, and estimates how long it will take.
 
     stages  how often a slide begins: 1 to segment or to classify, 2 to do both.
     cells   nuclei of the slides that ended, by their tables; those at hand are counted with their lanes.

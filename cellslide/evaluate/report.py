@@ -467,7 +467,7 @@ def _class_mean(s: ImageScores, part: str) -> float | None:
 
 
 def _typing(scores: Sequence[ImageScores]) -> tuple[float | None, float | None, float | None]:
-    """Accuracy and Brier score over all nuclei that were found, ECE over those of which a class was said."""
+    """Accuracy and Brier score over all nuclei that were found, ECE over those that have a class."""
     typed = [s.typed for s in scores if s.typed is not None]
     if not typed:
         return None, None, None

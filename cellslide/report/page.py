@@ -144,7 +144,7 @@ def render(material: Material, budget: Budget) -> str:
 
 
 def verdict(found: Verdict) -> str:
-    """Return the sentence that says the verdict."""
+    """Return the verdict as a sentence."""
     odd, n = len(found.reasons), len(found.checks)
     if found.word == "good":
         return f"Good: all {n} checks came out as expected of H&E tissue."

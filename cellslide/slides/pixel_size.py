@@ -64,7 +64,7 @@ class PixelSize:
         return f"{self.said}, but its objective is {self.power:g}x, which is about {UM_AT_1X / self.power:.2g} µm"
 
     @property
-    def is_placeholder(self) -> bool:
+    def is_scanner_default(self) -> bool:
         """True for sources that writers fill in without knowing: TIFF resolution, and 1 µm sharp."""
         return self.source == "tiff" or self.x == self.y == 1.0
 
@@ -77,7 +77,7 @@ class PixelSize:
             return f"{self.said}, which is {self.x:.4g} x {self.y:.4g} µm and outside {SMALLEST_UM} to {LARGEST_UM}"
         if abs(self.x / self.y - 1) > MAX_ANISOTROPY:
             return f"{self.said}, which is {self.x:.4g} x {self.y:.4g} µm: x and y differ by more than 5 %"
-        return self.contradiction if self.is_placeholder else None
+        return self.contradiction if self.is_scanner_default else None
 
 
 def choose(

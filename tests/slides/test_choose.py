@@ -706,7 +706,7 @@ def test_a_flag_that_contradicts_the_objective_is_told(caplog: pytest.LogCapture
     assert len(caplog.records) == 1 and "--mpp is 0.5, but its objective is 40x" in caplog.text
 
 
-def test_a_placeholder_in_an_svs_is_refused_by_info_and_reading_alike(tmp_path: Path) -> None:
+def test_a_default_resolution_in_an_svs_is_refused_by_info_and_reading_alike(tmp_path: Path) -> None:
     path = tmp_path / "slide.svs"
     about = f"Aperio Image Library v12\r\n{EDGE}x{EDGE} (128x128)|AppMag = 40"
     tifffile.imwrite(path, IMAGE, description=about, **TILES, **at(1.0))

@@ -57,7 +57,7 @@ def render_comparison(
 
 
 def _settings(comparisons: Sequence[Comparison]) -> list[tuple[str, str, str, int]]:
-    """Return what the runs were told differently, and on how many slides."""
+    """Return the settings that differ, and on how many slides."""
     counts: dict[tuple[str, str, str], int] = {}
     for comparison in comparisons:
         for row in comparison.settings:

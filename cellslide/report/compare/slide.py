@@ -32,8 +32,8 @@ MOST_REGIONS, REGION_PX = 3, 640
 LEAST_NUCLEI = 10
 MOST_CROPS = 12
 MOST_SETTINGS = 40
-# How a run was told to work and where, what came of it, and what follows from the weights, which are named.
-NOT_TOLD = (
+# Where and how fast a run worked, what came of it, and what follows from the weights, which are named.
+NOT_COMPARED = (
     "config.infer.", "config.output.", "config.spec.", "config.classify.infer.", "config.classify.counts.",
     "config.classify.device", "config.classify.network.", "config.classify.spec.", "config.classify.rule.calibration.",
 )  # fmt: skip
@@ -69,7 +69,7 @@ class Pictures:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What both results say of one slide, and what the runs were told differently: name, first, second."""
+    """How far both results agree on one slide, and the settings that differ: name, first, second."""
 
     pair: Pair
     agreement: Agreement
@@ -133,18 +133,18 @@ def _check_same_slide(pair: Pair, first: CellTable, second: CellTable) -> None:
 
 
 def differing_settings(first: RunRecord, second: RunRecord) -> Iterator[tuple[str, str, str]]:
-    """Yield name and both values of what the runs were told differently, weights and version among it."""
-    a, b = _told(first), _told(second)
+    """Yield name and both values of the settings that differ, weights and version among them."""
+    a, b = _settings_of(first), _settings_of(second)
     names = [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
     for name in names[:MOST_SETTINGS]:
         yield name.removeprefix("config."), a.get(name, "–"), b.get(name, "–")
 
 
-def _told(record: RunRecord) -> dict[str, str]:
+def _settings_of(record: RunRecord) -> dict[str, str]:
     flat = {
         name: value
         for name, value in flatten({"config": record.config}).items()
-        if not name.startswith(NOT_TOLD) and value != "None"
+        if not name.startswith(NOT_COMPARED) and value != "None"
     }
     flat |= {"cellslide": record.cellslide_version, "precision": record.precision, "engine": record.engine}
     flat["mpp"] = str(record.slide.get("mpp"))
