@@ -135,7 +135,8 @@ class ClassifyConfig:
     """All settings of `cellslide classify`, but for the rule that decides (`classify.decision.DecisionConfig`).
 
     organ         organ of the slides; None takes the list's, "unknown" where that has none either.
-    paths         "both", so that any rule may be applied later, or "local" alone, without context.
+    paths         "both", so that any rule may be applied later, or "local" alone, without context; None takes what the
+                  rule needs, and where none is given what the weights' calibration found worth its time.
     context_size  edge in pixels to which the context's field is resampled; None takes the weights'.
     context_grid  edge in plane pixels of the boxes whose cells share one context; None gives each cell its own.
     adaptive      calibrated probability of the local path from which the global path is skipped; None skips none.
@@ -150,7 +151,7 @@ class ClassifyConfig:
     mpp: float | None = None
     allow_fluorescence: bool = False
     organ: str | None = None
-    paths: Literal["both", "local"] = "both"
+    paths: Literal["both", "local"] | None = None
     context_size: int | None = None
     context_grid: int | None = None
     adaptive: float | None = None

@@ -104,14 +104,14 @@ class Model:
         self._require("classify")
         return open_classifier(self.loaded, replace(config, **self._settings))
 
-    def slide_classifier(self, config: ClassifyConfig, rule: GateRule | RuleSettings = "mix") -> SlideClassifier:
+    def slide_classifier(self, config: ClassifyConfig, rule: GateRule | RuleSettings | None = None) -> SlideClassifier:
         """Return the network on its device with the rule that decides; raises UsageError for one that does not fit."""
         from cellslide.batch.work import organ_finder
         from cellslide.classify import SlideClassifier
         from cellslide.classify.rule_settings import RuleSettings
 
-        classifier = self.classifier(config)
-        settings = RuleSettings(rule) if isinstance(rule, str) else rule
+        settings = rule if isinstance(rule, RuleSettings) else RuleSettings(rule)
+        classifier = self.classifier(settings.network(config))
         return SlideClassifier(classifier, settings.rule(classifier.spec), organ_finder(classifier.spec, config.organ))
 
     def embedder(self, config: EmbedConfig) -> Embedder:

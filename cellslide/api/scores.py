@@ -38,7 +38,7 @@ def evaluate(
     nuclei: Literal["given", "detected"] = "given",
     detector: ModelLike = None,
     organ: str | None = None,
-    rule: GateRule | RuleSettings = "mix",
+    rule: GateRule | RuleSettings | None = None,
     per_image: str | Path | None = None,
     reliability: str | Path | None = None,
     progress: Progress | None = None,
@@ -99,12 +99,12 @@ def _folder_of(model: Path | ModelLike) -> Path | None:
 
 
 def _classifier(
-    network: Model, scoring: Scoring, organ: str | None, rule: GateRule | RuleSettings = "mix"
+    network: Model, scoring: Scoring, organ: str | None, rule: GateRule | RuleSettings | None = None
 ) -> SlideClassifier:
     from cellslide.weights.organs import organ_by_text
 
     scoring.require_classes()
-    by = network.slide_classifier(ClassifyConfig(organ=organ), rule)
+    by = network.slide_classifier(ClassifyConfig(organ=organ, paths="both"), rule)
     spec = by.classifier.spec
     if organ is None and spec.organs:  # An organ for all has its own warning.
         scoring.warn_of_unknown_organs(spec.organs, organ_by_text(spec))

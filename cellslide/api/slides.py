@@ -152,7 +152,7 @@ def classify(
     *,
     model: ModelLike = None,
     organ: str | None = None,
-    rule: GateRule = "mix",
+    rule: GateRule | None = None,
     mpp: float | None = None,
 ) -> Cells: ...
 
@@ -164,7 +164,7 @@ def classify(
     *,
     model: ModelLike = None,
     organ: str | None = None,
-    rule: GateRule = "mix",
+    rule: GateRule | None = None,
     abstain: float | None = None,
     mpp: float | None = None,
     overwrite: bool = False,
@@ -178,7 +178,7 @@ def classify(
     *,
     model: ModelLike = None,
     organ: str | None = None,
-    rule: GateRule = "mix",
+    rule: GateRule | None = None,
     abstain: float | None = None,
     mpp: float | None = None,
     overwrite: bool = False,
@@ -189,7 +189,7 @@ def classify(
     cells    a table or its folder, or cells in pixels of `slide`.
     slide    the slide or image that they lie on; None takes the slide that the table names.
     organ    organ of the slide, None where it is not known.
-    rule     which probabilities decide: "mix", "safe", "local" or "global".
+    rule     which probabilities decide: "mix", "safe", "local" or "global"; None is what suits the weights.
     abstain  least probability of a class, below which none is said; None takes the weights'. Only for a table.
     mpp      pixel size in µm: needed with an image; of a slide, over what its file says.
     A table that is given open is closed: go on with the one returned. Other files of its folder are written anew.
@@ -230,7 +230,7 @@ def run(
     tissue: bool | PathLike = True,
     roi: PathLike | None = None,
     tile_px: int | None = None,
-    rule: GateRule = "mix",
+    rule: GateRule | None = None,
     abstain: float | None = None,
     formats: Sequence[str] = FORMATS,
     overwrite: bool = False,

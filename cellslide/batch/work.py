@@ -73,13 +73,14 @@ class ClassifyWork:
         entry = None if self.load else find_weights(self.config.model, self.config.weights, "classify")
         spec = self._loaded().spec if entry is None else spec_of(entry, "")
         rule = self.rule.rule(spec)
+        self.rule.network(self.config)
         if self.config.organ is not None:
             rule.for_organ(look_up(spec, self.config.organ).trained).check()
         require_devices(self.config.infer.device)
 
     def open(self) -> SlideClassifier:
         """Put the classifier on its device."""
-        classifier = open_classifier(self._loaded(), self.config)
+        classifier = open_classifier(self._loaded(), self.rule.network(self.config))
         spec = classifier.spec
         return SlideClassifier(classifier, self.rule.rule(spec), organ_finder(spec, self.config.organ))
 

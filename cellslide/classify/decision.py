@@ -78,6 +78,11 @@ class Decision:
     abstained: Bool
 
 
+def default_gate(calibration: Calibration) -> GateRule:
+    """Return the rule where none is given: the mix, or the local path where only that one is worth its time."""
+    return "local" if calibration.paths == "local" else "mix"
+
+
 def decide(probs: PathProbs, config: DecisionConfig | None = None, calibration: Calibration | None = None) -> Decision:
     """Apply the rule of `config` to N cells; raises UsageError if it needs what `calibration` does not hold."""
     config, calibration = config or DecisionConfig(), calibration or Calibration()

@@ -58,7 +58,8 @@ class Classifier(OnDevice):
     """
 
     def __init__(self, loaded: LoadedClassifier, config: ClassifyConfig) -> None:
-        self.config, self.spec = config, resolved_spec(loaded, config)
+        self.spec = resolved_spec(loaded, config)
+        self.config = config = replace(config, paths=config.paths or self.spec.calibration.paths)
         super().__init__(config.infer, self.spec.mean, self.spec.std)
         module: Any = loaded.module.eval().to(self._device)
         self.module = module if self._device.type == "mps" else module.to(memory_format=torch.channels_last)

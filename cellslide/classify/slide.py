@@ -202,6 +202,10 @@ def regate_slide(folder: Path, rule: Rule, output: OutputConfig, watch: Watch = 
         settings = typed_settings(folder, record)
         rule = rule.for_organ(settings.get("organ_trained"))
         rule.check()
+        if settings.get("paths") == "local" and rule.decision.gate in ("safe", "global"):
+            raise UsageError(
+                f"--gate {rule.decision.gate}: {folder} holds the local path alone; type it again with --paths both"
+            )
         watch.progress.stage("write")
         columns = DecidedColumns(partial(_from_table, table), rule, str(settings["organ"]))
         write_columns(table, record, columns, settings, spec_of_record(folder, record).classes)

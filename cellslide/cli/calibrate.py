@@ -82,6 +82,8 @@ def command(
 
 
 def _show(report: CalibrationReport) -> None:
+    from cellslide.classify.decision import default_gate
+
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
 
@@ -89,10 +91,13 @@ def _show(report: CalibrationReport) -> None:
     lines = [
         f"{report.n} nuclei; temperature " + ", ".join(f"{p} {getattr(found, f'temperature_{p}'):.3f}" for p in paths)
     ]
+    rule = "local path" if default_gate(found) == "local" else "mix"
     lines.append(
-        f"ECE of the mix: {number(gain.before)} before, {number(gain.after)} after, {number(gain.crossed)} where "
+        f"ECE of the {rule}: {number(gain.before)} before, {number(gain.after)} after, {number(gain.crossed)} where "
         "one half of the images is calibrated by the other"
     )
+    if found.paths == "local":
+        lines.append("the mix gains less than a point of macro F1: the local path alone runs by default (--paths both)")
     accepts = f"tau {found.tau:g}, gamma {found.gamma:g}" if found.safe_accepts else "its baseline alone"
     lines.append(f"safe gate: {accepts if found.reliability_local else 'not fitted, the global path did not run'}")
     floors = ", ".join(

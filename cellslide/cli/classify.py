@@ -35,8 +35,9 @@ organ_option = click.option(
 
 decision_options = chain(
     click.option(
-        "--gate", type=click.Choice(["mix", "safe", "local", "global"]), default="mix", show_default=True,
-        help="Which probabilities decide: the gate's mix, the safe gate's choice, or one path.",
+        "--gate", type=click.Choice(["mix", "safe", "local", "global"]),
+        help="Which probabilities decide: the gate's mix, the safe gate's choice, or one path.  "
+        "[default: the weights']",
     ),
     click.option("--tau", type=float, help="Safe gate: least gate weight.  [default: the weights']"),
     click.option("--gamma", type=float, help="Safe gate: least difference of confidence.  [default: the weights']"),
@@ -53,8 +54,9 @@ decision_options = chain(
 
 network_options = chain(
     click.option(
-        "--paths", type=click.Choice(["both", "local"]), default="both", show_default=True,
-        help="Run both paths, so that any rule may follow, or the local one alone, which needs no context.",
+        "--paths", type=click.Choice(["both", "local"]),
+        help="Run both paths, so that any rule may follow, or the local one alone, which needs no context.  [default: "
+        "what --gate needs, else the weights']",
     ),
     click.option("--context-size", type=int, metavar="N", help="Edge of the context in px.  [default: the weights']"),
     click.option(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 CLASSICAL = "classical"
 # Flags that a classifier alone understands, and what they are where nobody gives them.
-TYPING_FLAGS = {"detector": None, "organ": None, "gate": "mix", "tau": None, "gamma": None, "thresholds": None,
+TYPING_FLAGS = {"detector": None, "organ": None, "gate": None, "tau": None, "gamma": None, "thresholds": None,
                 "abstain": None, "prior": None, "taxonomy": None}  # fmt: skip
 OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER_IN = click.Path(exists=True, file_okay=False, path_type=Path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from cellslide.classify.decision import (
     GateRule,
     baseline_paths,
     decide,
+    default_gate,
     mix,
     reliability,
     safe_paths,
@@ -27,7 +28,12 @@ from cellslide.classify.decision import (
     temper,
 )
 from cellslide.errors import UsageError
-from cellslide.evaluate.classification import expected_calibration_error, reliability_bins
+from cellslide.evaluate.classification import (
+    class_tallies,
+    expected_calibration_error,
+    mean_f1,
+    reliability_bins,
+)
 from cellslide.evaluate.diagram import write_reliability
 from cellslide.types import Bool, Calibration, Float32, Float64, Int64, PathProbs, UInt8
 
@@ -35,6 +41,8 @@ from cellslide.types import Bool, Calibration, Float32, Float64, Int64, PathProb
 TAUS = tuple(np.linspace(0.3, 0.7, 9).tolist())
 GAMMAS = tuple(np.linspace(0.0, 0.2, 11).tolist())
 TEMPERATURES = (0.05, 20.0)
+# Macro F1 by which the mix must beat the local path: the global one takes as long as the local one, or longer.
+LEAST_GAIN = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +79,19 @@ def fit(probs: PathProbs, labels: NDArray[Any], n_classes: int, config: FitConfi
     both = ~skipped(probs)
     if both.any():
         calibration = _fit_global(calibration, _take(probs, both), labels[both])
+        calibration = replace(calibration, paths=worthwhile_paths(calibration, _take(probs, both), labels[both]))
     return _fit_thresholds(calibration, probs, labels, config)
+
+
+def worthwhile_paths(calibration: Calibration, probs: PathProbs, labels: Int64) -> Literal["both", "local"]:
+    """Return "local" unless the mix gains `LEAST_GAIN` in macro F1 over the local path."""
+    local, mixed = (_macro_f1(probs, labels, calibration, rule) for rule in ("local", "mix"))
+    return "both" if mixed - local >= LEAST_GAIN else "local"
+
+
+def _macro_f1(probs: PathProbs, labels: Int64, calibration: Calibration, rule: GateRule) -> float:
+    named = decide(probs, DecisionConfig(rule), calibration).class_index
+    return mean_f1(class_tallies(labels, named, probs.local.shape[1])) or 0.0
 
 
 def _fit_global(calibration: Calibration, probs: PathProbs, labels: Int64) -> Calibration:
@@ -148,7 +168,7 @@ def fit_safe_gate(
 
 def _fit_thresholds(calibration: Calibration, probs: PathProbs, labels: Int64, config: FitConfig) -> Calibration:
     """Add the abstain threshold, those of the classes, and the classes' frequencies, for the calibrated mix."""
-    decision = decide(probs, DecisionConfig("mix"), calibration)
+    decision = decide(probs, DecisionConfig(default_gate(calibration)), calibration)
     named, sure = decision.class_index, decision.class_prob.astype(np.float64)
     per_class = tuple(
         f1_threshold(sure[named == k], (labels == k)[named == k], int((labels == k).sum()))
@@ -167,7 +187,7 @@ def fit_unseen(
     Temperatures and all else stay as they were fitted on trained organs, since that is how a cell of an unseen organ
     comes to its probability. `labels` (N,) is the true class of each cell.
     """
-    decision = decide(probs, DecisionConfig("mix"), calibration)
+    decision = decide(probs, DecisionConfig(default_gate(calibration)), calibration)
     right = decision.class_index == np.asarray(labels, np.int64)
     floor = accuracy_threshold(decision.class_prob.astype(np.float64), right, config or FitConfig())
     return replace(calibration, abstain_unseen=floor or 0.0, accuracy_unseen=float(right.mean()))
@@ -209,7 +229,10 @@ def f1_threshold(confidence: Float64, right: Bool, n_true: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """ECE of the mix: as the network gives it, after calibration, and when each half of the images fits the other."""
+    """ECE of the rule that decides by default: as the network gives it, after calibration, and when halves cross.
+
+    `crossed` is of each half of the images calibrated by the other, None for a single image.
+    """
 
     before: float | None
     after: float | None
@@ -231,19 +254,18 @@ def draw_gain(path: Path, probs: PathProbs, labels: Int64, found: Calibration) -
     """Draw the reliability of cells, before and after they were calibrated, to a PNG file."""
     panels = {}
     for title, calibration in (("before", Calibration()), ("after", found)):
-        decision = decide(probs, None, calibration)
+        decision = decide(probs, DecisionConfig(default_gate(found)), calibration)
         panels[title] = reliability_bins(decision.class_prob, decision.class_index == labels)
     write_reliability(path, panels)
 
 
-def measure(
-    probs: PathProbs, labels: NDArray[Any], image: NDArray[Any], calibration: Calibration, rule: GateRule = "mix"
-) -> Gain:
+def measure(probs: PathProbs, labels: NDArray[Any], image: NDArray[Any], calibration: Calibration) -> Gain:
     """Return what the calibration did on its own cells, and a fair estimate by two halves of the images (N,)."""
+    rule = default_gate(calibration)
     return Gain(
         _ece(probs, labels, Calibration(), rule),
         _ece(probs, labels, calibration, rule),
-        _crossed(probs, np.asarray(labels, np.int64), np.asarray(image)),
+        _crossed(mix(probs) if rule == "mix" else probs.local, np.asarray(labels, np.int64), np.asarray(image)),
     )
 
 
@@ -252,11 +274,10 @@ def _ece(probs: PathProbs, labels: NDArray[Any], calibration: Calibration, rule:
     return expected_calibration_error(decision.class_prob, decision.class_index == labels)
 
 
-def _crossed(probs: PathProbs, labels: Int64, image: NDArray[Any]) -> float | None:
+def _crossed(prob: Float32, labels: Int64, image: NDArray[Any]) -> float | None:
     half = np.isin(image, np.unique(image)[::2])
     if half.all():
         return None
-    prob = mix(probs)
     crossed = np.empty_like(prob)
     for part in (half, ~half):
         crossed[part] = temper(prob[part], fit_temperature(prob[~part], labels[~part]))

@@ -34,7 +34,7 @@ _SAFE_GATE_KEYS = {"tau": "tau", "gamma": "gamma", "accepts": "safe_accepts",
                    "reliability_local": "reliability_local", "reliability_global": "reliability_global"}  # fmt: skip
 _CALIBRATION_KEYS = (
     "temperature_local", "temperature_global", "temperature_mix", "thresholds", "abstain", "abstain_unseen",
-    "accuracy_unseen", "class_prior",
+    "accuracy_unseen", "class_prior", "paths",
 )  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -265,6 +265,10 @@ def calibration_of(entry: WeightsEntry) -> Calibration:
 def _number_or_row(entry: WeightsEntry, key: str, value: Any) -> Any:
     if key == "safe_accepts":
         return bool(value)
+    if key == "paths":
+        if value not in ("both", "local"):
+            raise ValueError(f"paths {short(value)}: must be both or local")
+        return value
     if key not in ("thresholds", "class_prior", "reliability_local", "reliability_global"):
         number = float(value)
         if key.startswith("temperature") and not number > 0:

@@ -12,10 +12,12 @@ import pytest
 
 from cellslide.classify import classify_cells, classify_table, regate_slide
 from cellslide.classify.decision import NOT_NUCLEUS, DecisionConfig, decide
+from cellslide.classify.engine import Classifier
+from cellslide.classify.rule_settings import RuleSettings
 from cellslide.classify.slide import choose_cells, read_places, spec_of_record
 from cellslide.classify.store import FOLDER, PartialProbs
 from cellslide.classify.taxonomy import Taxonomy
-from cellslide.config import OutputConfig, SegmentConfig, TissueConfig
+from cellslide.config import ClassifyConfig, OutputConfig, SegmentConfig, TissueConfig
 from cellslide.errors import Interrupted, UsageError
 from cellslide.inference.segmenter import open_segmenter
 from cellslide.pipeline import segment_slide
@@ -29,7 +31,7 @@ from cellslide.types import Calibration, PathProbs, Plane
 from cellslide.weights.organs import Organ
 from tests.classify.test_rows import BREAST, INFER, NAMES, OUTPUT, assert_same, classifier, config, rule
 from tests.painted import DISC, PINK_DISC, paint_slide
-from tests.support.fake_classifier import SPEC, FakeNuClass
+from tests.support.fake_classifier import SPEC, FakeNuClass, fake_loaded
 from tests.support.fakes import fake_model
 
 
@@ -191,6 +193,23 @@ def test_another_rule_needs_no_network(folder: Path, slide: Slide) -> None:
     calibration = replace(SPEC.calibration, temperature_global=3.0)
     np.testing.assert_array_equal(obsm(folder, "prob"), decide(before, DecisionConfig("global"), calibration).prob)
     assert (obs(folder, "path") == 2).all()
+
+
+def test_weights_may_leave_the_global_path_out(folder: Path, slide: Slide) -> None:
+    calibration = replace(SPEC.calibration, paths="local")
+    loaded = fake_loaded(calibration=calibration)
+    settings = RuleSettings()
+    alone = Classifier(loaded, settings.network(ClassifyConfig(infer=INFER)))
+    record, _ = classify_table(folder, slide, alone, settings.rule(alone.spec), BREAST)
+    assert alone.module.seen["context"] == 0 and record.config["classify"]["paths"] == "local"
+    assert record.config["classify"]["rule"]["decision"]["gate"] == "local"
+    assert np.isnan(stored(folder).gate).all() and (obs(folder, "path") == 1).all()
+    with pytest.raises(UsageError, match="--paths both"):
+        regate_slide(folder, rule("global", calibration), OUTPUT)
+    # A rule of both paths runs both, unless that is forbidden.
+    assert RuleSettings("safe").network(ClassifyConfig()).paths == "both"
+    with pytest.raises(UsageError, match="--paths"):
+        RuleSettings("global").network(ClassifyConfig(paths="local"))
 
 
 def test_cells_that_are_not_typed_cannot_be_decided(folder: Path) -> None:

@@ -124,6 +124,17 @@ def test_cells_without_class_or_global_path_are_left_out() -> None:
     assert none.temperature_local == whole.temperature_local
 
 
+def test_a_global_path_that_gains_nothing_is_not_run_by_default() -> None:
+    local, labels = drawn(2000, 7)
+    useless = fit(PathProbs(local, local, np.full(2000, 0.5, np.float32)), labels, 3)
+    assert useless.paths == "local"
+    sure = temper(np.eye(3, dtype=np.float32)[labels] * 0.8 + 0.1, 1.0)
+    better = fit(PathProbs(local, sure / sure.sum(axis=1, keepdims=True), np.full(2000, 0.9, np.float32)), labels, 3)
+    assert better.paths == "both"
+    assert better.abstain is None, "of the mix, which is right everywhere"
+    assert useless.abstain is not None
+
+
 def test_nothing_to_fit_on() -> None:
     local, labels = drawn(5, 6)
     probs = PathProbs(local, local, np.ones(5, np.float32))
