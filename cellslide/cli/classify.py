@@ -137,7 +137,7 @@ def command(
     Examples:
       cellslide classify out/slide --organ breast
       cellslide classify slides/ -o out --organ lung --abstain 0.5
-      cellslide classify out --gate safe --regate
+      cellslide classify out --abstain 0.7 --regate
       cellslide classify slide.svs -o out --cells qupath.geojson --organ breast
     """
     from cellslide.batch.executor import Inline, choose_executor

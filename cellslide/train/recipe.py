@@ -188,6 +188,7 @@ class ModelConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     classes: tuple[str, ...] = ()
     freeze_encoder: bool = False
+    freeze_norms: bool = False
     encoder_weights: str | None = None
     encoder_licence: str | None = None
 

@@ -195,6 +195,19 @@ def test_a_frozen_encoder_stays_as_it_is(dataset: Path, tmp_path: Path) -> None:
     )
 
 
+def test_frozen_norms_keep_their_statistics(dataset: Path, tmp_path: Path) -> None:
+    recipe = {**RECIPE, "model": {"config": TINY, "freeze_norms": True}}
+    torch.manual_seed(0)
+    model = build_model("cellvta", TINY)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    module = _train(dataset, tmp_path / "run", recipe, model, max_steps=2)
+    norms = [part for part in module.train().model.modules() if isinstance(part, torch.nn.BatchNorm2d)]
+    assert norms and not any(norm.training for norm in norms)
+    after = module.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if "running_" in name)
+    assert any(not torch.equal(value, after[name]) for name, value in before.items() if "running_" not in name)
+
+
 def test_a_perfect_model_scores_one(dataset: Path) -> None:
     recipe = recipe_from(RECIPE)
     item = load_sets([dataset], recipe)[0].val[0]

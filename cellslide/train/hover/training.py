@@ -47,8 +47,12 @@ class HoverTraining(ImageTraining):
         return self.recipe.optim.encoder_lr_scale if name.startswith(encoder_parts(self.model)) else 1.0
 
     def train(self, mode: bool = True) -> HoverTraining:
-        """Switch modes, leaving a frozen encoder in evaluation mode."""
+        """Switch modes, leaving a frozen encoder and frozen norms in evaluation mode."""
         super().train(mode)
+        if mode and self.recipe.model.freeze_norms:
+            for module in self.model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         if mode and self.recipe.model.freeze_encoder:
             for module in frozen_modules(self.model):
                 module.eval()
