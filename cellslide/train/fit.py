@@ -99,7 +99,7 @@ def run_trainer(
     (options.folder / "recipe.yaml").write_text(resolved, encoding="utf-8")
     stop = StopRequest(options.max_steps)
     trainer = make_trainer(module.recipe, options, write, stop, resume.first_epoch)
-    # Lightning leaves the modes as they are, and a module decides in `train` which of its parts stay in evaluation mode.
+    # Lightning leaves modes as they are; `train` of a module decides which of its parts stay in evaluation mode.
     module.train()
     with _signals(stop):
         trainer.fit(module, *loaders, ckpt_path=resume.checkpoint, weights_only=True)
