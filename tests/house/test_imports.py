@@ -15,13 +15,13 @@ PACKAGE = CHECKOUT / "cellslide"
 
 # A file may import from its own room, from rooms of its own rank and from those below (docs/architecture.md).
 ROOMS = (
-    "cli > api > batch > bench, train, view, embed > evaluate, report > classify, pipeline > inference, formats"
+    "cli > api > batch > bench, train, view, embed > evaluate, report, xenium > classify, pipeline > inference, formats"
     " > weights, slides, plausibility > models, store, nuclei > geometry > config, progress > types, errors"
 )
 RANKS = {room.strip(): rank for rank, rooms in enumerate(ROOMS.split(">")) for room in rooms.split(",")}
 RANKS |= {"": -2, "__main__": -2}
 NUMPY_ONLY = ("types", "errors", "config", "progress", "geometry", "nuclei", "store", "slides", "plausibility",
-              "evaluate", "formats")  # fmt: skip
+              "evaluate", "formats", "xenium")  # fmt: skip
 NO_NUMPY = {"torch", "timm", "lightning", "torchvision", "onnxruntime"}
 FORBIDDEN = {("models", "store"), ("models", "slides"), ("evaluate", "models"), ("evaluate", "weights")}
 # Pairs of files that import each other, each with its reason; none is to be added.
