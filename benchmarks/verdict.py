@@ -23,10 +23,11 @@ from cellslide.inference.segmenter import Segmenter, open_segmenter
 from cellslide.pipeline import segment_array
 from cellslide.plausibility.artefacts import find_artefacts
 from cellslide.plausibility.cells import CellSums
-from cellslide.plausibility.checks import Evidence, checks, focus, stain
+from cellslide.plausibility.checks import FEW_CELLS, Evidence, checks, focus, stain
 from cellslide.plausibility.fields import measure_fields
+from cellslide.plausibility.scale import features
 from cellslide.slides.slide import slide_from_array
-from cellslide.types import WORDS, Cells, Float32, Plane, RunRecord, Tile, UInt8, Verdict
+from cellslide.types import WORDS, Bool, Cells, Float32, Float64, Plane, RunRecord, Tile, UInt8, Verdict
 from cellslide.weights import load_model
 
 PLANE_MPP = 0.4
@@ -137,6 +138,31 @@ def cases(data: Path, good: int, faulty: int) -> Iterator[Case]:
             yield Case(name, kind, *make(image, mpp))
 
 
+def sums_of(case: Case, cells: Cells) -> CellSums:
+    """Sum up the nuclei of a field as those of a slide are."""
+    height, width = case.image.shape[:2]
+    sums = CellSums(("Nucleus",), size_um=(width * case.mpp, height * case.mpp))
+    zeros = np.zeros(len(cells), np.int64)
+    bands = np.zeros((len(cells), 2), np.int64)
+    sums.add(cells.centroid_xy * case.mpp, bands, cells.area_um2, zeros, zeros == 0)
+    return sums
+
+
+def fit_scale(found: Sequence[tuple[Case, CellSums]]) -> None:
+    """Print the line of `plausibility.scale`, and how far fields that did not fit it lie from the truth."""
+    found = [(case, sums) for case, sums in found if sums.n >= FEW_CELLS]
+    known = np.array([[*features(sums), 1.0] for _, sums in found])
+    true = np.array([np.log2(float(case.kind.rpartition("x ")[2])) if "x" in case.kind else 0.0 for case, _ in found])
+    names = np.array([case.name for case, _ in found])
+
+    def line(rows: Bool) -> Float64:
+        a, b = known[rows], true[rows]
+        return np.asarray(np.linalg.solve(a.T @ a + 1e-2 * np.eye(a.shape[1]), a.T @ b), np.float64)
+
+    off = np.array([known[k] @ line(names != names[k]) - true[k] for k in range(len(found))])
+    print(f"line {line(names != '').round(3).tolist()}; standard deviation of {len(off)} fields {off.std():.2f} (log2)")
+
+
 def judge_case(case: Case, cells: Cells | None) -> Verdict:
     """Return the verdict on a field with its nuclei, or of its pixels alone."""
     slide = slide_from_array(np.ascontiguousarray(case.image), case.mpp)
@@ -144,10 +170,7 @@ def judge_case(case: Case, cells: Cells | None) -> Verdict:
     whole = (0, 0, plane.width_px, plane.height_px)
     image = slide.read_plane(plane, whole)
     fields = measure_fields(image, Tile(0, 0, 0, whole, whole), plane, case.mpp, 8 / plane.scale_x)
-    sums = CellSums(("Nucleus",))
-    if cells is not None:
-        zeros = np.zeros(len(cells), np.int64)
-        sums.add(cells.centroid_xy, np.zeros((len(cells), 2), np.int64), cells.area_um2, zeros, zeros == 0)
+    sums = CellSums(("Nucleus",)) if cells is None else sums_of(case, cells)
     area = case.image.shape[0] * case.image.shape[1] * case.mpp**2 / 1e6
     record = RunRecord("", "done", {}, {}, [], "", "", "", 0, "", searched_mm2=area)
     evidence = Evidence(Path("."), slide.info, "mask", record, sums, find_artefacts(fields, plane), None)
@@ -176,18 +199,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=Path("verdict-cache"))
     parser.add_argument("--good", type=int, default=14, help="good fields of each set")
     parser.add_argument("--faulty", type=int, default=4, help="fields of each set that faults are made of")
+    parser.add_argument("--model", help="network that finds nuclei  [default: the one that ships]")
     parser.add_argument("--no-network", action="store_true", help="take nuclei from the cache alone")
     given = parser.parse_args(arguments)
     given.cache.mkdir(parents=True, exist_ok=True)
     words: dict[str, list[tuple[str, bool]]] = {}
+    sized: list[tuple[Case, CellSums]] = []
     with ExitStack() as stack:
         segmenter = None
         if not given.no_network:
             config = SegmentConfig(infer=InferConfig(workers=0, batch_size=1))
-            segmenter = stack.enter_context(open_segmenter(load_model(None, None), config))
+            segmenter = stack.enter_context(open_segmenter(load_model(given.model), config))
         for case in cases(given.data, given.good, given.faulty):
-            found = nuclei(case, given.cache, segmenter)
+            # Only a wrong pixel size needs the nuclei; the other faults are seen in the pixels.
+            by_network = segmenter if case.kind.startswith(("good", "pixel")) else None
+            found = nuclei(case, given.cache, by_network)
+            if found is not None:
+                sized.append((case, sums_of(case, found)))
             words.setdefault(case.kind, []).append((judge_case(case, found).word, found is not None))
+    fit_scale(sized)
     print("| fields | n | with nuclei | good | look | do not use |\n| --- | --- | --- | --- | --- | --- |")
     for kind, all_words in words.items():
         counts = [sum(word == name for word, _ in all_words) for name in WORDS]

@@ -110,7 +110,7 @@ class Tile:
 
 FIELD_MEASURES = (
     "tissue", "blur", "blocks", "density", "contrast", "haematoxylin_r", "haematoxylin_g", "haematoxylin_b",
-    "eosin_r", "eosin_g", "eosin_b", "ink", "dark", "nuclei", "dense_eosin",
+    "eosin_r", "eosin_g", "eosin_b", "depth", "ink", "dark", "nuclei", "dense_eosin",
 )  # fmt: skip
 
 
@@ -125,6 +125,7 @@ class Fields:
     blocks     steps at the borders of JPEG blocks over those elsewhere, NaN where the plane does not show blocks.
     density    mean optical density of stained pixels; `contrast` its standard deviation.
     haematoxylin_*, eosin_*  optical density (red, green, blue; length 1) of the pixels that stand for the stain.
+    depth      log of the optical density of haematoxylin's pixels over that of eosin's; nuclei are the darker.
     ink, dark  share of pixels of a pen's colour, and of pixels too dark for any stain.
     nuclei, dense_eosin  share of pixels as nuclei absorb, and as keratin and blood do.
     """

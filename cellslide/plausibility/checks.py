@@ -16,6 +16,7 @@ import numpy as np
 from cellslide.plausibility.artefacts import INK, KINDS, LEAST_TISSUE, MOST_BLUR, Artefacts
 from cellslide.plausibility.cells import LEAST_CELLS, CellSums
 from cellslide.plausibility.histogram import Histogram
+from cellslide.plausibility.scale import stated_over_true
 from cellslide.types import Check, Float32, ModelKind, RunRecord, SlideInfo, Word
 
 # 40x is 0.25 µm, 20x 0.5 µm: the magnification that a file states times its pixel size.
@@ -52,12 +53,11 @@ class Range:
         return f"{text} {self.unit}".strip()
 
 
-# The smallest tenth are lymphocytes and cut nuclei in whatever tissue: they tell the scale better than the median.
 DIAMETER = Range(4.0, 10.0, 3.6, 13.0, unit="µm")
-LOW_DIAMETER = Range(2.8, 5.2, 2.6, 6.5, unit="µm")
+# The pixel size by width and distance of the nuclei: 1.5 to 3 standard deviations of a field, two for
+# small and crowded nuclei, which lymphoid tissue has.
+SCALE = Range(2**-0.45, 2**0.6, 2**-0.8, 2**0.8, ".2f", "times the stated one")
 DENSITY = Range(50.0, 15_000.0, 1.0, 40_000.0, form=",.0f", unit="nuclei per mm²")
-# Nuclei that are large and yet far apart: pixels are taken for larger than they are.
-LARGE_UM, LARGE_PER_MM2 = 7.0, 2_800.0
 SPECKS, SPECK_UM = Range(0.0, 0.15, 0.0, 0.5, ".0%"), 2.5
 GIANTS, GIANT_TIMES = Range(0.0, 0.06, 0.0, 0.2, ".0%"), 2.5
 ABSTAINED = Range(0.0, 0.3, 0.0, 0.7, ".0%")
@@ -69,7 +69,10 @@ BLURRED = Range(0.0, 0.1, 0.0, 0.5, ".0%")
 ARTEFACTS = Range(0.0, 0.1, 0.0, 0.5, ".0%")
 BLOCKS = Range(0.0, 1.45, 0.0, 2.5)
 # Eosin absorbs green; how much more than the other colours tells H&E from other stains (optical density of length 1).
-GREEN_OF_EOSIN = Range(0.1, 1.0, -0.02, 1.0)
+GREEN_OF_EOSIN = Range(0.17, 1.0, -0.02, 1.0)
+# Nuclei are the darker of both, and haematoxylin absorbs red as much as blue or more; where red and blue are exchanged
+# one or the other is not so.
+LEAST_DEPTH, LEAST_RED_OF_HAEMATOXYLIN = 0.0, -0.03
 # No stained tissue is as dense as light on black is.
 MOST_DENSE = 1.5
 # Two stains that are nearer than this (vectors of length 1) are one: grey, or a single dye.
@@ -147,12 +150,16 @@ def stain(evidence: Evidence) -> Iterator[Check]:
     margin = round(float(eosin[1] - max(eosin[0], eosin[2])), 3)
     dense = float(np.median(fields.column("density")[rows])) > MOST_DENSE
     one = float(np.linalg.norm(haematoxylin - eosin)) < ONE_STAIN
+    depth = float(np.median(fields.column("depth")[rows]))
+    exchanged = depth < LEAST_DEPTH or haematoxylin[0] - haematoxylin[2] < LEAST_RED_OF_HAEMATOXYLIN
     word = "do not use" if dense or one else GREEN_OF_EOSIN.grade(margin)
+    word = "look" if word == "good" and exchanged else word
     found = f"haematoxylin {_vector(haematoxylin)}, eosin {_vector(eosin)}"
     advice = "The colours are not those of H&E: " + ("light on black, as in fluorescence. " if dense else "")
-    advice += "the models know H&E alone, and other stains (IHC, trichrome, grey) give wrong nuclei and classes. Is it "
+    advice += "red and blue may be exchanged. " if exchanged and not dense else ""
+    advice += "The models know H&E alone, and other stains (IHC, trichrome, grey) give wrong nuclei and classes. Is it "
     advice += f"the right file? cellslide info {shlex.quote(str(evidence.info.path))}"
-    expected = f"eosin absorbs green more than red and blue, by {GREEN_OF_EOSIN.low:g} at least"
+    expected = f"eosin absorbs green more than red and blue, by {GREEN_OF_EOSIN.low:g} at least; nuclei are darker"
     yield Check("stain", found, expected, word, "" if word == "good" else advice)
     blocks = fields.column("blocks")[rows]
     if np.isfinite(blocks).any():
@@ -230,17 +237,7 @@ def nuclear_size(evidence: Evidence) -> Iterator[Check]:
     median = round(sizes.quantile(0.5), 2)
     word = DIAMETER.grade(median)
     yield Check("nucleus_diameter_um", median, DIAMETER.words, word, "" if word == "good" else _scale(evidence, median))
-    if median > LARGE_UM and evidence.record.searched_mm2:
-        per_mm2 = round(evidence.cells.n / evidence.record.searched_mm2, 1)
-        word = "good" if per_mm2 >= LARGE_PER_MM2 else "look"
-        again = evidence.again(f"--mpp {evidence.info.mpp_x / 2:.3g}")
-        advice = f"Nuclei are {median:.1f} µm wide in the median and yet few: sparse tissue, or the "
-        advice += f"pixel size is too large. If it is twice the true one: {again}"
-        expected = f"at least {LARGE_PER_MM2:,.0f} per mm² where nuclei are wider than {LARGE_UM:g} µm"
-        yield Check("large_and_sparse", per_mm2, expected, word, "" if word == "good" else advice)
-    low = round(sizes.quantile(0.1), 2)
-    word = LOW_DIAMETER.grade(low)
-    yield Check("small_nucleus_um", low, LOW_DIAMETER.words, word, "" if word == "good" else _scale(evidence, median))
+    yield _scale_of_nuclei(evidence, median)
     specks = round(share_below(sizes, SPECK_UM), 4)
     word = SPECKS.grade(specks)
     advice = f"{specks:.0%} of the outlines are less than {SPECK_UM:g} µm wide: debris or noise. Look at the smallest."
@@ -261,10 +258,18 @@ def share_below(sizes: Histogram, limit: float) -> float:
     return float(total[: max(step, 0)].sum() / max(total.sum(), 1))
 
 
+def _scale_of_nuclei(evidence: Evidence, median: float) -> Check:
+    """Compare the pixel size with what the nuclei say of it."""
+    ratio = round(1 / stated_over_true(evidence.cells), 2)
+    word = SCALE.grade(ratio)
+    return Check("pixel_size_by_nuclei", ratio, SCALE.words, word, "" if word == "good" else _scale(evidence, median))
+
+
 def _scale(evidence: Evidence, median: float) -> str:
-    """Return in words which pixel size would make nuclei as large as nuclei are, with the command."""
-    mpp, usual_um = evidence.info.mpp_x, 6.0
-    likely = min(USUAL_MPP, key=lambda other: abs(np.log(other * median / (mpp * usual_um))))
+    """Return in words which pixel size would make nuclei as large and as far apart as nuclei are, with the command."""
+    mpp = evidence.info.mpp_x
+    ratio = stated_over_true(evidence.cells)
+    likely = min(USUAL_MPP, key=lambda other: abs(np.log(other * ratio / mpp)))
     words = f"Nuclei here are {median:.1f} µm wide in the median, human nuclei 5 to 12"
     if abs(np.log2(likely / mpp)) < 0.4:
         return f"{words}: look at the outlines on the page before you use the numbers."

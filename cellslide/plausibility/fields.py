@@ -91,26 +91,31 @@ def _colours(area: UInt8, grid: tuple[int, int]) -> Float32:
     n = np.maximum(stained.sum(axis=1), 1)
     mean = (whole * stained).sum(axis=1) / n
     contrast = np.sqrt(np.maximum(((whole - mean[:, None]) ** 2 * stained).sum(axis=1) / n, 0))
-    haematoxylin, eosin = _stains(density, whole, stained)
+    haematoxylin, eosin, depth = _stains(density, whole, stained)
     nuclei = (density[..., 0] > RED_OF_NUCLEI).mean(axis=1)
     dense = ((density[..., 1] > EOSIN_GREEN) & (density[..., 0] < EOSIN_RED)).mean(axis=1)
     ink, dark = _marks(pixels)
     return np.column_stack(
-        [stained.mean(axis=1), mean, contrast, haematoxylin, eosin, ink, dark, nuclei, dense]
+        [stained.mean(axis=1), mean, contrast, haematoxylin, eosin, depth, ink, dark, nuclei, dense]
     ).astype(np.float32)
 
 
-def _stains(density: Float32, whole: Float32, stained: Bool) -> tuple[Float32, Float32]:
-    """Return unit vectors (N, 3) of the stained pixels of N fields that absorb red most and least, beside the rest."""
+def _stains(density: Float32, whole: Float32, stained: Bool) -> tuple[Float32, Float32, Float32]:
+    """Return unit vectors (N, 3) of the stained pixels of N fields that absorb red most and least, beside the rest.
+
+    The third is the log of the density of the first pixels over that of the second, 0 where nothing is stained.
+    """
     share = np.where(stained, density[..., 0] / np.maximum(3 * whole, 1e-6), np.inf)
     order = np.argsort(share, axis=1)
     rank, n = np.arange(share.shape[1])[None], stained.sum(axis=1)[:, None]
     ranked = np.take_along_axis(density, order[..., None], axis=1)
-    found = []
+    found, sums = [], []
     for chosen in ((rank >= (1 - EXTREME) * n) & (rank < n), rank < EXTREME * n):
         total = (ranked * chosen[..., None]).sum(axis=1)
         found.append(total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-6))
-    return found[0], found[1]
+        sums.append(total.sum(axis=1) / np.maximum(chosen.sum(axis=1), 1))
+    depth = np.log(np.maximum(sums[0], 1e-6) / np.maximum(sums[1], 1e-6))
+    return found[0], found[1], depth.astype(np.float32)
 
 
 def _marks(pixels: UInt8) -> tuple[Float32, Float32]:

@@ -14,6 +14,9 @@ from click.testing import CliRunner
 from cellslide.batch.run import SlideOutcome, exit_code
 from cellslide.cli.main import cli
 from cellslide.errors import SlideError
+from cellslide.plausibility.cells import CellSums
+from cellslide.plausibility.checks import SCALE
+from cellslide.plausibility.scale import stated_over_true
 from cellslide.plausibility.verdict import broken_outlines, judge
 from cellslide.store.cell_table import CellTable
 from cellslide.store.run_record import from_dict, read_record, to_dict
@@ -59,6 +62,20 @@ def test_nuclei_of_a_wrong_size_name_the_pixel_size(tmp_path: Path, factor: floa
         check = found(table)["nucleus_diameter_um"]
         assert check.word == word and mpp in check.advice and str(tmp_path.parent) in check.advice
         assert judge(table, searched()).word == word
+
+
+@pytest.mark.parametrize(
+    ("factor", "word"), [(1.0, "good"), (0.67, "look"), (1.4, "look"), (0.5, "do not use"), (2.0, "do not use")]
+)
+def test_pixel_size_is_estimated_from_width_and_distance(factor: float, word: str) -> None:
+    """Nuclei of a plausible field, their widths and distances in µm as a wrong pixel size makes them."""
+    rng = np.random.default_rng(0)
+    sums = CellSums(("Nucleus",), size_um=(2500.0, 2500.0))
+    width, none = np.exp(rng.normal(np.log(6.2), 0.25, 9000)) * factor, np.zeros(9000, np.int64)
+    um = rng.uniform(0, 1200, (9000, 2)) * factor
+    sums.add(um, np.zeros((9000, 2), np.int64), (np.pi / 4 * width**2).astype(np.float32), none, none == 0)
+    assert SCALE.grade(1 / stated_over_true(sums)) == word
+    assert sums.crowding == pytest.approx(9000 / (1.2 * factor) ** 2, rel=0.2)
 
 
 def test_specks_giants_and_densities_are_seen(tmp_path: Path) -> None:
