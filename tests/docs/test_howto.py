@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 
@@ -30,6 +31,7 @@ from tests.support.fakes import fake_model
 
 FOLDER = CHECKOUT / "docs" / "how-to"
 PAGES = sorted(path for path in FOLDER.glob("*.md") if path.name != "README.md")
+TUTORIAL = CHECKOUT / "docs" / "tutorial.md"
 FLAGS = {
     "run": ("--no-tissue", "--device", "cpu", "--workers", "0", "--no-progress"),
     "classify": ("--device", "cpu", "--no-progress"),
@@ -123,7 +125,7 @@ def world(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, TUTORIAL], ids=lambda page: page.stem)
 def test_page_does_what_it_says(page: Path, world: dict[str, Any]) -> None:
     blocks = list(blocks_of(page))
     if missing := missing_packages(blocks):
@@ -188,7 +190,18 @@ def tissuumaps_names_the_slide(_: dict[str, Any]) -> None:
     assert source.resolve() == Path("slide.svs").resolve()
 
 
+def tutorial_ends_with_densities_and_a_picture(world: dict[str, Any]) -> None:
+    assert world["counts"].sum() == N and set(world["counts"].index) <= {"pink", "blue", "abstained"}
+    searched = 400 * 300 * 0.5**2 / 1e6
+    assert world["per_mm2"].sum() == pytest.approx(N / searched, rel=1e-3)
+    squares = pd.read_csv("densities.csv", index_col=["row", "column"])
+    # 200 x 150 µm are two by two squares of 100 µm.
+    assert len(squares) == 4 and squares.to_numpy().sum() * 0.01 == pytest.approx(N)
+    assert Path("nuclei.png").stat().st_size > 10_000
+
+
 CHECKS = {
+    "tutorial": tutorial_ends_with_densities_and_a_picture,
     "napari": napari_shows_each_nucleus,
     "scanpy": scanpy_knows_classes,
     "squidpy": squidpy_finds_neighbours,
@@ -200,7 +213,7 @@ CHECKS = {
 
 def test_every_page_is_listed_and_checked() -> None:
     listed = set(re.findall(r"\]\((\w+)\.md\)", (FOLDER / "README.md").read_text(encoding="utf-8")))
-    assert listed == {page.stem for page in PAGES} == set(CHECKS)
+    assert listed == {page.stem for page in PAGES} == set(CHECKS) - {"tutorial"}
 
 
 def test_the_readme_leads_to_each_page_and_shows_a_light_picture() -> None:
