@@ -204,6 +204,22 @@ def test_three_pages_without_names_are_told(tmp_path: Path, caplog: pytest.LogCa
     assert "nothing says which of its three channels" in caplog.text
 
 
+@pytest.mark.parametrize("codec", [None, "lzw", "zlib", "jpeg2000", "jpeg"])
+def test_a_fourth_page_is_opacity_where_it_is_all_or_nothing(tmp_path: Path, codec: str | None) -> None:
+    xml = ome('<Channel ID="C:0" SamplesPerPixel="1"/>' * 4, n=4).replace(b'SizeC="3"', b'SizeC="4"')
+    options = {**TILES, "photometric": "minisblack", "compression": codec, "metadata": None}
+    for fourth, read in ((np.full((EDGE, EDGE), 255, np.uint8), True), (IMAGE[..., 0], False)):
+        path = tmp_path / f"{read}.ome.tif"
+        with tifffile.TiffWriter(path) as tiff:
+            for k, plane in enumerate((*np.moveaxis(IMAGE, 2, 0), fourth)):
+                tiff.write(np.ascontiguousarray(plane), description=xml if k == 0 else None, **options)
+        if read:
+            check(path, 12 if codec == "jpeg" else 0)
+        else:
+            with pytest.raises(SlideError, match="4 pages"):
+                open_slide(path)
+
+
 # ---------------------------------------------------------------- colours and extra samples
 
 

@@ -41,6 +41,7 @@ from cellslide.slides.readers.ome import (
 
 MOST_PAGES = 1024
 MOST_STRIP_PX = 1 << 28
+MOST_OPACITY_PX = 1 << 26
 REDUCED, MASK = 1, 4
 JPEG, OLD_JPEG, APERIO_J2K_YCBCR = 7, 6, 33003
 _BESIDE_LINE = re.compile(r"^\s*(label|macro|thumbnail|overview|barcode)\b", re.IGNORECASE | re.MULTILINE)
@@ -54,7 +55,7 @@ Planes = tuple[Any, ...]
 class TiffImage:
     """The slide in a TIFF.
 
-    levels   the pages of each level, level 0 first: one page, or one for each of three channels.
+    levels   the pages of each level, level 0 first: one page, or one for each of three channels, and of opacity.
     order    which stored channel is red, green and blue.
     unnamed  three channels of which nothing says that they are red, green and blue.
     lies     the JPEG streams are not in the colours that the tags state; the streams are believed.
@@ -92,7 +93,7 @@ def choose(path: Path, tiff: Any) -> TiffImage:
     pages = _pages(tiff.pages)
     image = _by_ome(path, tiff, pages) if tiff.is_ome else None
     image = image or _by_pages(path, tiff, pages)
-    if words := _why_not(image.levels[0]):
+    if words := _why_not(image.levels[0]) or _why_no_opacity(image):
         if image.fluorescence:
             raise FluorescenceError(f"{path}: fluorescence: {image.fluorescence}, {words}; cellslide reads H&E in RGB")
         if words.startswith(STRIPS):
@@ -301,8 +302,8 @@ def _with_resolution(image: TiffImage, tiff: Any, page: Any) -> TiffImage:
 def _with_order(image: TiffImage, channels: Sequence[OmeChannel]) -> TiffImage:
     """Return the image with the places of red, green and blue among three channels."""
     page, planes = image.levels[0][0], image.levels[0]
-    apart = len(planes) == 3 or (page.samplesperpixel == 3 and page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO))
-    order = rgb_order(tuple(channels)) if len(channels) == 3 else None
+    apart = len(planes) >= 3 or (page.samplesperpixel == 3 and page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO))
+    order = rgb_order(tuple(channels[:3])) if len(channels) in (3, len(planes)) else None
     if order is not None:
         return replace(image, order=order)
     if apart and image.fluorescence is None:
@@ -313,11 +314,21 @@ def _with_order(image: TiffImage, channels: Sequence[OmeChannel]) -> TiffImage:
 def _why_not(planes: Planes) -> str | None:
     """Say why the pages of a level are not read, or None."""
     first = planes[0]
-    if len(planes) not in (1, 3) or (len(planes) == 3 and any(page.samplesperpixel != 1 for page in planes)):
+    if len(planes) not in (1, 3, 4) or (len(planes) > 1 and any(page.samplesperpixel != 1 for page in planes)):
         return f"{len(planes)} pages of {first.samplesperpixel} channels"
     if any(_size(page) != _size(first) or segment_shape(page) != segment_shape(first) for page in planes):
         return "pages of several layouts"
     return next((words for page in planes if (words := _why_not_page(page, len(planes)))), None)
+
+
+def _why_no_opacity(image: TiffImage) -> str | None:
+    """Say why the fourth page is not taken for opacity, or None: it must be all or nothing in the smallest level."""
+    smallest = min(image.levels, key=lambda planes: _area(planes[0]))
+    if len(smallest) != 4:
+        return None
+    if _area(smallest[3]) <= MOST_OPACITY_PX and set(np.unique(smallest[3].asarray()).tolist()) <= {0, 255}:
+        return None
+    return "4 pages of 1 channels, the fourth of which is no opacity"
 
 
 def _why_not_page(page: Any, n_planes: int) -> str | None:
@@ -338,7 +349,7 @@ def _why_not_colours(page: Any, n_planes: int) -> str | None:
     kind, samples = page.photometric, page.samplesperpixel
     if kind not in COLOUR_SAMPLES:
         return f"colours of kind {_name(kind)}"
-    if n_planes == 3:
+    if n_planes > 1:
         return None if kind in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB) else f"three pages of kind {_name(kind)}"
     apart = kind in (WHITE_IS_ZERO, BLACK_IS_ZERO) and samples == 3
     if not apart and not 0 <= samples - COLOUR_SAMPLES[kind] <= 1:

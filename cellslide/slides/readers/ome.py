@@ -13,8 +13,8 @@ from cellslide.slides.pixel_size import PixelSize, from_pixels
 BESIDE = re.compile(r"\b(label|macro|thumbnail|overview|barcode)\b", re.IGNORECASE)
 # Names that say nothing of a stain, or that it is seen in transmitted light. All others are markers.
 _PLAIN_NAMES = re.compile(
-    r"(|rgb.*|.*bright ?-?field.*|bf|tl.*|transmitted.*|h ?& ?e.*|he|hematoxylin.*|haematoxylin.*|camera.*|color|colour"
-    r"|(channel|ch|c)?[ :_-]*\d*([:_]\d+)*)",
+    r"(|rgb.*|.*bright ?-?field.*|bf|tl.*|transmitted.*|h ?& ?e.*|he|hematoxylin.*|haematoxylin.*|camera.*|colou?r"
+    r"|alpha|opacity|(channel|ch|c)?[ :_-]*\d*([:_]\d+)*)",
     re.IGNORECASE,
 )
 _PRIMARY = {

@@ -11,7 +11,7 @@ import numpy as np
 import tifffile
 
 from cellslide.errors import SlideError, TileError
-from cellslide.slides.readers.base import WHITE, SlideHeader, TileGaps, paste
+from cellslide.slides.readers.base import WHITE, SlideHeader, TileGaps, composite, paste
 from cellslide.slides.readers.cache import TileCache
 from cellslide.slides.readers.choose import APERIO_J2K_YCBCR, TiffImage, choose, is_jpeg_rgb, segment_shape
 from cellslide.slides.readers.colours import BLACK_IS_ZERO, WHITE_IS_ZERO, as_rgb
@@ -76,9 +76,10 @@ class TiffReader:
 
     def _coloured(self, stored: UInt8, page: Any, n_pages: int) -> UInt8:
         order = self.image.order
-        if n_pages == 3 or (page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO) and stored.shape[-1] == 3):
+        if n_pages >= 3 or (page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO) and stored.shape[-1] == 3):
             rgb = np.ascontiguousarray(stored[..., order])
-            return np.asarray(255 - rgb if page.photometric == WHITE_IS_ZERO else rgb, np.uint8)
+            rgb = np.asarray(255 - rgb if page.photometric == WHITE_IS_ZERO else rgb, np.uint8)
+            return composite(np.dstack([rgb, stored[..., 3]]), self.background) if n_pages == 4 else rgb
         if order != (0, 1, 2):
             stored = np.concatenate([stored[..., order], stored[..., 3:]], axis=-1)
         return as_rgb(stored, page, self.background)
