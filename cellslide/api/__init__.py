@@ -1,12 +1,13 @@
 """What is called from Python, and what the commands call: an image gives cells in memory, a path a table on disk.
 
-models.py loads networks, slides.py finds and types nuclei, scores.py compares them with labelled ones. Everything heavy
-is imported inside the functions: to import this costs nothing.
+models.py loads networks, slides.py finds and types nuclei, scores.py compares them with labelled ones, xenium.py
+reads transcripts beside a slide. Everything heavy is imported inside the functions: to import this costs nothing.
 """
 
 from cellslide.api.models import Model, fetch_model, list_models, load_model, task_of
 from cellslide.api.scores import calibrate, evaluate
 from cellslide.api.slides import classify, embed, explain, import_cells, open_slide, read_cells, run, segment
+from cellslide.api.xenium import xenium_check, xenium_label
 
 __all__ = [
     "Model",
@@ -24,4 +25,6 @@ __all__ = [
     "run",
     "segment",
     "task_of",
+    "xenium_check",
+    "xenium_label",
 ]
