@@ -135,7 +135,8 @@ def label_slide(
             _extend(table, columns, record)
         sizes = np.bincount(found.clusters.cluster, minlength=len(found.names.label)).tolist()
         write_names(folder / CLUSTERS, found.names, sizes)
-        facts = asdict(counts) | {"matched_share": counts.matched_share, "kept_share": counts.kept_share}
+        run = str(bundle.manifest.get("run_name") or "not told")
+        facts = asdict(counts) | {"run": run, "matched_share": counts.matched_share, "kept_share": counts.kept_share}
         picture = slide, xy_px, columns
         write_page(folder / PAGE, *picture, found.names, found.expression, bundle.genes, markers, sizes, facts)
         close_record(record, folder, record.peak_device_bytes, began)

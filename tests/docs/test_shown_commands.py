@@ -32,6 +32,7 @@ NEEDS = {
     "a training": ("train ", "pretrain "),
     "a server": ("view ",),
     "minutes": ("bench", "demo", "--model classical"),
+    "a Xenium run": ("xenium ",),
     "a file of vectors": ("vectors.npz",),
     "what an example before it wrote, elsewhere": ("--predictions", "compare ", "/elsewhere", "/archive"),
 }

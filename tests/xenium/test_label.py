@@ -188,5 +188,6 @@ def test_the_page_shows_labels(labelled: tuple[PaintedPair, Path, LabelCounts], 
     with chromium.page(width_px=1280) as page:
         page.open(labelled[1] / "xenium.html")
         assert page.text("#matched") == f"{labelled[2].matched_share:.1%}"
+        assert page.text("#run") == "painted-transcripts"
         assert page.pixels("#scene-1").std() > 10
         page.shot("xenium-1280")
