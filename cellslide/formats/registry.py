@@ -81,6 +81,12 @@ def _tissuumaps(table: CellTable, out_dir: Path, output: OutputConfig) -> Path:
     return write_tissuumaps(table, out_dir, output.profile)
 
 
+def _gpkg(table: CellTable, out_dir: Path, output: OutputConfig) -> Path:
+    from cellslide.formats.geopackage import write_geopackage
+
+    return write_geopackage(table, out_dir, output.profile)
+
+
 FORMATS: dict[str, Format] = {}
 
 
@@ -99,6 +105,7 @@ register(Format("csv", "cells.csv*", _csv, ("profile",)))
 register(Format("labels", "labels.ome.zarr", _labels, kinds=("mask", "box")))
 register(Format("h5ad", "cells.h5ad", _h5ad))
 register(Format("tissuumaps", "cells.tmap", _tissuumaps, ("profile",)))
+register(Format("gpkg", "cells.gpkg", _gpkg, ("profile",)))
 
 
 def find_formats(names: Iterable[str]) -> list[Format]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cellslide.errors import HIDDEN, UsageError
 from cellslide.slides.lists import Listed, read_lines, read_table
-from cellslide.slides.slide_formats import dicom_series, format_of, series_uid
+from cellslide.slides.slide_formats import dicom_series, format_of, is_ome_zarr, series_uid
 
 # Room for a hash, and for the endings of files that are being written.
 MOST_NAME_BYTES = 200
@@ -52,7 +52,7 @@ def expand_slides(args: Sequence[str | Path]) -> list[SlideInput]:
 
 
 def _expand(path: Path, text: str) -> list[SlideInput]:
-    if path.is_dir():
+    if path.is_dir() and not is_ome_zarr(path):
         return [SlideInput(p) for p in _in_folder(path)]
     if path.exists():
         lists = {".csv": _read_csv, ".tsv": _read_csv, ".txt": _read_txt}
@@ -62,12 +62,17 @@ def _expand(path: Path, text: str) -> list[SlideInput]:
         matches = [p for p in map(Path, sorted(glob.glob(text, recursive=True))) if p.is_dir() or _is_slide(p)]
         if not matches:
             raise UsageError(f"{text}: no slide matches this pattern")
-        return [item for p in matches for item in (_expand(p, str(p)) if p.is_file() or dicom_series(p) else [])]
+        return [
+            item
+            for p in matches
+            for item in (_expand(p, str(p)) if _is_slide(p) or p.is_file() or dicom_series(p) else [])
+        ]
     raise UsageError(f"{text}: no such file or folder")
 
 
 def _is_slide(path: Path) -> bool:
-    return path.is_file() and format_of(path) is not None and not path.name.startswith(".")
+    known = path.is_file() and format_of(path) is not None
+    return (known or is_ome_zarr(path)) and not path.name.startswith(".")
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -80,7 +85,12 @@ def _in_folder(folder: Path) -> list[Path]:
     if any(p.suffix.lower() in (".vms", ".vmu") for p in plain):
         # The JPEGs beside a Hamamatsu index are its parts.
         plain = [p for p in plain if p.suffix.lower() not in (".jpg", ".jpeg")]
-    below = [p for entry in entries if entry.is_dir() and dicom_series(entry) for p in _in_folder(entry)]
+    below = [
+        p
+        for entry in entries
+        if entry.is_dir() and not _is_slide(entry) and dicom_series(entry)
+        for p in _in_folder(entry)
+    ]
     slides = sorted([*plain, *(files[0] for files in series), *below])
     if not slides:
         raise UsageError(f"{folder}: no slide in this folder; name files, or a pattern such as '{folder}/**/*.svs'")
@@ -108,7 +118,7 @@ def _listed(list_file: Path, entry: str) -> list[SlideInput]:
     path = list_file.parent / entry
     if not path.exists():
         log.warning("%s: it lists %s, which is not there (%s)", list_file, entry, path)
-    return [SlideInput(p) for p in _in_folder(path)] if path.is_dir() else [SlideInput(path)]
+    return [SlideInput(p) for p in _in_folder(path)] if path.is_dir() and not is_ome_zarr(path) else [SlideInput(path)]
 
 
 def _not_empty(path: Path, found: list[SlideInput]) -> list[SlideInput]:
@@ -175,7 +185,7 @@ def _with_ids(found: list[SlideInput]) -> list[SlideInput]:
 
 def _stem(path: Path) -> str:
     absolute = Path(_absolute(path))
-    return absolute.name if absolute.is_dir() else absolute.stem
+    return absolute.name if absolute.is_dir() and not is_ome_zarr(absolute) else absolute.stem
 
 
 def _path_hash(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,6 +109,30 @@ def _beside(path: Path, names: list[str]) -> list[Path]:
     return [path.parent / name for name in plain if (path.parent / name).is_file()]
 
 
+def is_ome_zarr(path: Path) -> bool:
+    """Return whether a folder is an OME-Zarr image by its metadata; label maps and tables in zarr are none."""
+    if path.suffix.lower() != ".zarr" or not path.is_dir():
+        return False
+    for name in ("zarr.json", ".zattrs"):
+        try:
+            with (path / name).open("rb") as stream:
+                attributes = json.loads(stream.read(MOST_INDEX_BYTES))
+            attributes = attributes.get("attributes", attributes)
+            attributes = attributes.get("ome", attributes)
+        except (OSError, ValueError, AttributeError):
+            continue
+        if not isinstance(attributes, dict) or "image-label" in attributes:
+            return False
+        return "multiscales" in attributes or "bioformats2raw.layout" in attributes
+    return False
+
+
+def _open_ome_zarr(path: Path) -> SlideReader:
+    from cellslide.slides.readers.ome_zarr import open_ome_zarr
+
+    return open_ome_zarr(path)
+
+
 SLIDE_FORMATS: dict[str, SlideFormat] = {}
 
 
@@ -142,4 +167,5 @@ register(SlideFormat("ventana", (".bif",)))
 register(SlideFormat("zeiss", (".czi",)))
 register(SlideFormat("dicom", (".dcm",), _dicom_files))
 register(SlideFormat("avs", (".avs",)))
+register(SlideFormat("ome-zarr", (".zarr",), _files_below, _open_ome_zarr))
 register(SlideFormat("image", (".png", ".jpg", ".jpeg", ".webp")))

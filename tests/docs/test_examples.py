@@ -45,6 +45,16 @@ def test_options_are_those_of_the_command(path: Path) -> None:
     assert {"--output", "--shard"} <= used and used <= known, used - known
 
 
+def test_qupath_script_gives_options_of_the_command() -> None:
+    command = cli.get_command(None, "run")  # type: ignore[arg-type]
+    known = {name for parameter in command.params for name in parameter.opts}
+    text = (EXAMPLES / "qupath" / "run_cellslide.groovy").read_text()
+    used = set(re.findall(r'"(--[a-z-]+)"', text))
+    assert {"--roi", "--output", "--organ", "--format"} <= used <= known
+    code = re.sub(r"^//.*$", "", text, flags=re.MULTILINE)
+    assert all(code.count(a) == code.count(b) for a, b in ("{}", "()", "[]"))
+
+
 def test_kubernetes_job_is_whole() -> None:
     job = yaml.safe_load((EXAMPLES / "kubernetes" / "job.yaml").read_text())
     spec, pod = job["spec"], job["spec"]["template"]["spec"]

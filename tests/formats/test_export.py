@@ -45,6 +45,25 @@ def test_parquet_holds_shapes_and_columns(tmp_path: Path, monkeypatch: pytest.Mo
     assert ("perimeter_um" in frame.columns) == (kind != "point")
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning", "error:.*crs:UserWarning")
+@pytest.mark.parametrize("n", [0, 130])
+@pytest.mark.parametrize("kind", ["mask", "point"])
+def test_geopackage_holds_shapes_and_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, n: int
+) -> None:
+    import geopandas
+
+    monkeypatch.setattr(arrow_files, "BLOCK_ROWS", 50)
+    cells = as_kind(ellipses(n), kind)
+    table = write_table(tmp_path, cells, model_spec(kind))
+    frame = geopandas.read_file(export_table(table, tmp_path, ("gpkg",))["gpkg"], layer="nuclei")
+    assert len(frame) == n and set(table.columns) <= set(frame.columns)
+    if n:
+        assert np.array_equal(frame["x"], cells.centroid_xy[:, 0]) and list(frame["uuid"]) == list(table.vector("uuid"))
+        assert set(frame.geometry.geom_type) == {"Point" if kind == "point" else "Polygon"}
+        assert np.allclose(frame.geometry.centroid.y, cells.centroid_xy[:, 1], atol=2)
+
+
 def _top(prob: Any) -> list[int]:
     return [int(k) for k in prob.argmax(1)]
 

@@ -14,7 +14,7 @@ import openslide
 import tifffile
 
 from cellslide.errors import SlideError, UsageError
-from cellslide.slides.readers.base import WHITE, SlideHeader, SlideReader, composite, is_tiff
+from cellslide.slides.readers.base import MOST_PX, MOST_TILE_PX, WHITE, SlideHeader, SlideReader, composite, is_tiff
 from cellslide.slides.readers.choose import orientation
 from cellslide.slides.readers.dicom import dicom_reader
 from cellslide.slides.readers.look import looked_at
@@ -37,11 +37,8 @@ __all__ = [
     "pillow_reader",
 ]
 
-# More than any slide has, and in a TIFF more than any codec packs into so few bytes.
-MOST_PX = 1 << 38
+# In a TIFF more than any codec packs into so few bytes.
 SMALL_PX, MOST_PX_PER_BYTE = 1 << 30, 1_000_000
-# A tile is decoded whole; libraries in C end the process where there is no memory for one.
-MOST_TILE_PX = 1 << 26
 PAGES_CHECKED = 64
 # Vendors whose levels are plain grids of tiles; other formats in TIFF leave tiles out or let them overlap.
 PLAIN_VENDORS = ("aperio", "generic-tiff")

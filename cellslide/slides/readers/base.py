@@ -14,6 +14,10 @@ from cellslide.slides.pixel_size import PixelSize
 from cellslide.types import Bool, Level, UInt8
 
 WHITE = (255, 255, 255)
+# More than any slide has.
+MOST_PX = 1 << 38
+# A tile is decoded whole; libraries in C end the process where there is no memory for one.
+MOST_TILE_PX = 1 << 26
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
