@@ -179,6 +179,9 @@ class Found:
                 watch.check()
             start = time.perf_counter()
             writer.flush()
+            # A network that types as it finds may reject; a classifier that comes after decides anew.
+            self.record.counts.rejected = writer.n_rejected
+            self.record.counts.nuclei -= writer.n_rejected
             self.record.status = "done_with_errors" if self.record.failed_tiles else "done"
             if columns is not None and isinstance(typing, Typing):
                 note(self.record, columns, typing.settings)

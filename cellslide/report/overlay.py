@@ -14,7 +14,7 @@ from cellslide.errors import UsageError
 from cellslide.slides.slide import Slide
 from cellslide.store.atomic import beside
 from cellslide.store.cell_table import CellChunk, open_table
-from cellslide.types import Float64, Int32, Plane, SlideInfo, UInt8
+from cellslide.types import Bool, Float64, Int32, Plane, SlideInfo, UInt8
 
 ROWS_AT_ONCE = 50_000
 # cv2 takes vertices as integers of 1/16 px, and its pixel centres lie on whole numbers where ours lie on halves.
@@ -39,7 +39,7 @@ def render_overlay(
 
     `region` is a level-0 xyxy box, the whole slide if None; the picture's longer edge is at most `max_px` pixels and it
     never enlarges the slide. Cells are coloured by class, grey where they have none or abstain, and hatched where they
-    are no nucleus. Returns `out_png`; raises UsageError for an empty region.
+    are no nucleus (points: white, with a stroke). Returns `out_png`; raises UsageError for an empty region.
     """
     box = region or (0, 0, slide.info.width_px, slide.info.height_px)
     picture = draw_overlay(slide, table_path, box, max_px)
@@ -93,15 +93,16 @@ def _draw_chunk(picture: UInt8, chunk: CellChunk, colors: Colors, plane: Plane, 
     near = np.flatnonzero(((centre > -64) & (centre < (width + 64, height + 64))).all(axis=1))
     cells = chunk.cells.take(near)
     class_index = chunk.class_index[near].astype(np.int64) % len(colors)
+    rejected = ~np.asarray(chunk.columns.obs["is_nucleus"], np.bool_)[near]
     if cells.contour_xy is None or cells.contour_start is None:
-        _draw_points(picture, centre[near], class_index, colors, plane.mpp)
+        _draw_points(picture, centre[near], class_index, rejected, colors, plane.mpp)
         return
     vertices = _fixed_point(plane.from_level0(cells.contour_xy) - corner)
     rings = np.split(vertices, cells.contour_start[1:-1]) if len(cells) else []
     for k in np.unique(class_index):
         chosen = [rings[i] for i in np.flatnonzero(class_index == k)]
         cv2.polylines(picture, chosen, True, colors[int(k)], 2, cv2.LINE_AA, _SHIFT)
-    for i in np.flatnonzero(~np.asarray(chunk.columns.obs["is_nucleus"], np.bool_)[near]):
+    for i in np.flatnonzero(rejected):
         _hatch(picture, rings[i], colors[int(class_index[i])])
 
 
@@ -117,12 +118,19 @@ def _hatch(picture: UInt8, ring: Int32, color: tuple[int, int, int]) -> None:
     picture[y0:y1, x0:x1][(inside > 0) & ((x + y) % HATCH_PX == 0)] = color
 
 
-def _draw_points(picture: UInt8, xy: Float64, class_index: NDArray[Any], colors: Colors, mpp: float) -> None:
+def _draw_points(
+    picture: UInt8, xy: Float64, class_index: NDArray[Any], rejected: Bool, colors: Colors, mpp: float
+) -> None:
+    """Draw dots; what is no nucleus is white with a slanting line."""
     radius = float(np.clip(POINT_RADIUS_UM / mpp, *POINT_RADIUS_PX))
     inner, outer = (round(r * (1 << _SHIFT)) for r in (radius, radius + RIM_PX))
-    for place, k in zip(_fixed_point(xy).tolist(), class_index.tolist(), strict=True):
-        cv2.circle(picture, place, outer, WHITE, cv2.FILLED, cv2.LINE_AA, _SHIFT)
-        cv2.circle(picture, place, inner, colors[k], cv2.FILLED, cv2.LINE_AA, _SHIFT)
+    for (x, y), k, odd in zip(_fixed_point(xy).tolist(), class_index.tolist(), rejected.tolist(), strict=True):
+        cv2.circle(picture, (x, y), outer, WHITE, cv2.FILLED, cv2.LINE_AA, _SHIFT)
+        if odd:
+            ends = (x - inner, y + inner), (x + inner, y - inner)
+            cv2.line(picture, *ends, colors[k], 1, cv2.LINE_AA, _SHIFT)
+        else:
+            cv2.circle(picture, (x, y), inner, colors[k], cv2.FILLED, cv2.LINE_AA, _SHIFT)
 
 
 def _fixed_point(xy: Float64) -> Int32:

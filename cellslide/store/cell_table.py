@@ -125,7 +125,7 @@ class CellTableWriter:
         self.columns = ColumnWriter(self.group)
         self.shapes = ShapeWriter(self.staging.folder / "shapes" / "nuclei", POINT_RADIUS_UM / self.mpp)
         self.pending: list[Cells] = []
-        self.n = self.n_own = 0
+        self.n = self.n_own = self.n_rejected = 0
 
     def append(self, cells: Cells) -> None:
         """Add cells; raises TableError where they do not fit the model (kind, number of classes)."""
@@ -179,6 +179,8 @@ class CellTableWriter:
     def _obs(self, cells: Cells, ids: Int64) -> dict[str, Column]:
         index, prob = _top_class(cells)
         names = tuple(c.name for c in self.own_classes)
+        is_nucleus = index != (names.index(NOT_NUCLEUS) if NOT_NUCLEUS in names else len(names))
+        self.n_rejected += int((~is_nucleus).sum())
         return {
             "cell_id": ids,
             "x": np.ascontiguousarray(cells.centroid_xy[:, 0], np.float64),
@@ -188,7 +190,7 @@ class CellTableWriter:
             "class": Categorical(index, decision_words(names)),
             "class_top": Categorical(index, names),
             "class_prob": prob,
-            "is_nucleus": np.ones(len(cells), np.bool_),
+            "is_nucleus": is_nucleus,
             "in_artefact": self._in_artefact(cells),
             "tile_index": cells.tile_index.astype(np.int32),
             "tile_row": cells.row.astype(np.int32),

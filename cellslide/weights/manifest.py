@@ -5,6 +5,8 @@ An unknown key is an error, since a misspelt one would otherwise be ignored; a p
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -389,8 +391,14 @@ def _read_packaged(path: Path | None) -> tuple[Any, str]:
     places = (path,) if path else (PACKAGE / "weights_manifest.yaml", PACKAGE.parent / "weights_manifest.yaml")
     for place in places:
         if place.is_file():
-            return read_yaml(place), str(place)
+            return copy.deepcopy(_read_once(place, place.stat().st_mtime_ns)), str(place)
     raise WeightsError(f"{places[0]}: the weights manifest is missing: reinstall cellslide")
+
+
+@functools.cache
+def _read_once(path: Path, changed_ns: int) -> Any:
+    """Return what `read_yaml` does; a command asks several times, and reading takes it half a second."""
+    return read_yaml(path)
 
 
 def read_yaml(path: Path) -> Any:

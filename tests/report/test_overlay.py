@@ -97,6 +97,23 @@ def test_what_is_no_nucleus_is_hatched(slide: Slide, table: Path, tmp_path: Path
     assert not changed.any()
 
 
+def test_a_point_that_is_no_nucleus_is_struck(slide: Slide, tmp_path: Path) -> None:
+    n = 2
+    zeros = np.zeros(n, np.int32)
+    xy = np.array([[100.0, 100.0], [400.0, 300.0]])
+    cells = Cells(xy, zeros, zeros, np.ones(n, np.float32), np.zeros(n, np.float32), np.eye(2, dtype=np.float32))
+    classes = (ClassSpec("one", GREEN), ClassSpec("not_nucleus", RED))
+    spec = ModelSpec("fake", "point", 0.25, 256, 64, (0.5,) * 3, (0.5,) * 3, classes)
+    writer = CellTableWriter(tmp_path / "cells.zarr", slide.info, spec)
+    writer.append(cells)
+    writer.close(RunRecord("0", "done", {}, {}, [], "cpu", "torch", "fp32", 0, "2000-01-01T00:00:00Z"))
+    out = render_overlay(slide, tmp_path / "cells.zarr", tmp_path / "points.png")
+    pixels = np.asarray(Image.open(out)).astype(int)
+    whole, struck = (drawn(out)[y - 4 : y + 4, x - 4 : x + 4].sum() for x, y in xy.astype(int).tolist())
+    assert whole > 2 * struck > 0
+    assert (pixels[298:302, 398:402].min(axis=2) > 220).any()
+
+
 def test_empty_region_is_refused(slide: Slide, table: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="region"):
         render_overlay(slide, table, tmp_path / "o.png", region=(10, 10, 10, 50))
