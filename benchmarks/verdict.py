@@ -23,7 +23,7 @@ from cellslide.inference.segmenter import Segmenter, open_segmenter
 from cellslide.pipeline import segment_array
 from cellslide.plausibility.artefacts import find_artefacts
 from cellslide.plausibility.cells import CellSums
-from cellslide.plausibility.checks import FEW_CELLS, Evidence, checks, focus, stain
+from cellslide.plausibility.checks import FEW_CELLS, Evidence, checks, enough, focus, stain
 from cellslide.plausibility.fields import measure_fields
 from cellslide.plausibility.scale import features
 from cellslide.slides.slide import slide_from_array
@@ -174,7 +174,7 @@ def judge_case(case: Case, cells: Cells | None) -> Verdict:
     area = case.image.shape[0] * case.image.shape[1] * case.mpp**2 / 1e6
     record = RunRecord("", "done", {}, {}, [], "", "", "", 0, "", searched_mm2=area)
     evidence = Evidence(Path("."), slide.info, "mask", record, sums, find_artefacts(fields, plane), None)
-    found = checks(evidence) if cells is not None else (*stain(evidence), *focus(evidence))
+    found = checks(evidence) if cells is not None else (*stain(evidence), *focus(evidence), *enough(evidence))
     return Verdict.of(found)
 
 

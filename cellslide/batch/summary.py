@@ -26,10 +26,8 @@ from cellslide.plausibility.verdict import in_short
 from cellslide.report.cohort_page import page
 from cellslide.report.cohort_row import Row, outliers
 from cellslide.store.atomic import write_json, write_text
-from cellslide.store.cell_table import open_table
 from cellslide.store.foreign_files import read_json
-from cellslide.store.run_record import RUN_FILE, TABLE, now_utc, plain, read_record
-from cellslide.store.table_schema import ABSTAINED
+from cellslide.store.run_record import RUN_FILE, now_utc, plain, read_record
 from cellslide.types import RunRecord
 
 SUMMARY_FILE = "summary.csv"
@@ -158,25 +156,11 @@ def _record(folder: Path) -> RunRecord | None:
         return None
 
 
-def _counted(folder: Path, record: RunRecord) -> dict[str, Any]:
-    """Return what the table of a network that types as it finds says, in the form of a classifier's counts."""
-    if not (record.config.get("spec") or {}).get("classes"):
-        return {}
-    try:
-        with open_table(folder / TABLE) as table:
-            classes = table.count_classes()
-    except (CellslideError, OSError) as error:
-        log.warning("%s: classes are not counted (%s)", folder, short(error))
-        return {}
-    abstained = classes.pop(ABSTAINED, 0)
-    return {"typed": sum(classes.values()) + abstained, "abstained": abstained, "classes": classes}
-
-
 def _described(row: Row, record: RunRecord, folder: Path) -> Row:
     slide, counts = record.slide, record.counts
     typing = record.config.get("classify") or {}
+    tally = typing.get("counts") or {}
     found = record.status in ("done", "done_with_errors")
-    tally = typing.get("counts") or (_counted(folder, record) if found else {})
     return replace(
         row,
         cells=counts.nuclei if found else None,

@@ -111,6 +111,7 @@ def checks(evidence: Evidence) -> Iterator[Check]:
     yield from pixel_size(evidence)
     yield from stain(evidence)
     yield from focus(evidence)
+    yield from enough(evidence)
     yield from tiles(evidence)
     yield from density(evidence)
     yield from nuclear_size(evidence)
@@ -199,6 +200,18 @@ def focus(evidence: Evidence) -> Iterator[Check]:
     )
     advice += f"Leave them out (in_artefact) or look: {view}"
     yield Check("artefacts", share, ARTEFACTS.words, word, "" if word == "good" else advice)
+
+
+def enough(evidence: Evidence) -> Iterator[Check]:
+    """Say where there is so little that most checks cannot be made: no fault was looked for, so none was found."""
+    n, fields = evidence.cells.n, evidence.artefacts.fields
+    n_fields = int((fields.column("tissue") >= LEAST_TISSUE).sum())
+    if 0 < n < FEW_CELLS or (len(fields) and n_fields < FEW_FIELDS):
+        advice = (
+            f"{n:,} nuclei and {n_fields:,} fields of 64 µm with tissue: too little to judge the pixel size and the "
+        )
+        advice += "stain by. Look at each outline on the page, and at the pixel size."
+        yield Check("enough_to_judge", float(n), f"at least {FEW_CELLS} nuclei and {FEW_FIELDS} fields", "look", advice)
 
 
 def tiles(evidence: Evidence) -> Iterator[Check]:

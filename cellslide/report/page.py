@@ -27,7 +27,7 @@ CHECKS = {
     "pixel_size_um": "Pixel size (µm)", "tiles_lost": "Tiles lost", "nuclei_per_mm2": "Nuclei per mm²",
     "stain": "Stain (optical density of red, green, blue)", "jpeg_blocks": "JPEG blocks",
     "out_of_focus": "Out of focus", "artefacts": "No clean tissue",
-    "pixel_size_by_nuclei": "Pixel size by the nuclei (times the stated one)",
+    "enough_to_judge": "Nuclei to judge by", "pixel_size_by_nuclei": "Pixel size by the nuclei (times the stated one)",
     "nucleus_diameter_um": "Width of nuclei (median, µm)", "specks": "Share of specks",
     "giants": "Share of giants", "outlines_crossing": "Outlines that cross themselves",
     "nuclei_at_seams": "Nuclei at seams of tiles", "size_drift": "Change of size along the slide",

@@ -95,6 +95,13 @@ def test_a_slide_without_nuclei_is_not_to_be_used(tmp_path: Path) -> None:
         assert judge(table, searched()).word == "do not use"
 
 
+def test_a_few_nuclei_are_too_little_to_judge(tmp_path: Path) -> None:
+    for n, word in ((19, "look"), (20, None)):
+        with write_table(tmp_path / str(n), ellipses(n)) as table:
+            check = found(table).get("enough_to_judge")
+        assert (check and check.word) == word
+
+
 def test_points_have_no_size(tmp_path: Path) -> None:
     cells = as_kind(replace(ellipses(500), area_um2=np.zeros(500, np.float32)), "point")
     with write_table(tmp_path, cells, model_spec("point"), square(slide_info())) as table:
