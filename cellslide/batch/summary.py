@@ -26,8 +26,10 @@ from cellslide.plausibility.verdict import in_short
 from cellslide.report.cohort_page import page
 from cellslide.report.cohort_row import Row, outliers
 from cellslide.store.atomic import write_json, write_text
+from cellslide.store.cell_table import open_table
 from cellslide.store.foreign_files import read_json
-from cellslide.store.run_record import RUN_FILE, now_utc, plain, read_record
+from cellslide.store.run_record import RUN_FILE, TABLE, now_utc, plain, read_record
+from cellslide.store.table_schema import ABSTAINED
 from cellslide.types import RunRecord
 
 SUMMARY_FILE = "summary.csv"
@@ -169,7 +171,7 @@ def _described(row: Row, record: RunRecord, folder: Path) -> Row:
         tiles_failed=counts.tiles_failed + counts.tiles_missing,
         typed=tally.get("typed"),
         abstained=tally.get("abstained"),
-        classes={name: int(n) for name, n in (tally.get("classes") or {}).items()},
+        classes=_classes(tally.get("classes") or {}) if typing else _own_classes(record, folder),
         organ=_organ(typing),
         seconds=round(record.seconds.total, 2),
         mpp=slide.get("mpp"),
@@ -183,6 +185,22 @@ def _described(row: Row, record: RunRecord, folder: Path) -> Row:
         reasons=() if record.verdict is None else tuple(map(in_short, record.verdict.reasons)),
         files=tuple(name for name in SHOWN_FILES if (folder / name).exists()),
     )
+
+
+def _classes(counts: Mapping[str, Any]) -> dict[str, int]:
+    return {name: int(n) for name, n in counts.items() if name != ABSTAINED}
+
+
+def _own_classes(record: RunRecord, folder: Path) -> dict[str, int]:
+    """Return the nuclei by class where the network that found them also typed them."""
+    if record.status not in ("done", "done_with_errors") or not (record.config.get("spec") or {}).get("classes"):
+        return {}
+    try:
+        with open_table(folder / TABLE) as table:
+            return _classes(table.count_classes())
+    except (CellslideError, OSError) as error:
+        log.warning("%s: classes are not counted (%s)", folder, short(error))
+        return {}
 
 
 def _organ(typing: Mapping[str, Any]) -> str:

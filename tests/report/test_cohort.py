@@ -29,6 +29,7 @@ from cellslide.report.cohort_row import Row, outliers
 from cellslide.slides.inputs import SlideInput
 from cellslide.store.atomic import write_json
 from tests.support.browser import Chromium
+from tests.support.random_cells import CLASSES, ellipses, write_table
 
 
 def record_of(folder: Path, status: str = "done", nuclei: int = 50, **more: object) -> None:
@@ -68,6 +69,22 @@ def test_a_row_says_what_the_record_and_the_outcome_say(tmp_path: Path) -> None:
     assert (b["status"], b["cells"], b["error"]) == ("failed", "", "b.svs: truncated")
     text = (tmp_path / PAGE_FILE).read_text()
     assert 'href="./a/"' in text and 'href="./a/run.json"' in text and "b.svs: truncated" in text
+
+
+def test_classes_of_a_network_that_types_as_it_finds(tmp_path: Path) -> None:
+    spec = {"classes": [{"name": c.name, "color": list(c.color)} for c in CLASSES]}
+    for name in ("a", "without a table"):
+        record_of(tmp_path / name, config={"spec": spec})
+    with write_table(tmp_path / "a", ellipses(40)) as table:
+        counts = table.count_classes()
+    ledger = Ledger([tmp_path])
+    for name in ("a", "without a table"):
+        ledger.keep(target_of(tmp_path, name), SlideOutcome(name, "done", 40, 1.0))
+    ledger.write()
+    said = [f"{name}={n}" for name, n in counts.items() if n]
+    assert sum(counts.values()) == 40 and len(said) == len(CLASSES)
+    assert len(text := rows_of(tmp_path)["a"]["classes"]) == len(" ".join(said)) and all(pair in text for pair in said)
+    assert rows_of(tmp_path)["without a table"]["classes"] == ""
 
 
 def test_rows_of_earlier_runs_stay_and_newer_records_win(tmp_path: Path) -> None:
