@@ -12,7 +12,7 @@ from cellslide.errors import MissingDependencyError, UsageError
 from cellslide.types import Bool, Float64, Int64
 from cellslide.xenium.bundle import Bundle, XeniumCells
 
-MERGE_EVERY = 64
+MERGE_EVERY = 32
 MOST_GENES = 2000
 N_PCA, N_NEIGHBOURS, RESOLUTION = 30, 15, 0.6
 
@@ -71,8 +71,13 @@ def count_genes(bundle: Bundle, cells: XeniumCells, least_qv: float) -> sp.csr_m
         row, gene = order[at[known]], block.gene[used][known]
         parts.append(sp.csr_matrix((np.ones(len(row), np.int32), (row, gene)), shape=shape))
         if len(parts) == MERGE_EVERY:
-            total, parts = sum(parts, start=total), []
-    return sp.csr_matrix(sum(parts, start=total))
+            total, parts = total + _sum(parts), []
+    return sp.csr_matrix(total + _sum(parts)) if parts else total
+
+
+def _sum(parts: list[sp.csr_matrix]) -> sp.csr_matrix:
+    """Add the blocks first, which are small beside what they are added to."""
+    return sum(parts[1:], start=parts[0])
 
 
 def good_cells(counts: sp.csr_matrix, cells: XeniumCells, settings: LabelSettings) -> tuple[Bool, dict[str, int]]:
