@@ -150,4 +150,4 @@ def _time_one_tile(slide: Slide, layout: Layout, segmenter: Segmenter) -> float:
         engine.launch(image)()  # The first pass also allocates and compiles.
     start = time.perf_counter()
     engine.launch(image)()
-    return (time.perf_counter() - start) * whole / (len(image) * image.shape[1] * image.shape[2])
+    return float((time.perf_counter() - start) * whole / (len(image) * image.shape[1] * image.shape[2]))

@@ -106,23 +106,34 @@ def outline(model: LoadedModel, sample: Sample, mpp: float, out: Path, rules: Ru
 
 @click.command()
 @click.argument("dataset", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--weights", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--weights", type=click.Path(exists=True, path_type=Path), help="Weights of a run of one's own.")
+@click.option("--model", help="Shipped or registered weights by id.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 @click.option("--mpp", type=float, help="Pixel size (µm) to work at.  [default: the model's]")
 @click.option("--split", default="train", show_default=True)
 @click.option(
     "--exclude-patient", "excluded", multiple=True, help="A patient that stands in a set kept for evaluation."
 )
-def main(dataset: Path, weights: Path, output: Path, mpp: float | None, split: str, excluded: tuple[str, ...]) -> None:
-    """Outline the nuclei of a point data set."""
-    model = load_model(None, weights)
-    mpp = mpp or model.spec.mpp
+def main(
+    dataset: Path,
+    weights: Path | None,
+    model: str | None,
+    output: Path,
+    mpp: float | None,
+    split: str,
+    excluded: tuple[str, ...],
+) -> None:
+    """Outline the nuclei of a point data set with one of --weights and --model."""
+    if (weights is None) == (model is None):
+        raise click.UsageError("give --weights or --model")
+    network = load_model(model, weights)
+    mpp = mpp or network.spec.mpp
     for folder in ("images", "masks"):
         (output / folder).mkdir(parents=True, exist_ok=True)
     licence, note = "; ".join(licences(dataset)), "outlines by a model"
     rows: list[dict[str, object]] = []
     for s in (s for s in read_dataset(dataset, split).samples if s.patient not in excluded):
-        n = outline(model, s, mpp, output, Rules())
+        n = outline(network, s, mpp, output, Rules())
         image, mask = f"images/{s.stem}.png", f"masks/{s.stem}.png"
         height, width = cv2.imread(str(output / mask), cv2.IMREAD_UNCHANGED).shape
         about = {"split": s.split, "patient": s.patient, "organ": s.organ, "mpp": mpp, "licence": licence, "note": note}
