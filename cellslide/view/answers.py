@@ -26,7 +26,7 @@ SCRIPT = "text/javascript; charset=utf-8"
 STATIC = {
     "view.css": "text/css; charset=utf-8",
     "openseadragon.min.js": SCRIPT,
-    **{f"{name}.js": SCRIPT for name in ("view", "decide", "cells", "draw", "controls", "panel")},
+    **{f"{name}.js": SCRIPT for name in ("view", "decide", "cells", "draw", "controls", "panel", "find")},
 }
 HTML, JSON, BINARY = "text/html; charset=utf-8", "application/json", "application/octet-stream"
 JPEG, PNG = "image/jpeg", "image/png"
@@ -146,12 +146,11 @@ class Viewer:
 def _of_scene(scene: ViewedSlide, what: list[str], query: dict[str, str]) -> Answer | None:
     """Return what is asked of an open slide, None where there is no such thing."""
     match what:
-        case ["facts.json"]:
-            return _json(scene.facts())
+        case [name] if name.endswith(".json"):
+            found = _facts_of_scene(scene, name, query)
+            return None if found is None else _json(found)
         case ["cells"]:
             return Answer(scene.cells(_box(query), _scale(query), DecisionRule.asked(query, scene.stored)), BINARY)
-        case ["counts.json"]:
-            return _json(scene.counts(DecisionRule.asked(query, scene.stored)))
         case ["tile", level, x, y]:
             return _picture(scene.tiles.tile(_whole(level), _whole(x), _whole(y)), JPEG)
         case ["cell", row]:
@@ -159,6 +158,21 @@ def _of_scene(scene: ViewedSlide, what: list[str], query: dict[str, str]) -> Ans
             return None if cell is None else _json(cell)
         case ["crop", row, name]:
             return _picture(scene.crop(_whole(row), name), PNG)
+    return None
+
+
+def _facts_of_scene(scene: ViewedSlide, name: str, query: dict[str, str]) -> dict[str, Any] | None:
+    match name:
+        case "facts.json":
+            return scene.facts()
+        case "counts.json":
+            return scene.counts(DecisionRule.asked(query, scene.stored))
+        case "ranked.json":
+            return scene.ranked(query.get("by", ""))
+        case "find.json":
+            return scene.find(query.get("id", ""))
+        case "regions.json":
+            return scene.regions()
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellslide.classify.decision import GATE_RULES, prior_ratio
-from cellslide.errors import UsageError
+from cellslide.errors import UsageError, short
+from cellslide.inference.search import TISSUE_FILE
 from cellslide.report.images import color_of
+from cellslide.report.regions import read_searched
 from cellslide.slides.reopen import reopen_or_why
 from cellslide.store.cell_table import Categorical, CellTable, open_table
 from cellslide.store.run_record import TABLE
@@ -23,6 +26,7 @@ from cellslide.store.table_schema import NOT_NUCLEUS
 from cellslide.types import Float64, hex_color
 from cellslide.view.arrays import pack
 from cellslide.view.cells import Box, CellIndex, density, relative
+from cellslide.view.find import find, outlines, places, ranked
 from cellslide.view.folders import check_links, is_inside
 from cellslide.view.pixels import TILE_PX, CropField, TilePictures, as_png, read, top_level
 from cellslide.view.rule import DecisionRule, Decisions, StoredRule
@@ -61,6 +65,7 @@ class ViewedSlide:
         pages = (page.name for page in sorted(self.folder.glob("*.html")) if is_inside(self.root, page))
         return {
             "slide": info.slide_id,
+            "folder": shlex.quote(str(self.folder)),
             "width": info.width_px,
             "height": info.height_px,
             "mpp": self.index.mpp,
@@ -130,6 +135,23 @@ class ViewedSlide:
         marks = self.decisions.marks(policy)[self.index.scored(policy.score)]
         counts = np.bincount(marks, minlength=len(self.table.class_names) + 2).tolist()
         return {"classes": counts[:-2], "abstained": counts[-2], "untyped": counts[-1]}
+
+    def ranked(self, by: str) -> dict[str, Any]:
+        """Return the nuclei of the whole slide that are oddest in one way, with their places."""
+        return {"cells": places(self.table, ranked(self.table, by))}
+
+    def find(self, word: str) -> dict[str, Any]:
+        """Return the nucleus of an id, with its place; raises UsageError where there is none."""
+        row = find(self.table, word)
+        if row is None:
+            raise UsageError(f"no nucleus has the id {short(word)}")
+        return {"cells": places(self.table, np.array([row], np.int64))}
+
+    def regions(self) -> dict[str, Any]:
+        """Return the outlines of what was searched and of what is no clean tissue."""
+        if not is_inside(self.root, self.folder / TISSUE_FILE):
+            return {"tissue": [], "artefacts": []}
+        return outlines(read_searched(self.folder, self.table.slide, self.table.run))
 
     def cell(self, row: int) -> dict[str, Any] | None:
         """Return what is known of one cell, or None where there is no such row."""

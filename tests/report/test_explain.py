@@ -165,7 +165,7 @@ def test_choice_does_not_depend_on_the_block(table: CellTable, monkeypatch: pyte
 
 def test_equal_cells_go_by_id(table: CellTable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cellslide.report.explain.select.BLOCK_ROWS", 2)
-    monkeypatch.setattr("cellslide.report.explain.select._doubt", lambda table, start, stop: np.full(stop - start, 0.5))
+    monkeypatch.setattr("cellslide.report.explain.select.doubt", lambda table, start, stop: np.full(stop - start, 0.5))
     assert select_cells(table, Selection("uncertain", 4)).tolist() == [0, 1, 2, 3]
 
 

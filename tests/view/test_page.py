@@ -297,6 +297,33 @@ def test_keys_walk_and_zoom(chromium: Chromium, server: Server, viewed: Viewed) 
         page.wait("document.getElementById('status').dataset.n === '300'")
 
 
+def test_the_address_holds_the_place_and_odd_nuclei_come_in_turn(
+    chromium: Chromium, server: Server, viewed: Viewed
+) -> None:
+    row = "document.getElementById('nucleus').dataset.row"
+    with chromium.page() as page:
+        page.open(f"{server.address}s/s/#x=840&y=440&w=200")
+        settled(page)
+        assert page.text("#status").startswith(("4 ", "5 ", "6 ", "7 ", "8 ", "9 "))
+        page.press("u")
+        page.wait(f"{row} !== undefined")
+        first = int(page.run(row))
+        page.wait("xy => { const a = new URLSearchParams(location.hash.slice(1)); "
+                  "return Math.abs(a.get('x') - xy[0]) < 2 && Math.abs(a.get('y') - xy[1]) < 2; }",
+                  viewed.xy[first].tolist())  # fmt: skip
+        page.press("u")
+        page.wait(f"r => {row} !== r", str(first))
+        assert page.text("#found") == "least sure: 2 of 200"
+        page.raw.fill("#find-id", "42")
+        page.press("Enter")
+        page.wait(f"{row} === '42'")
+        slide_to(page, "abstain", 0.25)
+        assert page.text("#command").endswith("--regate --gate mix --abstain 0.25") and str(viewed.folder) in page.text(
+            "#command"
+        )
+        page.shot("view-found")
+
+
 def test_every_control_is_reached_by_tab_and_has_a_name(chromium: Chromium, server: Server) -> None:
     with looking(chromium, server) as page:
         page.raw.select_option("#gate", "safe")
@@ -431,7 +458,7 @@ def test_no_secret_is_left_in_the_browser(chromium: Chromium, viewed: Viewed) ->
         link = server.address
         page.open(link)
         settled(page)
-        assert page.raw.url == f"http://{LOOPBACK}:{server.server_port}/s/s/"
+        assert page.raw.url.partition("#")[0] == f"http://{LOOPBACK}:{server.server_port}/s/s/"
         assert page.run("document.cookie") == "" and page.run("document.referrer") == ""
         (cookie,) = page.raw.context.cookies()
         assert cookie["httpOnly"] and cookie["sameSite"] == "Strict" and cookie["expires"] == -1
@@ -445,4 +472,4 @@ def test_a_link_opened_from_another_site_leads_to_the_slide(chromium: Chromium, 
         page.open(tmp_path / "mail.html")
         page.click("#a")
         settled(page)
-        assert page.raw.url == f"http://{LOOPBACK}:{server.server_port}/s/s/"
+        assert page.raw.url.partition("#")[0] == f"http://{LOOPBACK}:{server.server_port}/s/s/"

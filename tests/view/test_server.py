@@ -511,6 +511,40 @@ def test_a_cell_tells_both_paths_and_shows_itself(viewed: Viewed, viewer: Viewer
         assert viewer.answer(f"/s/s/cell/{row}").status == 404
 
 
+def test_odd_nuclei_and_ids_are_found_with_their_places(viewed: Viewed, viewer: Viewer) -> None:
+    with open_table(viewed.folder / "cells.zarr") as table:
+        prob, uuid = table.vector("class_prob"), str(table.vector("uuid")[42])
+    unsure = json.loads(got(viewer, "ranked.json?by=uncertain"))["cells"]
+    typed = np.isfinite(prob)
+    assert len(unsure) == 200 and [row for row, _, _ in unsure[:3]] == np.argsort(np.where(typed, prob, 2))[:3].tolist()
+    np.testing.assert_allclose([place for _, *place in unsure], viewed.xy[[row for row, _, _ in unsure]])
+    disputed = [row for row, _, _ in json.loads(got(viewer, "ranked.json?by=disputed"))["cells"]]
+    local, global_ = viewed.probs.local[disputed], viewed.probs.global_[disputed]
+    assert disputed and (local.argmax(axis=1) != global_.argmax(axis=1)).all()
+    largest = json.loads(got(viewer, "ranked.json?by=largest"))["cells"]
+    assert [row for row, _, _ in largest[:3]] == [0, 1, 2], "all are as large"
+    for word in ("42", uuid, uuid.upper()):
+        assert json.loads(got(viewer, f"find.json?id={word}"))["cells"] == [[42, *viewed.xy[42].tolist()]]
+    for question in ("ranked.json?by=odd", "ranked.json", "find.json?id=300", "find.json?id=x", "find.json"):
+        assert viewer.answer(f"/s/s/{question}").status == 400
+
+
+def test_regions_come_in_level_0_pixels(viewed: Viewed, tmp_path: Path) -> None:
+    shutil.copytree(viewed.root, tmp_path / "out")
+    square = [[10, 10], [500, 10], [500, 400], [10, 400], [10, 10]]
+
+    def feature(name: str) -> dict[str, object]:
+        properties = {"classification": {"name": name}, "measurements": {"area mm2": 0.01}}
+        return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [square]}, "properties": properties}
+
+    collection = {"type": "FeatureCollection", "features": [feature("Tissue"), feature("Artefact: ink")]}
+    (tmp_path / "out" / "s" / "tissue.geojson").write_text(json.dumps(collection))
+    found = json.loads(got(Viewer(tmp_path / "out", viewed.slide), "regions.json"))
+    assert found["tissue"] == [[square]] and [a["rings"] for a in found["artefacts"]] == [[square]]
+    assert "ink" in found["artefacts"][0]["name"]
+    assert json.loads(got(Viewer(viewed.root), "regions.json")) == {"tissue": [], "artefacts": []}
+
+
 def test_a_table_written_anew_is_opened_anew(small: Path, tmp_path: Path) -> None:
     shutil.copytree(small, tmp_path / "s")
     viewer = Viewer(tmp_path, token="secret")

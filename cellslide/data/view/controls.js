@@ -96,6 +96,17 @@ export class Controls {
     const changed = Object.keys(p).some((key) => p[key] !== this.stored[key]);
     $("changed").textContent = changed ? "changed in this window only" : "";
     $("reset").disabled = !changed;
+    $("command").textContent = this.command();
+    $("command-field").hidden = !changed || !rule.paths;
+  }
+
+  // The command that makes the rule of the moment that of the table; the least score is of this window alone.
+  command() {
+    const p = this.policy, words = ["cellslide classify", this.facts.folder, "--regate --gate", p.gate];
+    if (p.gate === "safe" && p.tau !== null) words.push("--tau", p.tau);
+    if (p.gate === "safe" && p.gamma !== null) words.push("--gamma", p.gamma);
+    if (p.abstain !== this.stored.abstain || !p.floors) words.push("--abstain", p.abstain);
+    return words.join(" ");
   }
 
   hint(safe) {

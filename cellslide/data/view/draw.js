@@ -15,6 +15,8 @@ export class Overlay {
     this.on = true;
     this.filled = false;
     this.paths = null;
+    this.regions = { tissue: [], artefacts: [] };
+    this.layers = { tissue: false, artefacts: false };
   }
 
   fit(width, height) {
@@ -47,6 +49,7 @@ export class Overlay {
     const c = this.canvas.getContext("2d");
     c.setTransform(1, 0, 0, 1, 0, 0);
     c.clearRect(0, 0, this.canvas.width, this.canvas.height);
+    this.drawRegions(c, view);
     const d = cells.data;
     if (!d || !this.on) return;
     const s = view.scale * this.ratio;
@@ -55,6 +58,26 @@ export class Overlay {
     if (this.paths) this.outlines(c, s, at, marks);
     else this.points(c, cells, s, at, marks);
     if (chosen >= 0) this.ring(c, d, s, at, chosen);
+  }
+
+  // Regions in pixels of level 0: the tissue as a line, what is no clean tissue dashed and shaded.
+  drawRegions(c, view) {
+    const s = view.scale * this.ratio;
+    c.setTransform(s, 0, 0, s, view.x * this.ratio, view.y * this.ratio);
+    const shown = [];
+    if (this.layers.tissue) shown.push(...this.regions.tissue.map((rings) => ({ rings, color: "#0550ae", dash: [], fill: false })));
+    if (this.layers.artefacts) shown.push(...this.regions.artefacts.map(({ rings }) => ({ rings, color: "#b35900", dash: [8, 5], fill: true })));
+    for (const { rings, color, dash, fill } of shown) {
+      const path = new Path2D();
+      for (const ring of rings) ring.forEach(([x, y], i) => (i ? path.lineTo(x, y) : path.moveTo(x, y)));
+      c.strokeStyle = c.fillStyle = color;
+      c.lineWidth = (2 * this.ratio) / s;
+      c.setLineDash(dash.map((length) => (length * this.ratio) / s));
+      if (fill) { c.globalAlpha = 0.2; c.fill(path, "evenodd"); c.globalAlpha = 1; }
+      c.stroke(path);
+    }
+    c.setLineDash([]);
+    c.setTransform(1, 0, 0, 1, 0, 0);
   }
 
   outlines(c, s, at, marks) {

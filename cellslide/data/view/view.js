@@ -3,6 +3,7 @@
 import { Cells, queryOf } from "./cells.js";
 import { Controls } from "./controls.js";
 import { Overlay } from "./draw.js";
+import { Finder } from "./find.js";
 import { Panel } from "./panel.js";
 
 const $ = (id) => document.getElementById(id);
@@ -24,12 +25,14 @@ class View {
     this.overlay = new Overlay(this.viewer.canvas, facts);
     this.panel = new Panel(facts, () => this.decided(), () => this.close());
     this.cells = new Cells(facts, () => this.controls.policy, () => this.cellsChanged(), (words) => this.trouble(words));
+    this.finder = new Finder(facts, this.viewer, () => this.seen(), (row) => this.chooseRow(row), (words, ms) => this.trouble(words, ms));
     this.fetchSoon = later(() => this.fetch(), WAIT_MS);
     this.countSoon = later(() => this.countSlide(), WAIT_MS);
     this.refetchSoon = later(() => this.fetch(true), WAIT_MS);
     this.bind();
     this.words();
     this.countSlide();
+    this.regions();
   }
 
   bind() {
@@ -49,6 +52,7 @@ class View {
     $("zoom-out").addEventListener("click", () => v.viewport.zoomBy(1 / 1.6).applyConstraints());
     $("home").addEventListener("click", () => v.viewport.goHome());
     $("overlay").addEventListener("click", () => this.toggleOverlay());
+    for (const name of ["tissue", "artefacts"]) $(name).addEventListener("change", () => { this.overlay.layers[name] = $(name).checked; this.draw(); });
     $("filled").addEventListener("change", () => { this.overlay.filled = $("filled").checked; this.draw(); });
     $("side-toggle").addEventListener("click", () => {
       const open = document.body.classList.toggle("narrow-side");
@@ -58,8 +62,9 @@ class View {
   }
 
   key(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select, input[type=color]")) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select, input[type=color], input[type=text]")) return;
     const acts = {
+      u: () => this.finder.next("uncertain"), d: () => this.finder.next("disputed"), l: () => this.finder.next("largest"),
       n: () => this.step(1), p: () => this.step(-1), o: () => this.toggleOverlay(), escape: () => this.close(),
       i: () => { $("filled").checked = this.overlay.filled = !this.overlay.filled; this.draw(); },
     };
@@ -155,6 +160,24 @@ class View {
     const i = this.cells.at((x - seen.x) / seen.scale, (y - seen.y) / seen.scale, reach, shown);
     if (i >= 0) this.select(i);
     return i >= 0;
+  }
+
+  chooseRow(row) {
+    this.chosen = row;
+    this.draw();
+    this.panel.open(row);
+  }
+
+  // What was searched, and what of it is no clean tissue.
+  async regions() {
+    const answer = await fetch("regions.json");
+    if (!answer.ok) return;
+    const found = await answer.json();
+    this.overlay.regions = found;
+    const names = [...new Set(found.artefacts.map((a) => a.name))].join(", ");
+    $("artefacts-names").textContent = names ? `(${names})` : "";
+    $("layers").hidden = !found.tissue.length && !found.artefacts.length;
+    this.draw();
   }
 
   select(i) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,13 +60,17 @@ def select_cells(table: CellTable, selection: Selection) -> Int64:
         raise UsageError(f"{table.path}: no column {names}; run `cellslide classify {table.path.parent}` first")
     if selection.kind == "cells":
         return _rows_of(table, selection.ids)
-    measure = _doubt if selection.kind == "uncertain" else _disagreement
+    return top_rows(table, doubt if selection.kind == "uncertain" else disagreement, selection.n)
+
+
+def top_rows(table: CellTable, measure: Callable[[CellTable, int, int], Float64], n: int) -> Int64:
+    """Return the `n` rows of the highest `measure` of rows [start, stop), the highest first; NaN is none of them."""
     rows, values = np.empty(0, np.int64), np.empty(0)
     for start in range(0, len(table), BLOCK_ROWS):
         found = measure(table, start, min(start + BLOCK_ROWS, len(table)))
         keep = np.flatnonzero(np.isfinite(found))
         rows, values = np.concatenate([rows, keep + start]), np.concatenate([values, found[keep]])
-        order = np.lexsort((rows, -values))[: selection.n]
+        order = np.lexsort((rows, -values))[:n]
         rows, values = rows[order], values[order]
     return rows
 
@@ -90,13 +94,12 @@ def _rows_of(table: CellTable, ids: Sequence[str]) -> Int64:
     return chosen
 
 
-def _doubt(table: CellTable, start: int, stop: int) -> Float64:
+def doubt(table: CellTable, start: int, stop: int) -> Float64:
     """Return how unsure each decision is, 1 - class_prob; NaN for cells that were not typed."""
-    typed = np.isfinite(table.matrix("prob_local", start, stop)).all(axis=1)
-    return np.where(typed, 1.0 - np.asarray(table.vector("class_prob", start, stop), np.float64), np.nan)
+    return 1.0 - np.asarray(table.vector("class_prob", start, stop), np.float64)
 
 
-def _disagreement(table: CellTable, start: int, stop: int) -> Float64:
+def disagreement(table: CellTable, start: int, stop: int) -> Float64:
     """Return how sure both paths are of different classes; NaN where they agree or one did not run."""
     local, global_ = (np.asarray(table.matrix(name, start, stop)) for name in ("prob_local", "prob_global"))
     both = np.isfinite(local).all(axis=1) & np.isfinite(global_).all(axis=1)
