@@ -1,9 +1,11 @@
 """What is called from Python, and what the commands call: an image gives cells in memory, a path a table on disk.
 
-models.py loads networks, slides.py finds and types nuclei, scores.py compares them with labelled ones, xenium.py
-reads transcripts beside a slide. Everything heavy is imported inside the functions: to import this costs nothing.
+models.py loads networks, slides.py finds and types nuclei, scores.py compares them with labelled ones, measure.py
+counts them by region, xenium.py reads transcripts beside a slide. Everything heavy is imported inside the functions:
+to import this costs nothing.
 """
 
+from cellslide.api.measure import measure
 from cellslide.api.models import Model, fetch_model, list_models, load_model, task_of
 from cellslide.api.scores import calibrate, evaluate
 from cellslide.api.slides import classify, embed, explain, import_cells, open_slide, read_cells, run, segment
@@ -20,6 +22,7 @@ __all__ = [
     "import_cells",
     "list_models",
     "load_model",
+    "measure",
     "open_slide",
     "read_cells",
     "run",

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("cellslide.cli.report:command", "Write a page per slide that tells whether to trust the run."),
     "verify": ("cellslide.cli.verify:command", "Check that the files of finished slides agree."),
     "compare": ("cellslide.cli.compare:command", "Compare two results of the same slides, with pictures."),
+    "measure": ("cellslide.cli.measure:command", "Count nuclei by region: densities, shares, neighbours, distances."),
     "view": ("cellslide.cli.view:command", "Walk through a slide and its nuclei in the browser of this machine."),
     "explain": ("cellslide.cli.explain:command", "Show where the classifier looked, on chosen cells."),
     "evaluate": ("cellslide.cli.evaluate:command", "Score a model or its predictions on a labelled data set."),
@@ -50,7 +51,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 # How the help lists them; what is named in no section stands in the last.
 SECTIONS = {
     "Slides": ("run", "segment", "classify", "embed", "xenium"),
-    "Results": ("report", "view", "explain", "compare", "export", "verify"),
+    "Results": ("report", "measure", "view", "explain", "compare", "export", "verify"),
     "Models": ("weights", "evaluate", "calibrate", "probe", "train", "pretrain"),
     "This machine": ("info", "doctor", "bench", "demo"),
 }

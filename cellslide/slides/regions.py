@@ -58,6 +58,41 @@ def load_roi(path: Path, info: SlideInfo, origin: Origin = "bounds") -> BaseGeom
     return roi
 
 
+def load_regions(path: Path, info: SlideInfo, origin: Origin = "bounds") -> list[tuple[str, BaseGeometry]]:
+    """Return the polygons of a GeoJSON file one by one in level-0 pixels, each by its name, else its class.
+
+    Takes what `load_roi` takes; detections and objects of a class "Ignore*" are left out. Raises UsageError as it does.
+    """
+    try:
+        objects = list(_objects(parse_json(unpacked(path), "the text", UsageError)))
+        found = [(_region_name(holder), _polygons(geometry)) for geometry, holder in objects
+                 if _kind(holder) not in DETECTIONS and not _is_ignored(holder)]  # fmt: skip
+    except (
+        UsageError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, EOFError, RecursionError,
+        OverflowError, MemoryError, zlib.error, shapely.errors.ShapelyError,
+    ) as error:  # fmt: skip
+        raise UsageError(f"--regions {path}: not GeoJSON: {str(error)[:200]}") from error
+    regions = [
+        (name, shapely.affinity.translate(shapely.union_all(polygons), *origin_offset(info, origin)))
+        for name, polygons in found
+        if polygons
+    ]
+    if not regions:
+        raise UsageError(f"--regions {path}: no polygon in it")
+    return regions
+
+
+def _region_name(holder: dict[str, Any]) -> str:
+    properties = holder.get("properties")
+    name = properties.get("name") if isinstance(properties, dict) else None
+    words = name if isinstance(name, str) and name.strip() else ": ".join(_class_words(holder))
+    return words.strip()[:100] or "region"
+
+
+def _is_ignored(holder: dict[str, Any]) -> bool:
+    return any(word.strip().lower().rstrip("*") == IGNORED for word in _class_words(holder))
+
+
 def origin_offset(info: SlideInfo, origin: Origin) -> tuple[int, int]:
     """Return the level-0 position of a file's zero point: the corner of the bounds, where QuPath crops, or (0, 0)."""
     return info.bounds[:2] if origin == "bounds" and info.bounds is not None else (0, 0)
@@ -118,10 +153,8 @@ def _union(objects: list[tuple[dict[str, Any], dict[str, Any]]], path: Path) -> 
         if not polygons:
             left_out[str(geometry["type"])[:40]] += 1
             continue
-        words = _class_words(holder)
-        is_ignored = any(word.strip().lower().rstrip("*") == IGNORED for word in words)
-        (ignored if is_ignored else wanted).extend(polygons)
-        names[": ".join(words) or "none"] = None
+        (ignored if _is_ignored(holder) else wanted).extend(polygons)
+        names[": ".join(_class_words(holder)) or "none"] = None
     if not wanted:
         what = "no polygon in it" if not ignored else "only regions to ignore; draw what is to be searched, too"
         raise UsageError(f"--roi {path}: {what}")
