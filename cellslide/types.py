@@ -407,19 +407,18 @@ class Calibration:
 
     temperature_*   divide the logits of a path, or of the mix (log probabilities), 1 where nothing was fitted.
     reliability_*   precision of each path for each class that it predicts, (K,), or None.
-    paths           "local" where the mix gained too little over the local path: the default leaves the global one out.
     tau, gamma      thresholds of the safe gate; `safe_accepts` is False where only its baseline chooser did well.
     thresholds      per class, the probability below which the class is not accepted, or None.
     abstain         probability below which no class is accepted, or None.
     abstain_unseen  the same for an organ that was not trained, fitted on organs left out of training; or None.
     accuracy_unseen share of the nuclei of such organs that were typed right, or None.
     class_prior     per class, how frequent the calibrated probabilities take it to be (their mean), or None.
+    paths           "local" where the mix gained too little over the local path: the default leaves the global one out.
     """
 
     temperature_local: float = 1.0
     temperature_global: float = 1.0
     temperature_mix: float = 1.0
-    paths: Literal["both", "local"] = "both"
     reliability_local: tuple[float, ...] | None = None
     reliability_global: tuple[float, ...] | None = None
     tau: float = 0.5
@@ -430,6 +429,7 @@ class Calibration:
     abstain_unseen: float | None = None
     accuracy_unseen: float | None = None
     class_prior: tuple[float, ...] | None = None
+    paths: Literal["both", "local"] = "both"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from cellslide.types import Float64, Int64
 RADII_UM = (10.0, 20.0, 30.0, 50.0, 75.0, 100.0)
 NEAR_UM = 30.0
 # Neighbours are read around so many nuclei, drawn by the seed; distances of so many.
-MOST_CENTRES, MOST_DISTANCES = 20_000, 200_000
+MOST_CENTRES, MOST_DISTANCES = 10_000, 100_000
 SHUFFLES = 99
 LEAST_NUCLEI = 20
 BLOCK = 1_000
