@@ -49,11 +49,12 @@ from cellslide.progress import IDLE, Watch
 from cellslide.slides.identity import describe_slide, refuse_other_slide
 from cellslide.slides.inputs import SlideInput
 from cellslide.slides.slide import Slide, open_slide, slide_from_array
-from cellslide.store.cell_table import CellTableWriter, open_table
+from cellslide.store.cell_table import open_table
 from cellslide.store.file_list import changed_sizes
 from cellslide.store.foreign_files import is_plain
 from cellslide.store.run_record import TABLE, fingerprint, read_record, write_record
 from cellslide.store.slide_folder import find_finished, held, recorded_run
+from cellslide.store.table_writer import CellTableWriter
 from cellslide.store.tile_checkpoint import Parts
 from cellslide.types import Cells, ModelSpec, RunRecord, Seconds, UInt8, concat
 from cellslide.weights import LoadedModel

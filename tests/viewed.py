@@ -15,8 +15,9 @@ from cellslide.classify.decision import DecisionConfig
 from cellslide.slides.identity import describe_slide
 from cellslide.slides.slide import open_slide
 from cellslide.store.anndata_columns import Columns
-from cellslide.store.cell_table import CellTableWriter, TableExtender, open_table
+from cellslide.store.cell_table import TableExtender, open_table
 from cellslide.store.run_record import plain, write_record
+from cellslide.store.table_writer import CellTableWriter
 from cellslide.types import Calibration, Cells, ClassSpec, CropSpec, Float64, ModelSpec, PathProbs, RunRecord
 from cellslide.view.answers import Viewer
 from cellslide.view.server import Server, open_server

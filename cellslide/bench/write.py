@@ -25,8 +25,9 @@ from cellslide.bench.merge import MILLION, UNIT
 from cellslide.bench.rows import BenchOptions, Row, Target, cpu_ms, row
 from cellslide.formats.arrow_files import write_csv, write_parquet
 from cellslide.formats.geojson import write_geojson
-from cellslide.store.cell_table import CellTableWriter, open_table
+from cellslide.store.cell_table import open_table
 from cellslide.store.run_record import peak_rss_bytes
+from cellslide.store.table_writer import CellTableWriter
 from cellslide.types import Cells, ClassSpec, ModelSpec, RunRecord
 
 STAGE = "write"

@@ -15,8 +15,9 @@ from cellslide.evaluate.predictions import find_prediction, read_prediction
 from cellslide.evaluate.report import EvalReport, Predictor
 from cellslide.evaluate.score import Nuclei
 from cellslide.geometry.outlines import rasterise
-from cellslide.store.cell_table import NUCLEUS, open_table
+from cellslide.store.cell_table import open_table
 from cellslide.store.run_record import TABLE
+from cellslide.store.table_writer import NUCLEUS
 from cellslide.types import Cells, Float64, PathProbs, concat
 
 if TYPE_CHECKING:

@@ -95,7 +95,6 @@ class PathLocal(nn.Module):
         dim = width_of(self.uni_encoder)
         self.feat_norm = nn.LayerNorm(dim)
         self.unknown_row = config.num_organs if config.learned_unknown else None
-        self.n_organs = config.num_organs
         if config.organ_rows:
             self.tissue_embedder = nn.Embedding(config.organ_rows, config.organ_width)
             self.tissue_film = OrganFilm(config.organ_width, config.film_width, dim)

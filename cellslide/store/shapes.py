@@ -275,11 +275,6 @@ class ShapeReader:
         """Return what reads the outlines in order, from the first on."""
         return RingStream(self.file)
 
-    def iter_rings(self) -> Iterator[tuple[int, Float64, Int64]]:
-        """Yield (first row, rings) for every row group."""
-        for first, stop in zip(self.first[:-1].tolist(), self.first[1:].tolist(), strict=True):
-            yield first, *self.rings(first, stop)
-
 
 def mark_store(root: zarr.Group, shapes: bool) -> None:
     """Write the group attributes by which SpatialData knows the store and, where there are shapes, their frame."""

@@ -212,7 +212,8 @@ def test_image_without_nuclei_counts_false_positives_only(tmp_path: Path) -> Non
 
 def test_cell_tables_as_predictions(tmp_path: Path, masks: Path) -> None:
     from cellslide.store.anndata_columns import Columns
-    from cellslide.store.cell_table import CellTableWriter, TableExtender, open_table
+    from cellslide.store.cell_table import TableExtender, open_table
+    from cellslide.store.table_writer import CellTableWriter
     from cellslide.types import Level, RunRecord, SlideInfo
 
     prob = np.array([[0.9, 0.1]] * 3, np.float32)

@@ -19,8 +19,9 @@ from cellslide.errors import CellslideError, Interrupted, UsageError
 from cellslide.models.muse import MuseBackbone, MuseConfig
 from cellslide.progress import Watch
 from cellslide.slides.slide import Slide, open_slide, slide_from_array
-from cellslide.store.cell_table import CellTableWriter, open_table
+from cellslide.store.cell_table import open_table
 from cellslide.store.run_record import read_record
+from cellslide.store.table_writer import CellTableWriter
 from cellslide.types import Cells, RunRecord
 from tests.painted import DISC, PINK_DISC, paint_slide
 from tests.support.fake_muse import FakeMuse, fake_muse

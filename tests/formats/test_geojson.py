@@ -18,7 +18,8 @@ from shapely.geometry import shape
 
 from cellslide.formats import geojson
 from cellslide.formats.geojson import write_geojson
-from cellslide.store.cell_table import NUCLEUS, Columns, TableExtender, open_table
+from cellslide.store.cell_table import Columns, TableExtender, open_table
+from cellslide.store.table_writer import NUCLEUS
 from cellslide.types import Cells
 from tests.support.qupath_rules import collection_faults, file_faults, read_collections, read_features
 from tests.support.random_cells import (

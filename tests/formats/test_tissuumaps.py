@@ -14,7 +14,8 @@ import pytest
 from cellslide.formats import arrow_files
 from cellslide.formats.csv_text import as_written
 from cellslide.formats.registry import export_table
-from cellslide.store.cell_table import Categorical, CellTableWriter, Columns, TableExtender, open_table
+from cellslide.store.cell_table import Categorical, Columns, TableExtender, open_table
+from cellslide.store.table_writer import CellTableWriter
 from cellslide.types import ClassSpec
 from tests.support.random_cells import (
     BOUNDS,

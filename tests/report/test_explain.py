@@ -25,8 +25,9 @@ from cellslide.report.explain.gallery import Bars, Card, Heading, Picture, overl
 from cellslide.slides.identity import describe_slide
 from cellslide.slides.slide import open_slide
 from cellslide.store.anndata_columns import Categorical, Columns
-from cellslide.store.cell_table import CellTable, CellTableWriter, TableExtender, open_table
+from cellslide.store.cell_table import CellTable, TableExtender, open_table
 from cellslide.store.run_record import plain, write_record
+from cellslide.store.table_writer import CellTableWriter
 from cellslide.types import Cells, ClassSpec, ModelSpec, RunRecord, SlideInfo
 from tests.painted import paint_slide
 from tests.support.fake_paths import CLASSES, SPEC, fake_classifier

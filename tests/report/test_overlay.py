@@ -13,7 +13,8 @@ from cellslide.report.overlay import densest_region, render_overlay
 from cellslide.slides.painted import write_pyramid
 from cellslide.slides.slide import Slide, open_slide
 from cellslide.store.anndata_columns import Columns
-from cellslide.store.cell_table import CellTableWriter, TableExtender, open_table
+from cellslide.store.cell_table import TableExtender, open_table
+from cellslide.store.table_writer import CellTableWriter
 from cellslide.types import Cells, ClassSpec, ModelSpec, RunRecord
 
 GREEN, RED = (0, 255, 0), (255, 0, 0)

@@ -13,7 +13,8 @@ from cellslide.errors import SlideError, UsageError
 from cellslide.slides.identity import describe_slide
 from cellslide.slides.reopen import reopen, reopen_or_why
 from cellslide.slides.slide import open_slide
-from cellslide.store.cell_table import CellTable, CellTableWriter, open_table
+from cellslide.store.cell_table import CellTable, open_table
+from cellslide.store.table_writer import CellTableWriter
 from tests.painted import paint_slide
 from tests.support.random_cells import ellipses, model_spec, run_record
 

@@ -19,19 +19,11 @@ import zarr
 
 from cellslide.geometry.outlines import SHAPE_FEATURES, ring_features
 from cellslide.store import anndata_columns as anndata_store
-from cellslide.store import cell_table as table
+from cellslide.store import cell_table, table_writer
 from cellslide.store import shapes as spatial
 from cellslide.store.anndata_columns import ColumnWriter, read_obs
-from cellslide.store.cell_table import (
-    NUCLEUS,
-    Categorical,
-    CellTable,
-    CellTableWriter,
-    Columns,
-    TableError,
-    TableExtender,
-    open_table,
-)
+from cellslide.store.cell_table import Categorical, CellTable, Columns, TableError, TableExtender, open_table
+from cellslide.store.table_writer import NUCLEUS, CellTableWriter
 from cellslide.store.uuids import SeenPlaces, make_uuids, pack_places, times_seen
 from cellslide.types import Cells, ClassSpec
 from tests.support.random_cells import CLASSES, as_kind, ellipses, model_spec, run_record, slide_info, write_table
@@ -54,7 +46,8 @@ def _write_in_parts(folder: Path, cells: Cells, cuts: list[int]) -> CellTable:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks, chunks and row groups so small that a few hundred cells cross all of them."""
-    monkeypatch.setattr(table, "BLOCK_ROWS", 70)
+    for module in (cell_table, table_writer):
+        monkeypatch.setattr(module, "BLOCK_ROWS", 70)
     monkeypatch.setattr(anndata_store, "CHUNK_ROWS", 64)
     monkeypatch.setattr(spatial, "ROW_GROUP", 50)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cellslide.store.cell_table import CellTable, CellTableWriter, open_table
+from cellslide.store.cell_table import CellTable, open_table
 from cellslide.store.shapes import ring_boxes
+from cellslide.store.table_writer import CellTableWriter
 from cellslide.types import Cells, ClassSpec, Level, ModelKind, ModelSpec, RunRecord, SlideInfo
 
 BOUNDS = (100, 200, 3000, 2000)

@@ -19,8 +19,9 @@ from cellslide.errors import UsageError, trouble
 from cellslide.inference import search
 from cellslide.inference.segmenter import open_segmenter
 from cellslide.pipeline import segment_slide
-from cellslide.store.cell_table import CellTableWriter, open_table
+from cellslide.store.cell_table import open_table
 from cellslide.store.run_record import read_record
+from cellslide.store.table_writer import CellTableWriter
 from tests.conftest import CHECKOUT
 from tests.painted import PaintedSlide, grid_centres, paint_slide
 from tests.support.fakes import fake_model

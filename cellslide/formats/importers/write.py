@@ -16,8 +16,9 @@ from cellslide.formats.importers.records import Direction, ForeignNuclei, Nuclei
 from cellslide.slides.identity import content_sha256, describe_slide
 from cellslide.slides.slide import Slide
 from cellslide.store.anndata_columns import Column
-from cellslide.store.cell_table import BLOCK_ROWS, CellTableWriter
+from cellslide.store.cell_table import BLOCK_ROWS
 from cellslide.store.run_record import TABLE, now_utc, peak_rss_bytes, plain, write_record
+from cellslide.store.table_writer import CellTableWriter
 from cellslide.types import Counts, Float64, ModelKind, ModelSpec, RunRecord, SlideInfo
 
 
