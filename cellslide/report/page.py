@@ -360,7 +360,10 @@ def settings(record: RunRecord) -> Iterator[tuple[str, str]]:
         )
     if typing:
         rule = ((typing.get("rule") or {}).get("decision") or {}).get("gate", "mix")
-        yield "typing", f"organ {typing.get('organ')}, rule {rule}, paths {typing.get('paths', 'both')}"
+        paths = typing.get("paths", "both")
+        if paths == "local" == ((typing.get("spec") or {}).get("calibration") or {}).get("paths"):
+            paths = "local alone, since the global path gained less than a point of macro F1 in calibration"
+        yield "typing", f"organ {typing.get('organ')}, rule {rule}, paths {paths}"
     counts = record.counts
     yield "tiles", f"{counts.tiles:,}, of them {counts.tiles_empty:,} without a nucleus, {counts.tiles_failed:,} failed"
     yield "nuclei", f"{counts.nuclei:,} of {counts.nuclei_raw:,} before tiles were merged"
