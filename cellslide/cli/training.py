@@ -18,7 +18,7 @@ from cellslide.train.tasks import tasks_of
 # What a command reads, and what its samples are called in the help.
 SOURCES = {"train": ("DATASET...", "crops"), "pretrain": ("SLIDES_OR_TILES...", "samples")}
 # Flags of keys inside a topic of the recipe.
-RECIPE_KEYS = {"encoder_weights": "model.encoder_weights"}
+RECIPE_KEYS = {"encoder_weights": "model.encoder_weights", "labels": "labels.file"}
 ENDING = (
     "Writes model.safetensors, model.yaml and card.json (best by the recipe's monitor), last/ (newest), last.ckpt and "
     "logs/. The same command again goes on from last.ckpt with the same numbers."
@@ -41,7 +41,7 @@ class TrainingGroup(grouped.Group):
 def command_of(task: TrainingTask) -> click.Command:
     """Return the command of a training."""
     metavar, samples = SOURCES[task.command]
-    kind: Any = FOLDER if task.command == "train" else str
+    kind: Any = click.Path(path_type=Path) if task.command == "train" else str
     sources = click.argument("sources", nargs=-1, required=True, metavar=metavar, type=kind)
 
     @chain(sources, *run_flags(samples), *task.flags)

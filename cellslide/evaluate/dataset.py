@@ -127,7 +127,7 @@ def read_dataset(path: Path, split: str | None = None) -> Dataset:
     manifest = root / MANIFEST
     if not manifest.is_file():
         raise UsageError(f"{root}: not a data set, {MANIFEST} is missing")
-    rows = _read_rows(manifest)
+    rows = read_rows(manifest)
     known = sorted({row.get("split", "") for row in rows})
     chosen = [(line, row) for line, row in enumerate(rows, 2) if split is None or row.get("split", "") == split]
     if not chosen:
@@ -162,7 +162,7 @@ def read_points(path: Path) -> Points:
 
     Scores are read where every row has one.
     """
-    rows = _read_rows(path, ("x", "y"))
+    rows = read_rows(path, ("x", "y"))
     scored = bool(rows) and all(row.get("score") for row in rows)
     columns = ("x", "y", "score") if scored else ("x", "y")
     try:
@@ -194,7 +194,8 @@ def write_manifest(root: Path, rows: Iterable[Mapping[str, object]]) -> Path:
     return root
 
 
-def _read_rows(path: Path, required: tuple[str, ...] = REQUIRED_COLUMNS) -> list[dict[str, str]]:
+def read_rows(path: Path, required: tuple[str, ...] = REQUIRED_COLUMNS) -> list[dict[str, str]]:
+    """Return the rows of a CSV by its header; raises UsageError where it cannot be read or lacks a column."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restval="")

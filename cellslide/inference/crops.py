@@ -97,13 +97,19 @@ class RegionRead:
     box: Box
 
 
-def read_region(slide: Slide, plane: Plane, box: Box, borders: Sequence[str]) -> RegionRead:
-    """Read what the crops inside `box` show of the slide; raises TileError where the file is damaged."""
+def shown_box(plane: Plane, box: Box, borders: Sequence[str]) -> Box:
+    """Return what crops inside `box`, which may leave the plane, show of the plane."""
     spans_x = [inside_span(box[0], box[2], plane.width_px, border) for border in borders]
     spans_y = [inside_span(box[1], box[3], plane.height_px, border) for border in borders]
     x0, x1 = min(s[0] for s in spans_x), max(s[1] for s in spans_x)
     y0, y1 = min(s[0] for s in spans_y), max(s[1] for s in spans_y)
-    return RegionRead(slide.read_plane(plane, (x0, y0, x1, y1)), (x0, y0), box)
+    return x0, y0, x1, y1
+
+
+def read_region(slide: Slide, plane: Plane, box: Box, borders: Sequence[str]) -> RegionRead:
+    """Read what the crops inside `box` show of the slide; raises TileError where the file is damaged."""
+    shown = shown_box(plane, box, borders)
+    return RegionRead(slide.read_plane(plane, shown), shown[:2], box)
 
 
 def read_ahead(

@@ -5,10 +5,9 @@ Every crop is a function of (seed, draw number) alone, so neither workers nor re
 
 from __future__ import annotations
 
-import csv
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -20,12 +19,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cellslide.errors import UsageError
-from cellslide.evaluate.dataset import MANIFEST, Sample, read_dataset
+from cellslide.evaluate.dataset import MANIFEST, Sample, read_rows
 from cellslide.train.artefacts import add_artefact
 from cellslide.train.augment import crop_matrix, pale_nuclei, recolor, warp
 from cellslide.train.hover.recipe import HoverRecipe
 from cellslide.train.loaders import Draws, draw_loader, whole_loader
 from cellslide.train.recipe import DatasetConfig, Fold, Recipe, Supervision, ValConfig
+from cellslide.train.slide_sets import AnySample, SlideSample, read_samples, set_name
 from cellslide.train.targets import IGNORE, hover_map, point_labels, single_nuclei
 from cellslide.train.task import Run
 from cellslide.types import Bool, Float64, Int32, UInt8
@@ -105,9 +105,10 @@ def card_of(images: ImageSet[Any, Any], count: Callable[[Sequence[Any]], Any]) -
 
 
 def licences(path: Path) -> list[str]:
-    """Return the licences that a data set's manifest names, sorted."""
-    with (path / MANIFEST).open(newline="", encoding="utf-8-sig") as file:
-        return sorted({row["licence"] for row in csv.DictReader(file) if row.get("licence")})
+    """Return the licences that the manifest of a data set, or a list of slides, names, sorted."""
+    listed = path if path.suffix == ".csv" else path / MANIFEST
+    rows = read_rows(listed, ()) if listed.is_file() else []
+    return sorted({row["licence"] for row in rows if row.get("licence")})
 
 
 class Crops(NamedTuple):
@@ -127,7 +128,9 @@ def load_sets(paths: Sequence[Path], recipe: HoverRecipe) -> list[TrainSet]:
     A patient that validates in one set trains in none.
     """
 
-    def prepared(sample: Sample, config: DatasetConfig) -> TrainImage:
+    def prepared(sample: AnySample, config: DatasetConfig) -> TrainImage:
+        if isinstance(sample, SlideSample):
+            raise UsageError(f"{sample.table}: outlines are learned from data sets of masks, not from slides")
         return prepare(sample, config, recipe)
 
     return read_sets(paths, recipe.datasets, prepared, prepared, recipe.fold)
@@ -136,17 +139,17 @@ def load_sets(paths: Sequence[Path], recipe: HoverRecipe) -> list[TrainSet]:
 def read_sets(
     paths: Sequence[Path],
     configs: Mapping[str, DatasetConfig],
-    train: Callable[[Sample, DatasetConfig], TrainT],
-    val: Callable[[Sample, DatasetConfig], ValT],
+    train: Callable[[AnySample, DatasetConfig], TrainT],
+    val: Callable[[AnySample, DatasetConfig], ValT],
     fold: str | None = None,
 ) -> list[ImageSet[TrainT, ValT]]:
-    """Return the data sets, `configs` by the folders' names, each image as `train` or `val` makes it of its sample.
+    """Return the data sets, `configs` by their names, each image as `train` or `val` makes it of its sample.
 
     Raises UsageError as `choose_samples` does, and if nothing is left to train.
     """
     sets = []
     for path, chosen in zip(paths, choose_samples(paths, configs, DatasetConfig(), fold), strict=True):
-        name = path.resolve().name
+        name = set_name(path)
         config = configs.get(name, DatasetConfig())
         # A set that is never drawn is there to validate.
         drawn = chosen.train if config.weight > 0 else []
@@ -174,22 +177,22 @@ class SetConfig(Protocol):
 class Chosen:
     """The samples of one data set that train, and those that validate."""
 
-    train: list[Sample]
-    val: list[Sample]
+    train: list[AnySample]
+    val: list[AnySample]
 
 
 def choose_samples(
     paths: Sequence[Path], configs: Mapping[str, SetConfig], default: SetConfig, fold: str | None = None
 ) -> list[Chosen]:
-    """Return which samples of each data set train and validate, `configs` by the folders' names.
+    """Return which samples of each data set train and validate, `configs` by the names of folders and lists.
 
     `fold` "K/N" takes the place of what the sets say of validation. A patient that validates in one set trains in none.
     Raises UsageError for a name, a patient, an organ or an image that is not there.
     """
-    names = [path.resolve().name for path in paths]
+    names = [set_name(path) for path in paths]
     unused = sorted(set(configs) - set(names))
     if unused:
-        raise UsageError(f"recipe datasets: no DATASET folder is named {', '.join(unused)}")
+        raise UsageError(f"recipe datasets: no DATASET is named {', '.join(unused)}")
     part = Fold.of(fold)
     found = [_choose(path, configs.get(name, default), part) for path, name in zip(paths, names, strict=True)]
     held_out = {s.patient for chosen in found for s in chosen.val if s.patient}
@@ -197,19 +200,28 @@ def choose_samples(
 
 
 def _choose(path: Path, config: SetConfig, fold: Fold | None) -> Chosen:
-    samples = [s for s in read_dataset(path).samples if s.patient not in config.exclude_patients and s.split != "test"]
+    samples = [s for s in read_samples(path) if s.patient not in config.exclude_patients and s.split != "test"]
     if fold is not None:
         return _choose_fold(samples, config, fold)
     val = [s for s in samples if _validates(s, config.val)]
     for name in ("patients", "organs", "images"):
         missing = sorted(set(getattr(config.val, name)) - {_val_key(s, name) for s in val})
         if missing:
-            where = f"{path}: recipe datasets.{path.resolve().name}.val.{name}"
+            where = f"{path}: recipe datasets.{set_name(path)}.val.{name}"
             raise UsageError(f"{where}: no such {name.removesuffix('s')} {', '.join(missing)}")
-    return Chosen([s for s in samples if s not in val and config.split in (None, s.split)], val)
+    train = [s for s in samples if s not in val and config.split in (None, s.split)]
+    if config.val.area == 0:
+        return Chosen(train, val)
+    slides = [s for s in train if isinstance(s, SlideSample)]
+    if len(slides) < len(train):
+        raise UsageError(f"recipe datasets.{set_name(path)}.val.area: is for slides, not for images")
+    # A patient that is on both sides is not held out.
+    return Chosen(
+        [replace(s, part="outside") for s in slides], val + [replace(s, part="inside", patient="") for s in slides]
+    )
 
 
-def _choose_fold(samples: list[Sample], config: SetConfig, fold: Fold) -> Chosen:
+def _choose_fold(samples: list[AnySample], config: SetConfig, fold: Fold) -> Chosen:
     if not config.folds:
         # What is no truth teaches without the patients of the fold, wherever their truth is.
         return Chosen([s for s in samples if not s.patient or _part_of(s.patient, fold) != fold.index - 1], [])
@@ -219,7 +231,7 @@ def _choose_fold(samples: list[Sample], config: SetConfig, fold: Fold) -> Chosen
     return Chosen(train, val)
 
 
-def _parts(samples: Sequence[Sample], fold: Fold) -> list[int]:
+def _parts(samples: Sequence[AnySample], fold: Fold) -> list[int]:
     """Return the part of each sample: that of its patient, or of its organ, or its place in the order of the images."""
     organs = {s.organ for s in samples}
     return [
@@ -234,16 +246,16 @@ def _part_of(group: str, fold: Fold) -> int:
     return zlib.crc32(group.encode()) % fold.count
 
 
-_VAL_KEYS: Mapping[str, Callable[[Sample], str]] = {
+_VAL_KEYS: Mapping[str, Callable[[AnySample], str]] = {
     "patients": lambda s: s.patient, "organs": lambda s: s.organ, "images": lambda s: s.stem
 }  # fmt: skip
 
 
-def _val_key(sample: Sample, name: str) -> str:
+def _val_key(sample: AnySample, name: str) -> str:
     return _VAL_KEYS[name](sample)
 
 
-def _validates(sample: Sample, val: ValConfig) -> bool:
+def _validates(sample: AnySample, val: ValConfig) -> bool:
     """Whether a sample validates under a data set's settings."""
     named = any(_val_key(sample, name) in getattr(val, name) for name in _VAL_KEYS)
     return named or (val.split is not None and sample.split == val.split)

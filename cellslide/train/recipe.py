@@ -28,12 +28,43 @@ def require(ok: bool, key: str, value: object, legal: str) -> None:
 @dataclass(frozen=True, slots=True)
 class ValConfig:
     """Which samples of a data set validate: whole patients, whole organs, a split of the manifest, or images by name
-    (without suffix). Patients never straddle."""
+    (without suffix). Patients never straddle.
+
+    area      of each other slide, the middle of it that holds this share of the area of its nuclei validates too.
+    guard_um  nuclei so near to the middle do neither; None is the width of what the network sees of a nucleus.
+    """
 
     patients: tuple[str, ...] = ()
     organs: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
     split: str | None = None
+    area: float = 0.0
+    guard_um: float | None = None
+
+    def __post_init__(self) -> None:
+        require(0 <= self.area < 1, "datasets.val.area", self.area, "0 up to, not including, 1")
+
+
+@dataclass(frozen=True, slots=True)
+class LabelConfig:
+    """Which labels count of slides whose nuclei are in a table.
+
+    column    of the labels; `class` takes those of `classify`.
+    file      a table `cell_id,label` in its place. Ids are those of the bundle's cells where `xenium label` matched
+              them, else of the nuclei; with a column `slide` it is of several slides.
+    kept, min_confidence
+              of the column `label`: only those that `xenium label` kept and is so sure of.
+    matched   only nuclei that are one with a nucleus of the bundle, where the table knows one.
+    """
+
+    column: str = "label"
+    file: str | None = None
+    kept: bool = True
+    min_confidence: float = 0.6
+    matched: bool = True
+
+    def __post_init__(self) -> None:
+        require(0 <= self.min_confidence <= 1, "labels.min_confidence", self.min_confidence, "0 to 1")
 
 
 @dataclass(frozen=True, slots=True)

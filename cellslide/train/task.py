@@ -29,6 +29,10 @@ FOLD = click.option(
     help="Cross-validate: part K of N, by patient or organ, validates in place of what the recipe says.",
 )
 
+LABELS = click.option(
+    "--labels", type=FILE, help="Labels of a slide's nuclei, cell_id,label, in place of those in its table."
+)
+
 
 def crop_flags(size: str, key: str, help: str) -> tuple[Flag, ...]:
     """Return the flags of trainings that draw crops of one pixel size; `size` is the flag of the recipe's `key`."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cellslide.train.pretrain.fields import Field, FieldSet, InMemory
+from cellslide.train.pixels import InMemory
+from cellslide.train.pretrain.fields import Field, FieldSet
 from cellslide.train.recipe import AugmentConfig
 
 PLAIN = AugmentConfig(stain_p=0, color_p=0, blur_p=0, sharpen_p=0, noise_p=0, jpeg_p=0)

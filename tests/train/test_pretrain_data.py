@@ -15,8 +15,9 @@ from cellslide.errors import UsageError
 from cellslide.inference.segmenter import open_segmenter
 from cellslide.pipeline import segment_slide
 from cellslide.slides.inputs import SlideInput
+from cellslide.train.pixels import OnSlide
 from cellslide.train.pretrain.data import BoxCrops, MuseViews, ShardedDraws, crop_to, sample_views, shown_boxes, side_of
-from cellslide.train.pretrain.fields import OnSlide, Sources, load_fields, places_of
+from cellslide.train.pretrain.fields import Sources, load_fields, places_of
 from cellslide.train.pretrain.recipe import CellDETRPretrainRecipe, MuseRecipe, ViewConfig
 from tests.classify.test_rows import INFER
 from tests.painted import DISC, paint_slide

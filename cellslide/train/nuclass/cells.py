@@ -1,4 +1,4 @@
-"""Typed cells of labelled images, kept as planes in memory, and the crops that are drawn around them.
+"""Typed cells of labelled images, which are held, and of slides, which are read; the crops drawn around them.
 
 Without augmentation a crop is the one that `classify` cuts: the same plane, corner, border and resampling. With it, one
 affine map takes plane pixels straight to the input. Every crop is a function of (seed, draw number) alone.
@@ -8,8 +8,9 @@ Frames: points are (x, y) in pixels of the plane at the recipe's `mpp`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,16 +21,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cellslide.errors import UsageError
-from cellslide.evaluate.dataset import Sample
-from cellslide.inference.crops import CropCutter, RegionRead, crop_corners
+from cellslide.inference.crops import CropCutter, RegionRead, crop_corners, inside_span, plan_regions, shown_box
 from cellslide.slides.slide import slide_from_array
 from cellslide.train.augment import crop_matrix, recolor
 from cellslide.train.data import ImageSet, card_of, choose_samples
+from cellslide.train.loaders import start_worker
 from cellslide.train.nuclass.recipe import CellSetConfig, NuClassRecipe
+from cellslide.train.pixels import InMemory, OnSlide, Pixels
 from cellslide.train.recipe import AugmentConfig
+from cellslide.train.slide_sets import AnySample, SlideSample, check_labels, read_nuclei, rows_of_part, set_name
 from cellslide.types import CropSpec, Float64, Int64, Plane, UInt8
 
 UNKNOWN_ORGAN = -1
+# Cells that validate are read by squares of this edge, so that one read serves a batch.
+BATCH_REGION_PX = 2048
 BORDERS = {"reflect": cv2.BORDER_REFLECT_101, "zero": cv2.BORDER_CONSTANT}
 
 
@@ -37,15 +42,14 @@ BORDERS = {"reflect": cv2.BORDER_REFLECT_101, "zero": cv2.BORDER_CONSTANT}
 class CellImage:
     """One image and its typed cells.
 
-    levels   the plane, uint8 (H, W, 3), reduced by whole factors: {1: as it is, 2: halved, ...}.
-    plane    what the pixels of level 1 are.
+    pixels   of the whole plane.
     xy       float64 (N, 2), plane pixels.
     label    int64 (N,), index into the recipe's classes.
     organ    index into the recipe's organs, UNKNOWN_ORGAN where it is none of them.
     """
 
     name: str
-    levels: Mapping[int, UInt8]
+    pixels: Pixels
     plane: Plane
     xy: Float64
     label: Int64
@@ -71,25 +75,35 @@ class CellCrops(NamedTuple):
 
 
 def load_cell_sets(paths: Sequence[Path], recipe: NuClassRecipe) -> list[CellSet]:
-    """Read the typed points of data sets; samples without points are left out.
+    """Read the typed points of data sets and the typed nuclei of slides; images without points are left out.
 
     Raises UsageError on an unknown patient, organ or pixel size, or if no cell is left to train.
     """
+    chosen = choose_samples(paths, recipe.datasets, CellSetConfig(), recipe.fold)
+    check_labels([s for part in chosen for s in (*part.train, *part.val)], recipe.labels)
     sets = []
-    for path, chosen in zip(paths, choose_samples(paths, recipe.datasets, CellSetConfig(), recipe.fold), strict=True):
-        name = path.resolve().name
+    for path, part in zip(paths, chosen, strict=True):
+        name = set_name(path)
         config = recipe.datasets.get(name, CellSetConfig())
-        parts = ([s for s in part if s.points_path is not None] for part in (chosen.train, chosen.val))
-        sets.append(
-            ImageSet(name, path, 1.0, *(tuple(prepare_cells(s, config, recipe) for s in part) for part in parts))
-        )
+        train = (prepare_cells(s, config, recipe) for s in part.train if _has_cells(s))
+        val = (few_cells(prepare_cells(s, config, recipe), recipe) for s in part.val if _has_cells(s))
+        sets.append(ImageSet(name, path, 1.0, tuple(train), tuple(val)))
     if not sum(len(image) for s in sets for image in s.train):
         raise UsageError(f"DATASET: no cell of the classes {', '.join(recipe.classes)} is left to train on")
     return sets
 
 
-def prepare_cells(sample: Sample, config: CellSetConfig, recipe: NuClassRecipe) -> CellImage:
-    """Read one image, bring it to the recipe's plane and keep the points whose class the recipe knows."""
+def _has_cells(sample: AnySample) -> bool:
+    return isinstance(sample, SlideSample) or sample.points_path is not None
+
+
+def prepare_cells(sample: AnySample, config: CellSetConfig, recipe: NuClassRecipe) -> CellImage:
+    """Read one image, bring it to the recipe's plane and keep the points whose class the recipe knows.
+
+    Of a slide the nuclei are read, and no pixel yet.
+    """
+    if isinstance(sample, SlideSample):
+        return _of_slide(sample, config, recipe)
     mpp = sample.mpp or config.mpp
     if mpp is None:
         mend = f"set datasets.{sample.dataset}.mpp in --recipe"
@@ -101,18 +115,29 @@ def prepare_cells(sample: Sample, config: CellSetConfig, recipe: NuClassRecipe) 
     names = [config.classes.get(name, name) for name in points.class_name]
     label = np.array([recipe.classes.index(n) if n in recipe.classes else -1 for n in names], np.int64)
     known = label >= 0
-    factors = {1, level_factor(recipe.local), level_factor(recipe.context)}
-    return CellImage(
-        sample.stem,
-        {k: _reduced(pixels, k) for k in sorted(factors)},
-        plane,
-        plane.from_level0(points.xy)[known],
-        label[known],
-        organ_of(sample, config, recipe.organs),
-    )
+    xy = plane.from_level0(points.xy)[known]
+    return CellImage(sample.stem, InMemory(pixels), plane, xy, label[known], organ_of(sample, config, recipe.organs))
 
 
-def organ_of(sample: Sample, config: CellSetConfig, organs: Sequence[str]) -> int:
+def _of_slide(sample: SlideSample, config: CellSetConfig, recipe: NuClassRecipe) -> CellImage:
+    nuclei = read_nuclei(sample, recipe.labels, recipe.classes, config.classes)
+    sight_um = max(recipe.local.field_px, recipe.context.field_px) * recipe.mpp
+    rows = rows_of_part(sample, nuclei.xy, config.val, sight_um) & (nuclei.label >= 0)
+    plane = Plane.of(sample.info, recipe.mpp)
+    xy, organ = plane.from_level0(nuclei.xy[rows]), organ_of(sample, config, recipe.organs)
+    return CellImage(sample.stem, OnSlide(sample.info, plane), plane, xy, nuclei.label[rows], organ)
+
+
+def few_cells(image: CellImage, recipe: NuClassRecipe) -> CellImage:
+    """Return at most `recipe.val_cells` cells of an image, drawn by seed and name."""
+    if recipe.val_cells is None or len(image) <= recipe.val_cells:
+        return image
+    rng = np.random.default_rng([recipe.seed, 4, zlib.crc32(image.name.encode())])
+    rows = np.sort(rng.choice(len(image), recipe.val_cells, replace=False))
+    return replace(image, xy=image.xy[rows], label=image.label[rows])
+
+
+def organ_of(sample: AnySample, config: CellSetConfig, organs: Sequence[str]) -> int:
     """Return the index of a sample's organ, UNKNOWN_ORGAN if the recipe has none such; UsageError for a wrong key."""
     if config.organ is not None and config.organ not in organs:
         raise UsageError(f"recipe datasets.organ: {config.organ} is none of the organs {', '.join(organs)}")
@@ -130,12 +155,18 @@ def level_factor(spec: CropSpec) -> int:
     return 2 ** max(0, int(np.ceil(np.log2(spec.field_px / spec.input_px))) - 1)
 
 
-def _reduced(pixels: UInt8, factor: int) -> UInt8:
-    if factor == 1:
-        return pixels
-    height, width = (max(n // factor, 1) for n in pixels.shape[:2])
-    whole = pixels[: height * factor, : width * factor]
-    return np.asarray(cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+def read_reduced(image: CellImage, factor: int, box: Float64, border: str) -> tuple[UInt8, Int64]:
+    """Return what a box shows of the plane, reduced by a whole factor, and where its first pixel (x, y) lies.
+
+    box  (2, 2), first and last reduced pixels, (x, y); with two more around it, which interpolation may touch.
+    """
+    size = [max(n // factor, 1) for n in (image.plane.width_px, image.plane.height_px)]
+    low, high = np.floor(box[0]).astype(int) - 2, np.ceil(box[1]).astype(int) + 3
+    (x0, x1), (y0, y1) = (inside_span(*span, border) for span in zip(low, high, size, strict=True))
+    pixels = image.pixels.read((x0 * factor, y0 * factor, x1 * factor, y1 * factor))
+    if factor > 1:
+        pixels = np.asarray(cv2.resize(pixels, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA), np.uint8)
+    return pixels, np.array([x0, y0], np.int64)
 
 
 def cut_exact(image: CellImage, xy: Float64, spec: CropSpec) -> Tensor:
@@ -145,7 +176,8 @@ def cut_exact(image: CellImage, xy: Float64, spec: CropSpec) -> Tensor:
         return torch.empty(0, 3, spec.input_px, spec.input_px)
     low, high = corners.min(axis=0), corners.max(axis=0) + spec.field_px
     box = (int(low[0]), int(low[1]), int(high[0]), int(high[1]))
-    cutter = CropCutter(RegionRead(image.levels[1], (0, 0), box), image.plane, torch.device("cpu"))
+    shown = shown_box(image.plane, box, [spec.border])
+    cutter = CropCutter(RegionRead(image.pixels.read(shown), shown[:2], box), image.plane, torch.device("cpu"))
     return cutter.cut(corners, spec)
 
 
@@ -161,9 +193,12 @@ def draw_crop(
     middle = (crop_corners(centre_xy[None], spec.field_px)[0] + spec.field_px / 2) / factor
     matrix = crop_matrix(rng, augment, middle, size)
     linear = matrix[:, :2] * (spec.field_px / (size * factor))
-    matrix = np.column_stack([linear, middle - 0.5 - linear @ np.full(2, (size - 1) / 2)])
+    begin = middle - 0.5 - linear @ np.full(2, (size - 1) / 2)
+    ends = begin + np.array([[0, 0], [0, size - 1], [size - 1, 0], [size - 1, size - 1]]) @ linear.T
+    pixels, corner = read_reduced(image, factor, np.stack([ends.min(axis=0), ends.max(axis=0)]), spec.border)
+    matrix = np.column_stack([linear, begin - corner])
     how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    crop = cv2.warpAffine(image.levels[factor], matrix, (size, size), flags=how, borderMode=BORDERS[spec.border])
+    crop = cv2.warpAffine(pixels, matrix, (size, size), flags=how, borderMode=BORDERS[spec.border])
     return np.asarray(crop, np.uint8)
 
 
@@ -212,31 +247,42 @@ def _shift(rng: np.random.Generator, most_px: float) -> Float64:
 
 
 class ExactCells(Dataset[CellCrops]):
-    """The cells of images as they are, in batches of at most `batch_size` cells of one image."""
+    """The cells of images as they are, in batches of at most `batch_size` that lie together."""
 
     def __init__(self, images: Sequence[CellImage], recipe: NuClassRecipe, context: bool, batch_size: int = 64) -> None:
         self.images, self.recipe, self.context = images, recipe, context
-        self.parts = [
-            (k, first, first + batch_size) for k, i in enumerate(images) for first in range(0, len(i), batch_size)
-        ]
+        specs = (recipe.local, recipe.context) if context else (recipe.local,)
+        self.parts = [(k, rows) for k, image in enumerate(images) for rows in _together(image, specs, batch_size)]
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __getitem__(self, index: int) -> CellCrops:
         """Return batch `index`: crops float32 (B, 3, h, w)."""
-        chosen, first, last = self.parts[index]
+        chosen, rows = self.parts[index]
         image = self.images[chosen]
-        xy, label = image.xy[first:last], torch.from_numpy(image.label[first:last])
+        xy, label = image.xy[rows], torch.from_numpy(image.label[rows])
         empty = torch.empty(len(label), 3, 0, 0)
         context = cut_exact(image, xy, self.recipe.context) if self.context else empty
         organ = torch.full((len(label),), image.organ)
         return CellCrops(cut_exact(image, xy, self.recipe.local), context, organ, label)
 
 
-def exact_loader(images: Sequence[CellImage], recipe: NuClassRecipe, context: bool) -> DataLoader[CellCrops]:
-    """Return the loader of the cells as they are, in a fixed order."""
-    return DataLoader(ExactCells(images, recipe, context), batch_size=None)  # type: ignore[arg-type]
+def _together(image: CellImage, specs: Sequence[CropSpec], batch_size: int) -> Iterator[Int64]:
+    corners = [(crop_corners(image.xy, spec.field_px), spec.field_px) for spec in specs]
+    for region in plan_regions(image.xy, corners, BATCH_REGION_PX):
+        for first in range(0, len(region.rows), batch_size):
+            yield region.rows[first : first + batch_size]
+
+
+def exact_loader(
+    images: Sequence[CellImage], recipe: NuClassRecipe, context: bool, workers: int = 0
+) -> DataLoader[CellCrops]:
+    """Return the loader of the cells as they are, in a fixed order; `workers` processes stay for all epochs."""
+    cells = ExactCells(images, recipe, context)
+    return DataLoader(  # type: ignore[return-value]
+        cells, batch_size=None, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=start_worker
+    )
 
 
 def images_of(sets: Sequence[CellSet]) -> tuple[list[CellImage], list[CellImage]]:

@@ -47,7 +47,7 @@ def kept_features(
     path = folder / f"{name}.safetensors"
     found = _read(path, key)
     if found is None:
-        batches = _augmented(images, recipe, views, workers) if views else exact_loader(images, recipe, context=True)
+        batches = _augmented(images, recipe, views, workers) if views else exact_loader(images, recipe, True, workers)
         found = compute_features(model, batches, recipe)
         with beside(path) as scratch:
             save_file(found._asdict(), scratch, {"key": key})

@@ -15,6 +15,7 @@ from cellslide.models.registry import IMAGENET_MEAN, IMAGENET_STD
 from cellslide.train.recipe import (
     AdamConfig,
     AugmentConfig,
+    LabelConfig,
     Recipe,
     ValConfig,
     build,
@@ -151,6 +152,7 @@ class NuClassRecipe(Recipe):
     freeze_epochs     epochs at the start in which the local backbone (and, in the global path, what came from the
                       local one) is frozen: probe warm-up, E_freeze.
     monitor           validation score whose best epoch is kept.
+    labels            which labels of slides count; val_cells: at most so many cells of an image validate, drawn once.
 
     An epoch is `epoch_samples` cells; each cell comes once before any comes again. `max_minutes` also ends the run by
     the clock, and a cosine then follows whichever is further.
@@ -177,6 +179,8 @@ class NuClassRecipe(Recipe):
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = True
+    labels: LabelConfig = field(default_factory=LabelConfig)
+    val_cells: int | None = None
     datasets: Mapping[str, CellSetConfig] = field(default_factory=dict)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: CellOptimConfig = field(default_factory=CellOptimConfig)
@@ -187,6 +191,7 @@ class NuClassRecipe(Recipe):
     def __post_init__(self) -> None:
         self.check_length(2, self.fold)
         require(len(self.classes) >= 2, "classes", list(self.classes), "two names or more")
+        require(self.val_cells is None or self.val_cells > 0, "val_cells", self.val_cells, "above 0")
         require(0 <= self.unknown_organ_p <= 1, "unknown_organ_p", self.unknown_organ_p, "0 to 1")
 
     def network(self) -> dict[str, Any]:
@@ -202,7 +207,7 @@ class NuClassRecipe(Recipe):
 
 # What a later stage takes from the run before it where its own recipe is silent, and what must then be the same.
 INHERITED = ("mpp", "local", "context", "classes", "organs", "model", "mean", "std", "datasets", "augment",
-             "unknown_organ_p", "jitter_px", "channels_last", "precision")  # fmt: skip
+             "labels", "val_cells", "unknown_organ_p", "jitter_px", "channels_last", "precision")  # fmt: skip
 SAME = ("mpp", "local", "classes", "organs", "model", "mean", "std")
 
 

@@ -300,7 +300,7 @@ def loaders(stage: Stage, run: Run, model: NuClass) -> tuple[Any, Any]:
     recipe, options, (train, val) = run.recipe, run.options, images_of(run.sets)
     if stage != "gate":
         wide = stage == "global"
-        return draw_loader(CellDataset(train, recipe, wide), run), exact_loader(val, recipe, wide)
+        return draw_loader(CellDataset(train, recipe, wide), run), exact_loader(val, recipe, wide, options.workers)
     name, device = accelerator_of(options.device)
     model.to(torch.device(f"{name}:{device[0]}" if isinstance(device, list) else name))
     folder = options.folder / "features"

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 
 from cellslide.train.augment import recolor
 from cellslide.train.loaders import Draws, DrawSampler
-from cellslide.train.pretrain.fields import Box, Field, FieldSet
+from cellslide.train.pixels import Box
+from cellslide.train.pretrain.fields import Field, FieldSet
 from cellslide.train.pretrain.recipe import CellDETRPretrainRecipe, MuseRecipe, ViewConfig
 from cellslide.train.recipe import AugmentConfig, Range
 from cellslide.types import Bool, Float64, Int64, UInt8

@@ -5,12 +5,10 @@ Frame: pixels of the field, (x, y); pixel i covers [i, i + 1).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -18,18 +16,16 @@ from scipy import ndimage
 from cellslide.classify.targets import Target, check_slide, expand_targets, open_target
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import MANIFEST, Sample
-from cellslide.slides.readers import open_reader
-from cellslide.slides.slide import Slide
 from cellslide.store.cell_table import open_table
 from cellslide.store.run_record import TABLE
 from cellslide.store.shapes import ring_boxes
 from cellslide.train.data import IGNORE_LABEL, choose_samples, pixel_size
+from cellslide.train.pixels import InMemory, OnSlide, Pixels
 from cellslide.train.pretrain.recipe import PretrainRecipe
 from cellslide.train.recipe import DatasetConfig
 from cellslide.train.task import FitOptions
-from cellslide.types import Float64, Int32, Int64, Plane, SlideInfo, UInt8
+from cellslide.types import Float64, Int32, Int64, Plane, SlideInfo
 
-Box = tuple[int, int, int, int]
 SLIDES = "slides"
 
 
@@ -48,44 +44,6 @@ class Sources:
     def datasets(self) -> tuple[Path, ...]:
         """The folders that are data sets."""
         return tuple(Path(p) for p in self.paths if (Path(p) / MANIFEST).is_file())
-
-
-class Pixels(Protocol):
-    """Where the pixels of a field come from."""
-
-    def read(self, box: Box) -> UInt8: ...
-
-
-@dataclass(frozen=True, slots=True)
-class InMemory:
-    """An image that is held, uint8 (H, W, 3)."""
-
-    image: UInt8
-
-    def read(self, box: Box) -> UInt8:
-        """Return the pixels of a box x0, y0, x1, y1 inside the image."""
-        x0, y0, x1, y1 = box
-        return self.image[y0:y1, x0:x1]
-
-
-@dataclass(frozen=True, slots=True)
-class OnSlide:
-    """A box of a slide's plane, read when it is wanted; `corner` is its first pixel."""
-
-    info: SlideInfo
-    plane: Plane
-    corner: tuple[int, int]
-
-    def read(self, box: Box) -> UInt8:
-        """Return the pixels of a box of the field; raises TileError where the file is damaged."""
-        x, y = self.corner
-        return _opened(self.info, os.getpid()).read_plane(self.plane, (box[0] + x, box[1] + y, box[2] + x, box[3] + y))
-
-
-@lru_cache(maxsize=16)
-def _opened(info: SlideInfo, process: int) -> Slide:
-    # By process, since a handle that was opened before a fork shares its place in the file with the parent's.
-    return Slide(open_reader(info.path), info)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +106,10 @@ def load_fields(sources: Sources, recipe: PretrainRecipe) -> list[FieldSet]:
     """
     folders = sources.datasets
     chosen = choose_samples(folders, recipe.datasets, DatasetConfig())
-    sets = [_of_dataset(path, part.train, recipe) for path, part in zip(folders, chosen, strict=True)]
+    sets = [
+        _of_dataset(path, [s for s in part.train if isinstance(s, Sample)], recipe)
+        for path, part in zip(folders, chosen, strict=True)
+    ]
     rest = [path for path in sources.paths if Path(path) not in folders]
     if rest:
         targets = expand_targets(rest, sources.nuclei or Path())

@@ -15,10 +15,12 @@ import click
 
 from cellslide.models.registry import lazy
 from cellslide.train.nuclass.recipe import NuClassRecipe, Stage, load_nuclass_recipe
-from cellslide.train.task import FILE, FOLD, RUN, FitOptions, Flag, TrainingTask, from_paths
+from cellslide.train.task import FILE, FOLD, LABELS, RUN, FitOptions, Flag, TrainingTask, from_paths
 
 HELP: dict[Stage, str] = {
-    "local": "Train NuClass's local path, which sees the nucleus, on DATASET folders of typed points.",
+    "local": "Train NuClass's local path, which sees the nucleus, on DATASET folders of typed points.\n\n"
+    "Slides whose nuclei have labels are read too: a folder of tables (`xenium label`), or a .csv list with the columns "
+    "cells, slide, patient, organ, split.",
     "global": "Train NuClass's global path, which also sees the surroundings, beside the frozen local path.\n\n"
     "What the recipe does not say is as in the local run.",
     "gate": "Train NuClass's gate between both paths, and write the complete classifier.\n\nBoth paths stay as "
@@ -68,7 +70,7 @@ def _task(stage: Stage) -> TrainingTask:
         loaders=lazy(f"{work}:loaders", stage),
         entry=partial(_entry, stage),
         card={"stage": stage},
-        flags=(FOLD, *FLAGS[stage]),
+        flags=(FOLD, LABELS, *FLAGS[stage]),
     )
 
 
