@@ -19,8 +19,8 @@ from cellslide.train.task import FILE, FOLD, LABELS, RUN, FitOptions, Flag, Trai
 
 HELP: dict[Stage, str] = {
     "local": "Train NuClass's local path, which sees the nucleus, on DATASET folders of typed points.\n\n"
-    "Slides whose nuclei have labels are read too: a folder of tables (`xenium label`), or a .csv list with the columns "
-    "cells, slide, patient, organ, split.",
+    "Slides whose nuclei have labels are read too: a folder of tables (`xenium label`), or a .csv list with the "
+    "columns cells, slide, patient, organ, split.",
     "global": "Train NuClass's global path, which also sees the surroundings, beside the frozen local path.\n\n"
     "What the recipe does not say is as in the local run.",
     "gate": "Train NuClass's gate between both paths, and write the complete classifier.\n\nBoth paths stay as "
