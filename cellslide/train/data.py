@@ -6,7 +6,7 @@ Every crop is a function of (seed, draw number) alone, so neither workers nor re
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -24,8 +24,9 @@ from cellslide.train.artefacts import add_artefact
 from cellslide.train.augment import crop_matrix, pale_nuclei, recolor, warp
 from cellslide.train.hover.recipe import HoverRecipe
 from cellslide.train.loaders import Draws, draw_loader, whole_loader
-from cellslide.train.recipe import DatasetConfig, Fold, Recipe, Supervision, ValConfig
-from cellslide.train.slide_sets import AnySample, SlideSample, read_samples, set_name
+from cellslide.train.recipe import DatasetConfig, Fold, LabelConfig, Recipe, Supervision, ValConfig
+from cellslide.train.slide_fields import SlideFields, Window
+from cellslide.train.slide_sets import AnySample, SlideSample, check_labels, read_samples, set_name
 from cellslide.train.targets import IGNORE, hover_map, point_labels, single_nuclei
 from cellslide.train.task import Run
 from cellslide.types import Bool, Float64, Int32, UInt8
@@ -133,28 +134,30 @@ def load_sets(paths: Sequence[Path], recipe: HoverRecipe) -> list[TrainSet]:
             raise UsageError(f"{sample.table}: outlines are learned from data sets of masks, not from slides")
         return prepare(sample, config, recipe)
 
-    return read_sets(paths, recipe.datasets, prepared, prepared, recipe.fold)
+    return read_sets(paths, recipe.datasets, prepared, lambda sample, config: [prepared(sample, config)], recipe.fold)
 
 
 def read_sets(
     paths: Sequence[Path],
     configs: Mapping[str, DatasetConfig],
     train: Callable[[AnySample, DatasetConfig], TrainT],
-    val: Callable[[AnySample, DatasetConfig], ValT],
+    val: Callable[[AnySample, DatasetConfig], Iterable[ValT]],
     fold: str | None = None,
+    labels: LabelConfig | None = None,
 ) -> list[ImageSet[TrainT, ValT]]:
-    """Return the data sets, `configs` by their names, each image as `train` or `val` makes it of its sample.
+    """Return the data sets, `configs` by their names, as `train` and `val` make an image, or several, of a sample.
 
     Raises UsageError as `choose_samples` does, and if nothing is left to train.
     """
-    sets = []
-    for path, chosen in zip(paths, choose_samples(paths, configs, DatasetConfig(), fold), strict=True):
+    sets, parts = [], choose_samples(paths, configs, DatasetConfig(), fold)
+    check_labels([s for chosen in parts for s in (*chosen.train, *chosen.val)], labels or LabelConfig())
+    for path, chosen in zip(paths, parts, strict=True):
         name = set_name(path)
         config = configs.get(name, DatasetConfig())
         # A set that is never drawn is there to validate.
         drawn = chosen.train if config.weight > 0 else []
-        images = tuple(train(s, config) for s in drawn), tuple(val(s, config) for s in chosen.val)
-        sets.append(ImageSet(name, path, config.weight, *images))
+        shown = tuple(item for s in chosen.val for item in val(s, config))
+        sets.append(ImageSet(name, path, config.weight, tuple(train(s, config) for s in drawn), shown))
     if not any(s.trains for s in sets):
         raise UsageError("DATASET: no image is left to train on")
     return sets
@@ -280,7 +283,8 @@ def prepare(sample: Sample, config: DatasetConfig, recipe: HoverRecipe) -> Train
         hover = _trusted(mask, kind, config)
     classes = np.full(len(hover), IGNORE, np.int32)
     if points is not None:
-        _type_labels(classes, labels, points_xy, points.class_name, recipe.model.classes)
+        named = [config.classes.get(name, name) for name in points.class_name]
+        _type_labels(classes, labels, points_xy, named, recipe.model.classes)
     # Background is known only to be no nucleus: without any class it says nothing about types.
     classes[0] = 0 if (classes > 0).any() else IGNORE
     return TrainImage(sample.stem, sample.dataset, image, labels, classes, hover, points_xy, mpp)
@@ -375,10 +379,19 @@ def mirror_pad(item: TrainImage, pad_px: int = PAD_PX) -> TrainImage:
     return TrainImage(item.name, item.dataset, image, new, label_class, label_hover, xy, item.mpp)
 
 
+def image_of(item: SlideFields, window: Window) -> TrainImage:
+    """Return a window of a slide as an image; its nuclei must have outlines."""
+    assert window.labels is not None
+    known = np.where(window.label < 0, IGNORE, window.label + 1)
+    label_class = np.concatenate([[0 if (window.label >= 0).any() else IGNORE], known]).astype(np.int32)
+    hover = np.ones(len(label_class), np.bool_)
+    return TrainImage(item.name, item.dataset, window.image, window.labels, label_class, hover, None, item.plane.mpp)
+
+
 class CropDataset(Dataset[Crops]):
     """Crops by draw number: item d is drawn with the generator of (seed, d) from a set by weight and an image in it."""
 
-    def __init__(self, sets: Sequence[ImageSet[TrainImage, Any]], recipe: HoverRecipe) -> None:
+    def __init__(self, sets: Sequence[ImageSet[TrainImage | SlideFields, Any]], recipe: HoverRecipe) -> None:
         self.images = Draws((s.weight, [_padded(item) for item in s.train]) for s in sets if s.trains)
         self.recipe = recipe
 
@@ -390,17 +403,24 @@ class CropDataset(Dataset[Crops]):
     def draw(self, draw: int) -> tuple[UInt8, Int32, TrainImage]:
         """Return draw `draw` as image (H, W, 3) and labels (H, W), augmented, and the image it was cut from."""
         rng = np.random.default_rng([self.recipe.seed, draw])
-        (item, centres), crop = self.images.draw(rng), self.recipe.crop_px
-        centre = _draw_centre(rng, item, centres, self.recipe)
-        matrix = crop_matrix(rng, self.recipe.augment, centre, crop)
+        drawn, crop = self.images.draw(rng), self.recipe.crop_px
+        if isinstance(drawn, SlideFields):
+            matrix = crop_matrix(rng, self.recipe.augment, drawn.draw_centre(rng, crop), crop)
+            window, matrix = drawn.under(matrix, crop)
+            item = image_of(drawn, window)
+        else:
+            item, centres = drawn
+            matrix = crop_matrix(rng, self.recipe.augment, _draw_centre(rng, item, centres, self.recipe), crop)
         image, labels = warp(item.image, item.labels, matrix, crop)
         image = pale_nuclei(rng, self.recipe.augment, image, labels)
         image, labels = add_artefact(rng, self.recipe.augment, image, labels)
         return recolor(rng, self.recipe.augment, image), labels, item
 
 
-def _padded(item: TrainImage) -> tuple[TrainImage, Float64]:
-    """Return an image with its mirrored border, and the centres of its nuclei (N, 2) in its pixels."""
+def _padded(item: TrainImage | SlideFields) -> tuple[TrainImage, Float64] | SlideFields:
+    """Return an image with its mirrored border, and the centres of its nuclei (N, 2) in it; a slide as it is."""
+    if isinstance(item, SlideFields):
+        return item
     padded = mirror_pad(item)
     return padded, _centres(padded)
 

@@ -108,6 +108,7 @@ class DatasetConfig:
                      train, without the patients that validate elsewhere.
     trust_single     foreground sets: train the HoVer branch too where a blob holds one nucleus.
     exclude_patients patients that are left out altogether, because they stand in a set kept for evaluation.
+    classes          names of points' and nuclei's classes that the recipe calls otherwise.
     point_radius_um, background_um
                      point sets: sure nucleus within the first, sure background beyond the second where it is bright.
     """
@@ -120,6 +121,7 @@ class DatasetConfig:
     folds: bool = True
     trust_single: bool = True
     exclude_patients: tuple[str, ...] = ()
+    classes: Mapping[str, str] = field(default_factory=dict)
     point_radius_um: float = 1.25
     background_um: float = 8.0
     val: ValConfig = field(default_factory=ValConfig)

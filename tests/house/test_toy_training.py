@@ -73,7 +73,7 @@ class Greys(torch.utils.data.Dataset[Tensor]):
 def _read(options: FitOptions, recipe: ToyRecipe) -> list[Any]:
     crops = HoverRecipe(mpp=recipe.mpp)
     images = lambda sample, config: prepare(sample, config, crops)  # noqa: E731
-    return read_sets([Path(s) for s in options.sources], recipe.datasets, images, images)
+    return read_sets([Path(s) for s in options.sources], recipe.datasets, images, lambda *of: [images(*of)])
 
 
 TASK = TrainingTask(

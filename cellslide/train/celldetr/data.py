@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,8 @@ from cellslide.train.celldetr.recipe import CellDETRRecipe
 from cellslide.train.data import CropDataset, ImageSet, TrainImage, prepare, read_sets, supervision_of
 from cellslide.train.loaders import draw_loader, whole_loader
 from cellslide.train.recipe import DatasetConfig
+from cellslide.train.slide_fields import VAL_FIELD_PX, SlideFields, slide_fields
+from cellslide.train.slide_sets import AnySample, SlideSample
 from cellslide.train.task import Run
 from cellslide.types import Bool, Float32, Float64, Int32, Int64, UInt8
 
@@ -45,7 +47,7 @@ class MarkedImage:
         return len(self.xy)
 
 
-BoxSet = ImageSet[TrainImage, MarkedImage]
+BoxSet = ImageSet[TrainImage | SlideFields, MarkedImage]
 
 
 def load_box_sets(paths: Sequence[Path], recipe: CellDETRRecipe) -> list[BoxSet]:
@@ -54,12 +56,40 @@ def load_box_sets(paths: Sequence[Path], recipe: CellDETRRecipe) -> list[BoxSet]
     A patient that validates in one set trains in none.
     """
 
-    def outlined(sample: Sample, config: DatasetConfig) -> TrainImage:
-        return _outlined(sample, config, recipe)
+    def outlined(sample: AnySample, config: DatasetConfig) -> TrainImage | SlideFields:
+        return (
+            fields_of(sample, config, recipe) if isinstance(sample, SlideSample) else _outlined(sample, config, recipe)
+        )
 
-    return read_sets(
-        paths, recipe.datasets, outlined, lambda sample, config: marked(sample, config, recipe), recipe.fold
-    )
+    def validating(sample: AnySample, config: DatasetConfig) -> Iterator[MarkedImage]:
+        if isinstance(sample, SlideSample):
+            yield from marked_squares(fields_of(sample, config, recipe), recipe)
+        else:
+            yield marked(sample, config, recipe)
+
+    return read_sets(paths, recipe.datasets, outlined, validating, recipe.fold, recipe.labels)
+
+
+def fields_of(sample: SlideSample, config: DatasetConfig, recipe: CellDETRRecipe) -> SlideFields:
+    """Return a slide whose nuclei have outlines; raises UsageError where they have none."""
+    names = recipe.model.classes, config.classes
+    found = slide_fields(sample, recipe.mpp, recipe.crop_px, recipe.labels, *names, config.val, outlined=True)
+    if found.outlines is None:
+        raise UsageError(f"{sample.table}: boxes need outlines, and this table has points only; `segment` the slide")
+    return found
+
+
+def marked_squares(item: SlideFields, recipe: CellDETRRecipe) -> Iterator[MarkedImage]:
+    """Yield squares of a slide that validate; where it has typed nuclei, those of no class are not known."""
+    for box in item.squares(VAL_FIELD_PX, recipe.val_fields, recipe.seed):
+        window = item.window(box)
+        assert window.labels is not None
+        height, width = window.labels.shape
+        inside = ((window.xy >= 0) & (window.xy < (width, height))).all(axis=1)
+        typed = (window.label >= 0) | (not item.typed)
+        known = ~np.isin(window.labels, np.flatnonzero(~typed) + 1)
+        rows = inside & typed
+        yield MarkedImage(item.name, item.dataset, window.image, window.xy[rows], window.label[rows], known)
 
 
 def _outlined(sample: Sample, config: DatasetConfig, recipe: CellDETRRecipe) -> TrainImage:
@@ -73,7 +103,7 @@ def marked(sample: Sample, config: DatasetConfig, recipe: CellDETRRecipe) -> Mar
     """Return one image that validates, by its points where it has some, else by its masks."""
     item = prepare(sample, config, recipe.crops())
     if item.points_xy is not None:
-        names = sample.load_points().class_name
+        names = [config.classes.get(name, name) for name in sample.load_points().class_name]
         known = recipe.model.classes
         label = np.array([known.index(name) if name in known else -1 for name in names], np.int64)
         everywhere = np.ones(item.labels.shape, np.bool_)

@@ -12,6 +12,7 @@ from cellslide.train.recipe import (
     AdamConfig,
     AugmentConfig,
     DatasetConfig,
+    LabelConfig,
     ModelConfig,
     Range,
     Recipe,
@@ -107,6 +108,7 @@ class CellDETRRecipe(Recipe):
     score_threshold, thresholds
              least score of a nucleus; validation picks it among `thresholds` where some are given, and the network
              itself keeps all from `score_threshold` on.
+    labels   which labels of slides count; of each slide `val_fields` squares of VAL_FIELD_PX validate.
     nms_um   of two boxes whose centres lie no farther apart (µm) the surer one is kept, in validation and in the
              entry of the manifest; 0, as published, keeps all.
     """
@@ -131,6 +133,8 @@ class CellDETRRecipe(Recipe):
     nms_um: float = 0.0
     tile_px: int = 512
     monitor: str = "val/f1"
+    labels: LabelConfig = field(default_factory=LabelConfig)
+    val_fields: int = 16
     datasets: Mapping[str, DatasetConfig] = field(default_factory=dict)
     model: DetrModelConfig = field(default_factory=DetrModelConfig)
     optim: DetrOptimConfig = field(default_factory=DetrOptimConfig)

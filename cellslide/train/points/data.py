@@ -7,8 +7,8 @@ it, and its mirror image beyond that. Every field is a function of (seed, draw n
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +22,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import MANIFEST, Sample
-from cellslide.evaluate.detection import centroids
+from cellslide.evaluate.detection import RADIUS_UM, centroids
 from cellslide.train.augment import crop_matrix, recolor
 from cellslide.train.data import IGNORE_LABEL, ImageSet, card_of, pixel_size, read_sets, resample_image, resample_labels
 from cellslide.train.loaders import Draws, draw_loader, whole_loader
 from cellslide.train.points.losses import UNKNOWN
 from cellslide.train.points.recipe import PointsRecipe
 from cellslide.train.recipe import DatasetConfig
+from cellslide.train.slide_fields import VAL_FIELD_PX, SlideFields, Window, slide_fields
+from cellslide.train.slide_sets import AnySample, SlideSample
 from cellslide.train.task import Run
 from cellslide.types import Bool, Float64, Int32, Int64, UInt8
 
@@ -64,7 +66,7 @@ class PointImage:
     mpp: float
 
 
-PointSet = ImageSet[PointImage, PointImage]
+PointSet = ImageSet[PointImage | SlideFields, PointImage]
 
 
 class Fields(NamedTuple):
@@ -95,10 +97,40 @@ def load_point_sets(paths: Sequence[Path], recipe: PointsRecipe) -> list[PointSe
     def around() -> dict[Path, Surroundings]:
         return {image: wide for path in paths for image, wide in surroundings(path).items()}
 
-    def prepared(sample: Sample, config: DatasetConfig) -> PointImage:
-        return prepare(sample, config, recipe, around())
+    def prepared(sample: AnySample, config: DatasetConfig) -> PointImage | SlideFields:
+        if not isinstance(sample, SlideSample):
+            return prepare(sample, config, recipe, around())
+        names = recipe.model.classes, config.classes
+        return slide_fields(sample, recipe.mpp, recipe.field_px, recipe.labels, *names, config.val, outlined=False)
 
-    return read_sets(paths, recipe.datasets, prepared, prepared, recipe.fold)
+    def validating(sample: AnySample, config: DatasetConfig) -> Iterator[PointImage]:
+        item = prepared(sample, config)
+        if isinstance(item, PointImage):
+            yield item
+        else:
+            for box in item.squares(VAL_FIELD_PX, recipe.val_fields, recipe.seed):
+                image = point_image(item, item.window(box), recipe)
+                yield typed_only(image, recipe) if item.typed else image
+
+    return read_sets(paths, recipe.datasets, prepared, validating, recipe.fold, recipe.labels)
+
+
+def point_image(item: SlideFields, window: Window, recipe: PointsRecipe) -> PointImage:
+    """Return a window of a slide as an image; all its nuclei are known."""
+    height, width = shape = window.image.shape[:2]
+    mask = point_mask(window.xy, shape, recipe.mask_radius_um / recipe.mpp)
+    return PointImage(
+        item.name, item.dataset, window.image, (0, 0, width, height), mask, np.full(shape, SUPERVISED, np.int8),
+        window.xy, window.label, False, item.plane.mpp,
+    )  # fmt: skip
+
+
+def typed_only(item: PointImage, recipe: PointsRecipe) -> PointImage:
+    """Return a part of a slide of typed nuclei as it scores types: about those of no class it is not annotated."""
+    typed = item.label != UNKNOWN
+    around = point_mask(item.xy[~typed], item.mask.shape, RADIUS_UM / recipe.mpp) == 1
+    region = np.where(around, IGNORED, item.region).astype(np.int8)
+    return replace(item, region=region, xy=item.xy[typed], label=item.label[typed], typed=bool(typed.any()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +168,7 @@ def prepare(
     mpp = pixel_size(sample, config, labels)
     scale = mpp / recipe.mpp
     shape = resample_image(image, scale).shape[:2]
-    xy, label = _nuclei(sample, labels, recipe.model.classes)
+    xy, label = _nuclei(sample, labels, recipe.model.classes, config.classes)
     if labels is None:
         radius = recipe.mask_radius_um / recipe.mpp
         mask, region = point_mask(xy * scale, shape, radius), np.full(shape, SUPERVISED, np.int8)
@@ -172,7 +204,9 @@ def _mask_of(sample: Sample) -> Int32 | None:
     return np.where(mask == IGNORE_LABEL, -1, mask).astype(np.int32)
 
 
-def _nuclei(sample: Sample, labels: Int32 | None, classes: Sequence[str]) -> tuple[Float64, Int64]:
+def _nuclei(
+    sample: Sample, labels: Int32 | None, classes: Sequence[str], renamed: Mapping[str, str]
+) -> tuple[Float64, Int64]:
     """Return places and classes: the points where the sample has any, else its outlines' centroids without class."""
     if sample.points_path is None:
         if labels is None:
@@ -180,8 +214,8 @@ def _nuclei(sample: Sample, labels: Int32 | None, classes: Sequence[str]) -> tup
         _, xy = centroids(np.maximum(labels, 0))
         return xy, np.full(len(xy), UNKNOWN, np.int64)
     points = sample.load_points()
-    named = [classes.index(name) if name in classes else UNKNOWN for name in points.class_name]
-    return points.xy, np.array(named, np.int64)
+    names = [renamed.get(name, name) for name in points.class_name]
+    return points.xy, np.array([classes.index(n) if n in classes else UNKNOWN for n in names], np.int64)
 
 
 def _widen(image: UInt8, place: Surroundings | None, scale: float) -> tuple[UInt8, tuple[int, int]]:
@@ -220,7 +254,12 @@ class FieldDataset(Dataset[Fields]):
         """Return draw `draw` as a batch of one."""
         rng = np.random.default_rng([self.recipe.seed, draw])
         item, size = self.images.draw(rng), self.recipe.field_px
-        matrix = crop_matrix(rng, self.recipe.augment, draw_centre(rng, item, self.recipe), size)
+        if isinstance(item, SlideFields):
+            centre = item.draw_centre(rng, size, self.recipe.balance)
+            window, matrix = item.under(crop_matrix(rng, self.recipe.augment, centre, size), size)
+            item = point_image(item, window, self.recipe)
+        else:
+            matrix = crop_matrix(rng, self.recipe.augment, draw_centre(rng, item, self.recipe), size)
         return cut_field(rng, item, matrix, self.recipe, self.plain)
 
 
@@ -289,8 +328,9 @@ def loaders(run: Run, model: Any) -> tuple[DataLoader[Fields], DataLoader[PointI
 def point_set_card(images: PointSet, recipe: PointsRecipe) -> dict[str, Any]:
     """Return the card's entry of a data set, its nuclei counted by class."""
 
-    def count(items: Sequence[PointImage]) -> dict[str, Any]:
-        labels = np.concatenate([np.empty(0, np.int64), *(item.label for item in items)])
+    def count(items: Sequence[PointImage | SlideFields]) -> dict[str, Any]:
+        found = (item.label[item.own] if isinstance(item, SlideFields) else item.label for item in items)
+        labels = np.concatenate([np.empty(0, np.int64), *found])
         nuclei = {name: int((labels == k).sum()) for k, name in enumerate(recipe.model.classes)}
         return {"images": len(items), "nuclei": nuclei | {"of unknown class": int((labels == UNKNOWN).sum())}}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cellslide.models.registry import IMAGENET_MEAN, IMAGENET_STD
-from cellslide.train.recipe import AugmentConfig, DatasetConfig, ModelConfig, OptimConfig, Recipe, require
+from cellslide.train.recipe import AugmentConfig, DatasetConfig, LabelConfig, ModelConfig, OptimConfig, Recipe, require
 
 FIELD_MULTIPLE = 32
 
@@ -97,6 +97,7 @@ class PointsRecipe(Recipe):
     centred       share of the fields centred near a nucleus, where a field is smaller than its window.
     balance       share of those whose nucleus is drawn after its class, each class alike.
     mask_radius_um  the auxiliary mask of points: nucleus within this, background beyond twice of it.
+    labels        which labels of slides count; of each slide `val_fields` squares of VAL_FIELD_PX validate.
     """
 
     id: str = "muse-points"
@@ -114,6 +115,8 @@ class PointsRecipe(Recipe):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     channels_last: bool = True
     monitor: str = "val/mean_f1"
+    labels: LabelConfig = field(default_factory=LabelConfig)
+    val_fields: int = 16
     datasets: Mapping[str, DatasetConfig] = field(default_factory=dict)
     tile_px: int | None = None
     model: PointModelConfig = field(default_factory=PointModelConfig)

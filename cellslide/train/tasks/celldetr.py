@@ -9,7 +9,7 @@ import click
 
 from cellslide.models.registry import lazy
 from cellslide.train.celldetr.recipe import CellDETRRecipe
-from cellslide.train.task import PATH, TrainingTask, crop_flags, from_paths, trained_by
+from cellslide.train.task import LABELS, PATH, TrainingTask, crop_flags, from_paths, trained_by
 from cellslide.types import DetectDecode
 
 
@@ -22,7 +22,8 @@ def entry(recipe: CellDETRRecipe, metrics: Mapping[str, float]) -> dict[str, Any
 TASK = TrainingTask(
     name="celldetr",
     help="Train CellDETR, which finds nuclei as boxes, on DATASET folders of masks.\n\nBoxes are those of the masks; "
-    "points give classes where the recipe names some.",
+    "points give classes where the recipe names some. Slides whose nuclei have outlines are read too: a folder of "
+    "tables (`segment`, `xenium label`), or a .csv list with the columns cells, slide, patient, organ, split.",
     recipe=CellDETRRecipe,
     read_sets=from_paths("cellslide.train.celldetr.data:load_box_sets"),
     set_card=lazy("cellslide.train.data:set_card"),
@@ -34,6 +35,7 @@ TASK = TrainingTask(
     flags=(
         click.option("--init", type=PATH, help="Detector to start from, also one of `cellslide pretrain celldetr`."),
         click.option("--encoder-weights", type=PATH, help="Weights of the backbone alone, under any prefix."),
+        LABELS,
         *crop_flags("--crop-size", "crop_px", "Edge of the training crops, px."),
     ),
 )

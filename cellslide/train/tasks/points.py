@@ -8,13 +8,15 @@ import click
 
 from cellslide.models.registry import lazy
 from cellslide.train.points.recipe import PointsRecipe
-from cellslide.train.task import PATH, TrainingTask, crop_flags, from_paths, trained_by
+from cellslide.train.task import LABELS, PATH, TrainingTask, crop_flags, from_paths, trained_by
 from cellslide.types import DetectDecode
 
 TASK = TrainingTask(
     name="muse-points",
     help="Train a point detector (a MUSE backbone and a head after DPA-P2PNet) on DATASET folders.\n\nPoints of the "
-    "recipe's classes teach place and type, other points and masks (by their centroids) the place alone.",
+    "recipe's classes teach place and type, other points and masks (by their centroids) the place alone. Slides whose "
+    "nuclei are known are read too: a folder of tables (`segment`, `xenium label`), or a .csv list with the columns "
+    "cells, slide, patient, organ, split.",
     recipe=PointsRecipe,
     read_sets=from_paths("cellslide.train.points.data:load_point_sets"),
     set_card=lazy("cellslide.train.points.data:point_set_card"),
@@ -31,6 +33,7 @@ TASK = TrainingTask(
             type=PATH,
             help="Backbone to start from: a published MUSE, one of `cellslide pretrain muse`, or another detector's.",
         ),
+        LABELS,
         *crop_flags("--field-size", "field_px", "Edge of the fields that the network sees, px."),
     ),
 )
