@@ -1,10 +1,11 @@
 """What is called from Python, and what the commands call: an image gives cells in memory, a path a table on disk.
 
 models.py loads networks, slides.py finds and types nuclei, scores.py compares them with labelled ones, measure.py
-counts them by region, xenium.py reads transcripts beside a slide. Everything heavy is imported inside the functions:
-to import this costs nothing.
+counts them by region, xenium.py reads transcripts beside a slide, genes.py predicts genes. Everything heavy is imported
+inside the functions: to import this costs nothing.
 """
 
+from cellslide.api.genes import evaluate_genes, predict_genes
 from cellslide.api.measure import measure
 from cellslide.api.models import Model, fetch_model, list_models, load_model, task_of
 from cellslide.api.scores import calibrate, evaluate
@@ -17,6 +18,7 @@ __all__ = [
     "classify",
     "embed",
     "evaluate",
+    "evaluate_genes",
     "explain",
     "fetch_model",
     "import_cells",
@@ -24,6 +26,7 @@ __all__ = [
     "load_model",
     "measure",
     "open_slide",
+    "predict_genes",
     "read_cells",
     "run",
     "segment",

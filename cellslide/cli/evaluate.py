@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ FOLDER_IN = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @grouped.define()
-@click.argument("dataset", type=FOLDER_IN, metavar="DATASET_DIR")
+@click.argument("dataset", type=click.Path(exists=True, path_type=Path), metavar="DATASET_DIR|SAMPLES.csv")
 @model_options
 @click.option(
     "--predictions",
@@ -67,6 +68,12 @@ FOLDER_IN = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--reliability", type=OUTPUT_FILE, metavar="FILE.png", help="Classifier: draw a reliability diagram.")
 @click.option("--json", "json_file", type=OUTPUT_FILE, metavar="FILE", help="Write the scores as JSON.")
 @click.option("--per-image", type=OUTPUT_FILE, metavar="FILE", help="Write the scores of each image as CSV.")
+@click.option("--fold", metavar="K/N", help="SAMPLES.csv: split by patient as `train fusion --fold` does.")
+@click.option(
+    "--min-transcripts", type=click.IntRange(0), default=1000, show_default=True,
+    help="SAMPLES.csv: tiles with fewer are left out.",
+)  # fmt: skip
+@click.option("--tokens", type=click.Path(file_okay=False, path_type=Path), help="SAMPLES.csv: folder of the counts.")
 @infer_options
 @tta_option
 @tile_options
@@ -84,6 +91,7 @@ def command(
 
     DATASET_DIR holds manifest.csv with images, masks (instance labels) or points. `--model classical` is the
     baseline without training: haematoxylin, Otsu, watershed. A classifier types the annotated points, by every rule.
+    SAMPLES.csv (slide, bundle, patient, split) scores weights of `train fusion` beside the baselines.
 
     \b
     Example:
@@ -93,7 +101,10 @@ def command(
       cellslide evaluate --predictions points data/brca-m2c --protocol brca-m2c
       cellslide evaluate --model CLASSIFIER data/typed --split val --reliability diagram.png
       cellslide evaluate --model CLASSIFIER data/typed --nuclei detected
+      cellslide evaluate --weights runs/fusion samples.csv --split test --json genes.json
     """
+    if dataset.is_file():
+        return _evaluate_genes(dataset, model, weights, split, json_file, flags)
     if predictions is not None and (model is not None or weights is not None):
         raise UsageError("--predictions: scores what is on disk, so it goes without --model and --weights")
     if model == CLASSICAL and weights is not None:
@@ -102,6 +113,8 @@ def command(
     from cellslide.classify.rule_settings import RuleSettings
     from cellslide.store.atomic import write_text
 
+    for name in ("fold", "min_transcripts", "tokens"):
+        flags.pop(name)
     typing = {name: flags.pop(name) for name in TYPING_FLAGS}
     tta, task = flags.pop("tta"), "classify" if nuclei is not None else api.task_of(model, weights)
     _check_flags(task if predictions is None else None, nuclei, typing, reliability)
@@ -128,6 +141,26 @@ def command(
     if json_file is not None:
         write_text(json_file, report.to_json())
     _show(report)
+
+
+def _evaluate_genes(
+    samples: Path, model: str | None, weights: Path | None, split: str | None, json_file: Path | None,
+    flags: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Score weights of `train fusion` or `pretrain clip` on the slides of a table."""
+    from cellslide.api import evaluate_genes
+    from cellslide.genes.evaluate import lines_of
+    from cellslide.store.atomic import write_text
+
+    report = evaluate_genes(
+        samples, weights=weights, model=model, split=split or "test", fold=flags["fold"], device=flags["device"],
+        min_transcripts=flags["min_transcripts"], tokens=flags["tokens"],
+    )  # fmt: skip
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(json_file, json.dumps(report.as_dict(), indent=1, allow_nan=False) + "\n")
+    for line in lines_of(report):
+        click.echo(line)
 
 
 def _check_flags(task: str | None, nuclei: str | None, typing: Mapping[str, Any], reliability: Path | None) -> None:

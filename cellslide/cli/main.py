@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pretrain": ("cellslide.cli.pretrain:command", "Learn nuclei without labels, from slides or tiles."),
     "calibrate": ("cellslide.cli.calibrate:command", "Fit a classifier's confidence on labelled nuclei."),
     "xenium": ("cellslide.cli.xenium:command", "Check and label a slide by its Xenium transcripts."),
+    "genes": ("cellslide.cli.genes:command", "Predict genes that were not measured, by morphology and transcripts."),
     "weights": ("cellslide.cli.weights:command", "List, show, fetch, verify or add model weights."),
     "bench": ("cellslide.cli.bench:command", "Measure the speed of the stages on this machine."),
     "demo": ("cellslide.cli.demo:command", "Run the whole thing on a slide that is made here, offline."),
@@ -50,7 +51,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 # How the help lists them; what is named in no section stands in the last.
 SECTIONS = {
-    "Slides": ("run", "segment", "classify", "embed", "xenium"),
+    "Slides": ("run", "segment", "classify", "embed", "xenium", "genes"),
     "Results": ("report", "measure", "view", "explain", "compare", "export", "verify"),
     "Models": ("weights", "evaluate", "calibrate", "probe", "train", "pretrain"),
     "This machine": ("info", "doctor", "bench", "demo"),

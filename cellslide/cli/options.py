@@ -98,7 +98,12 @@ model_options = chain(
         callback=shipped_by_name,
         help="Model from `cellslide weights list`.  [default: the one that ships]",
     ),
-    click.option("--weights", type=FILE, help="Weights file of a published checkpoint (.pth, .safetensors)."),
+    click.option(
+        "--weights",
+        type=click.Path(exists=True, path_type=Path),
+        metavar="PATH",
+        help="Weights of a published checkpoint (.pth, .safetensors), or the folder of a training run.",
+    ),
 )
 
 tta_option = click.option(

@@ -42,7 +42,7 @@ def command_of(task: TrainingTask) -> click.Command:
     """Return the command of a training."""
     metavar, samples = SOURCES[task.command]
     kind: Any = click.Path(path_type=Path) if task.command == "train" else str
-    sources = click.argument("sources", nargs=-1, required=True, metavar=metavar, type=kind)
+    sources = click.argument("sources", nargs=-1, required=True, metavar=task.metavar or metavar, type=kind)
 
     @chain(sources, *run_flags(samples), *task.flags)
     def run(recipe: Path | None, **given: Any) -> None:

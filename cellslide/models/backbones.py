@@ -343,10 +343,12 @@ def _without_classifier(state: State, backbone: nn.Module) -> dict[str, Tensor]:
     named = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier") or ()
     names = (named,) if isinstance(named, str) else tuple(named)
     own = set(backbone.state_dict())
+    # A network of features alone has no layers after its last stage.
+    ends = _LAST_LAYERS if "conv_stem.weight" in own else ()
     return {
         name: tensor
         for name, tensor in state.items()
-        if name in own or not any(name in (f"{n}.weight", f"{n}.bias") for n in names)
+        if name in own or not (name.startswith(ends) or any(name in (f"{n}.weight", f"{n}.bias") for n in names))
     }
 
 

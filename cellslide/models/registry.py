@@ -245,6 +245,12 @@ _BUILT_IN = (
         IMAGENET_STD,
         citation="NuClass, Xu et al. 2025",
     ),
+    Architecture(
+        "morpho_fusion",
+        "backbone",
+        _in("morpho_fusion:build"),
+        citation="Early fusion of morphology and transcripts, Martinelli et al. 2026",
+    ),
 )
 for _architecture in _BUILT_IN:
     register(_architecture)

@@ -110,6 +110,7 @@ class TrainingTask:
     entry                 recipe and scores -> keys of the manifest entry beside those of the recipe's `network`.
     card                  recipe -> what else the card says.
     weights               the tensors to write, of those of the module's `model`.
+    metavar               what its sources are called where they are no data sets.
     write_more            writes other files than those of every training into a folder, from the module's tensors.
     """
 
@@ -133,6 +134,7 @@ class TrainingTask:
     read_recipe: Callable[[Path | None, Mapping[str, Any], FitOptions], Recipe] | None = None
     flags: tuple[Flag, ...] = ()
     command: Literal["train", "pretrain"] = "train"
+    metavar: str = ""
 
     def load_recipe(self, path: Path | None, overrides: Mapping[str, Any], options: FitOptions) -> Recipe:
         """Read the recipe of a run; raises UsageError for an unknown key or a value of the wrong kind."""

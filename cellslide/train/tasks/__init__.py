@@ -1,9 +1,9 @@
 """The trainings that are built in, one file a model; importing this registers them."""
 
 from cellslide.train.task import TASKS, TrainingTask, register
-from cellslide.train.tasks import celldetr, hover, nuclass, points, pretrain
+from cellslide.train.tasks import celldetr, fusion, hover, nuclass, points, pretrain
 
-for _task in (hover.TASK, *nuclass.TASKS, points.TASK, celldetr.TASK, *pretrain.TASKS):
+for _task in (hover.TASK, *nuclass.TASKS, points.TASK, celldetr.TASK, *fusion.TASKS, *pretrain.TASKS):
     register(_task)
 
 
