@@ -49,8 +49,8 @@ FOLDER_IN = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--split", metavar="NAME", help="Only the images of this split of the manifest.  [default: all]")
 @click.option(
     "--protocol", metavar="NAME",
-    help="How nuclei are paired with points: brca-m2c, consep (7 classes joined to 4), promptnucseg, ocelot, puma, "
-    "pannuke, or optimal.  "
+    help="How a data set is scored: pannuke, conic, conic-cellvta (its 2 x 2 tiles), consep (7 classes joined to 4), "
+    "monuseg, nuinsseg, brca-m2c, promptnucseg, ocelot, puma, or optimal.  "
     "[default: brca-m2c for points with classes, else optimal]",
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N images.")
@@ -89,7 +89,8 @@ def command(
 ) -> None:  # fmt: skip
     """Score a model or its predictions on the labelled images in DATASET_DIR.
 
-    DATASET_DIR holds manifest.csv with images, masks (instance labels) or points. `--model classical` is the
+    DATASET_DIR holds manifest.csv with images, masks (instance labels) or points, or is PanNuke or CoNIC as they are
+    distributed. `--model classical` is the
     baseline without training: haematoxylin, Otsu, watershed. A classifier types the annotated points, by every rule.
     SAMPLES.csv (slide, bundle, patient, split) scores weights of `train fusion` beside the baselines.
 
@@ -99,6 +100,7 @@ def command(
       cellslide evaluate --model classical data/tnbc
       cellslide evaluate --predictions out data/tnbc --split val
       cellslide evaluate --predictions points data/brca-m2c --protocol brca-m2c
+      cellslide evaluate --model ID data/pannuke --split fold3 --protocol pannuke
       cellslide evaluate --model CLASSIFIER data/typed --split val --reliability diagram.png
       cellslide evaluate --model CLASSIFIER data/typed --nuclei detected
       cellslide evaluate --weights runs/fusion samples.csv --split test --json genes.json

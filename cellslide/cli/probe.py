@@ -88,11 +88,11 @@ def _embed(source: Path, flags: dict[str, Any]) -> tuple[str, Labelled]:
     from cellslide.config import EmbedConfig, InferConfig
     from cellslide.embed import embed_array, open_embedder
     from cellslide.embed.probe import gather
-    from cellslide.evaluate.dataset import read_dataset
+    from cellslide.evaluate.layouts.registry import open_dataset
     from cellslide.evaluate.report import pixel_size
     from cellslide.weights.muse import load_muse
 
-    data, mpp = read_dataset(source), flags.pop("mpp")
+    data, mpp = open_dataset(source), flags.pop("mpp")
     for sample in data.samples:  # Before a network is loaded for nothing.
         pixel_size(sample, mpp)
     config = settings_of(EmbedConfig, flags, infer=settings_of(InferConfig, flags))

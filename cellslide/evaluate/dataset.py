@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cellslide.errors import UsageError
+from cellslide.evaluate.detection import centroids
 from cellslide.types import Float64, Int32, UInt8
 
 MANIFEST = "manifest.csv"
@@ -52,8 +53,41 @@ class Points:
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """What gives the pixels and nuclei of a sample that has no files of its own, such as a row of an array.
+
+    image    gives uint8 (H, W, 3) RGB.
+    nuclei   gives a label map int32 (H, W), 0 = background, and the class of the labels 1..n, or None.
+    points   gives points where no nuclei are drawn, or None.
+    classes  every class that there may be.
+    """
+
+    image: Callable[[], UInt8]
+    nuclei: Callable[[], tuple[Int32, Sequence[str]]] | None = None
+    points: Callable[[], Points] | None = None
+    classes: tuple[str, ...] = ()
+
+    def load_points(self) -> Points:
+        """Return the points, for drawn nuclei one in each: its centroid, or its own pixel nearest to it."""
+        if self.nuclei is None:
+            assert self.points is not None
+            return self.points()
+        labels, names = self.nuclei()
+        ids, xy = centroids(labels)
+        for place, k in zip(xy, ids.tolist(), strict=True):
+            if labels[int(place[1]), int(place[0])] != k:
+                own = np.argwhere(labels == k)[:, ::-1] + 0.5
+                place[:] = own[np.abs(own - place).sum(axis=1).argmin()]
+        return Points(xy, tuple(names[k - 1] for k in ids.tolist()))
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """One annotated image: where its files are and what the manifest says of it; `mpp` None means not known."""
+    """One annotated image: where its files are and what the manifest says of it; `mpp` None means not known.
+
+    With a `source` the paths only name things: `image_path` has the stem that predictions are looked up by, the others
+    the file that holds masks or points, None where there are none.
+    """
 
     image_path: Path
     mask_path: Path | None
@@ -67,11 +101,17 @@ class Sample:
     note: str
     dataset: str
     cohort: str = ""
+    source: Source | None = None
 
     @property
     def stem(self) -> str:
         """Name of the image without its suffix, which predictions are looked up by."""
         return self.image_path.stem
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Every class that there may be, where that is known without its points."""
+        return () if self.source is None else self.source.classes
 
     @property
     def derived_instances(self) -> bool:
@@ -81,7 +121,9 @@ class Sample:
 
     def load_image(self) -> UInt8:
         """Return the image as uint8 (H, W, 3) RGB; raises UsageError if it cannot be read or has another size."""
-        with _open_image(self.image_path) as image:
+        if self.source is not None:
+            return self.source.image()
+        with open_image(self.image_path) as image:
             pixels = np.asarray(image.convert("RGB"), np.uint8)
         self._check_shape(pixels.shape[:2], self.image_path)
         return pixels
@@ -90,6 +132,8 @@ class Sample:
         """Return the instance mask as int32 (H, W), 0 = background; raises UsageError if there is none."""
         if self.mask_path is None:
             raise UsageError(f"{self.image_path}: the data set has no mask for this image")
+        if self.source is not None and self.source.nuclei is not None:
+            return self.source.nuclei()[0]
         mask = read_labels(self.mask_path)
         self._check_shape(mask.shape, self.mask_path)
         return mask
@@ -98,7 +142,7 @@ class Sample:
         """Return the points; raises UsageError if there are none or the file is damaged."""
         if self.points_path is None:
             raise UsageError(f"{self.image_path}: the data set has no points for this image")
-        return read_points(self.points_path)
+        return read_points(self.points_path) if self.source is None else self.source.load_points()
 
     def _check_shape(self, shape: tuple[int, ...], path: Path) -> None:
         if tuple(shape) != (self.height, self.width):
@@ -128,13 +172,18 @@ def read_dataset(path: Path, split: str | None = None) -> Dataset:
     if not manifest.is_file():
         raise UsageError(f"{root}: not a data set, {MANIFEST} is missing")
     rows = read_rows(manifest)
-    known = sorted({row.get("split", "") for row in rows})
-    chosen = [(line, row) for line, row in enumerate(rows, 2) if split is None or row.get("split", "") == split]
-    if not chosen:
-        detail = f"no image has --split {split}; its splits are: {', '.join(known)}" if split else "it lists no image"
-        raise UsageError(f"{manifest}: {detail}")
+    chosen = [line for line, row in enumerate(rows, 2) if split is None or row.get("split", "") == split]
+    require_split(manifest, split, {row.get("split", "") for row in rows}, bool(chosen))
     name = root.resolve().name
-    return Dataset(name, root, tuple(_sample(root, name, row, f"{manifest} line {line}") for line, row in chosen))
+    return Dataset(name, root, tuple(_sample(root, name, rows[n - 2], f"{manifest} line {n}") for n in chosen))
+
+
+def require_split(place: Path, split: str | None, known: Iterable[str], found: bool) -> None:
+    """Raise UsageError where a data set has nothing, or nothing of this split."""
+    if not found:
+        names = ", ".join(sorted(known))
+        detail = f"no image has --split {split}; its splits are: {names}" if split else "it lists no image"
+        raise UsageError(f"{place}: {detail}")
 
 
 def read_labels(path: Path) -> Int32:
@@ -147,7 +196,7 @@ def read_labels(path: Path) -> Int32:
     elif path.suffix.lower() in (".tif", ".tiff"):
         labels = _read_tiff(path)
     else:
-        with _open_image(path) as image:
+        with open_image(path) as image:
             labels = np.asarray(image)
     whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and bool(np.all(labels == np.floor(labels))))
     if labels.ndim != 2 or not whole:
@@ -258,7 +307,7 @@ def _mpp(text: str, where: str) -> float | None:
 def _size(row: Mapping[str, str], image: Path, where: str) -> tuple[int, int]:
     width, height = row.get("width", ""), row.get("height", "")
     if not width or not height:
-        with _open_image(image) as opened:
+        with open_image(image) as opened:
             return opened.size
     try:
         return int(width), int(height)
@@ -266,7 +315,8 @@ def _size(row: Mapping[str, str], image: Path, where: str) -> tuple[int, int]:
         raise UsageError(f"{where}: width and height must be whole numbers") from error
 
 
-def _open_image(path: Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
+    """Open and decode an image; raises UsageError where that cannot be."""
     try:
         image = Image.open(path)
         image.load()

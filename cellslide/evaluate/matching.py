@@ -6,6 +6,7 @@ A label map is an integer array (H, W), 0 = background, any other value one nucl
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,16 @@ def panoptic_quality(pairs: Overlaps, dq_epsilon: float = EPSILON) -> Quality:
     dq = tp / (tp + 0.5 * fp + 0.5 * fn + dq_epsilon)
     sq = float(pairs.iou[matched].sum()) / (tp + EPSILON)
     return Quality(dq, sq, dq * sq, tp, fp, fn)
+
+
+def pooled_pq(images: Iterable[Quality]) -> float:
+    """Return the PQ of the counts of all images together (Graham et al., CoNIC, mPQ+), NaN without a true nucleus."""
+    images = list(images)
+    tp, fp, fn = sum(q.tp for q in images), sum(q.fp for q in images), sum(q.fn for q in images)
+    if tp + fn == 0:
+        return np.nan
+    iou = float(sum(q.sq * (q.tp + EPSILON) for q in images if q.tp))
+    return tp / (tp + 0.5 * fp + 0.5 * fn + EPSILON) * iou / (tp + EPSILON)
 
 
 def class_quality(pairs: Overlaps, true_class: NDArray[Any], pred_class: NDArray[Any], n_classes: int) -> list[Quality]:

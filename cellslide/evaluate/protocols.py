@@ -16,8 +16,9 @@ from scipy.spatial import KDTree
 from scipy.spatial.distance import cdist
 
 from cellslide.errors import UsageError
-from cellslide.evaluate.dataset import Dataset
+from cellslide.evaluate.dataset import Dataset, Sample
 from cellslide.evaluate.detection import Pairs, Tally, pair_points
+from cellslide.evaluate.layouts import conic
 from cellslide.types import Bool, Float64, Int64
 
 # MCSpatNet looks at so many neighbours, in a tree of one leaf; both decide which of two equally near points is first.
@@ -56,6 +57,7 @@ class Protocol:
     per_image   F1 of a class is the mean over all images, 0 where it does not occur; otherwise counts are pooled.
     source      whose rule it is, in a few words.
     joined      classes that count as one, by the name that they count as; predicted names too.
+    cut         makes of each image the images that are scored in its place.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Protocol:
     per_image: bool = False
     tolerance: float = 0.05
     joined: Mapping[str, str] = field(default_factory=dict)
+    cut: Callable[[Sample], list[Sample]] | None = None
 
     def class_names(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return the classes that are scored of a data set that has `names`, sorted."""
@@ -220,6 +223,10 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol("puma", 15, 0.23, True, _by_truth, "PUMA challenge", per_image=True),
         Protocol("pannuke", 12, 0.25, False, _by_sum, "HoVer-Net, CellViT, CellDETR on PanNuke", "weighted"),
         Protocol("consep", 12, 0.25, False, _by_sum, "HoVer-Net on CoNSeP", "weighted", joined=CONSEP_CLASSES),
+        Protocol("conic", 6, 0.5, False, _by_sum, "HoVer-Net on Lizard", "weighted"),
+        Protocol("conic-cellvta", 12, 0.25, False, _by_sum, "CellVTA on tiles of CoNIC", "weighted", cut=conic.cut),
+        Protocol("monuseg", 12, 0.25, False, _by_sum, "HoVer-Net on MoNuSeg"),
+        Protocol("nuinsseg", 12, 0.25, False, _by_sum, "HoVer-Net's rule on NuInsSeg"),
     )
 }
 

@@ -17,6 +17,7 @@ from cellslide.evaluate import classification
 from cellslide.evaluate.classification import BOOTSTRAPS
 from cellslide.evaluate.dataset import Dataset, Sample
 from cellslide.evaluate.detection import RADIUS_UM, Tally
+from cellslide.evaluate.matching import pooled_pq
 from cellslide.evaluate.protocols import OPTIMAL, Protocol, protocol_of
 from cellslide.evaluate.score import ClassSet, ImageScores, Nuclei, score_image, truth_of
 from cellslide.formats.csv_text import harmless
@@ -38,6 +39,7 @@ class InstanceScores:
     """Instance scores of a data set: means over images that have true nuclei, but `f1_iou50` is from pooled counts.
 
     mpq, mdq, msq  means over images of the mean over the classes that the image's truth has, so mpq is not mdq * msq.
+    mpq_pooled     mean over classes of the PQ of all images' counts together (CoNIC's mPQ+).
     """
 
     bpq: float | None = None
@@ -51,6 +53,8 @@ class InstanceScores:
     aji_plus: float | None = None
     mdq: float | None = None
     msq: float | None = None
+    mpq_tissue: float | None = None
+    mpq_pooled: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,10 +411,12 @@ def _instance(scores: Sequence[ImageScores], shared_classes: bool) -> InstanceSc
         aji=_mean([s.aji for s in filled]),
         dice=_mean([s.dice for s in filled]),
         f1_iou50=None if pooled is None else pooled.f1,
-        bpq_tissue=_tissue_mean(filled),
+        bpq_tissue=_tissue_mean(filled, lambda s: s.bpq),
         aji_plus=_mean([s.aji_plus for s in filled]),
         mdq=_mean([_class_mean(s, "dq") for s in filled]) if shared_classes else None,
         msq=_mean([_class_mean(s, "sq") for s in filled]) if shared_classes else None,
+        mpq_tissue=_tissue_mean(filled, lambda s: _class_mean(s, "pq")) if shared_classes else None,
+        mpq_pooled=_pooled_quality(scores) if shared_classes else None,
     )
 
 
@@ -450,12 +456,17 @@ def _class_quality(scores: Sequence[ImageScores], names: Sequence[str]) -> dict[
     }
 
 
-def _tissue_mean(scores: Sequence[ImageScores]) -> float | None:
-    """Mean over organs of the mean PQ over their images; None unless the organ of every image is known."""
+def _pooled_quality(scores: Sequence[ImageScores]) -> float | None:
+    outlined = [s.class_quality for s in scores if s.class_quality is not None]
+    return _mean([pooled_pq(each) for each in zip(*outlined, strict=True)])
+
+
+def _tissue_mean(scores: Sequence[ImageScores], score: Callable[[ImageScores], float | None]) -> float | None:
+    """Mean over organs of the mean of a score over their images; None unless the organ of every image is known."""
     if not all(_organ_known(s.organ) for s in scores):
         return None
     organs = sorted({s.organ for s in scores})
-    return _mean([_mean([s.bpq for s in scores if s.organ == organ]) for organ in organs])
+    return _mean([_mean([score(s) for s in scores if s.organ == organ]) for organ in organs])
 
 
 def _organ_known(organ: str) -> bool:

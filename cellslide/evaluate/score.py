@@ -191,19 +191,20 @@ def truth_of(sample: Sample) -> Nuclei:
         raise UsageError(f"{sample.image_path}: neither mask nor points in the manifest, so nothing to compare with")
     if sample.mask_path is None:
         points = sample.load_points()
-        return Nuclei(points.xy, class_name=points.class_name if any(points.class_name) else None)
+        return Nuclei(points.xy, class_name=points.class_name if any(points.class_name) or sample.classes else None)
     nuclei = Nuclei.from_labels(sample.load_mask())
     if sample.points_path is None:
         return nuclei
     points = sample.load_points()
-    if not any(points.class_name):
+    if not any(points.class_name) and not sample.classes:
         return nuclei
     return Nuclei(nuclei.xy, nuclei.labels, nuclei.label_id, _class_by_points(nuclei, points.xy, points.class_name))
 
 
 def dataset_classes(dataset: Dataset) -> tuple[str, ...]:
-    """Return the names of the classes in the points of a data set, sorted."""
-    names = {n for s in dataset.samples if s.points_path is not None for n in s.load_points().class_name}
+    """Return the names of the classes in the points of a data set, or of its layout, sorted."""
+    typed = [s for s in dataset.samples if s.points_path is not None]
+    names = {n for s in typed for n in s.classes or s.load_points().class_name}
     return tuple(sorted(names - {""}))
 
 

@@ -15,7 +15,8 @@ from cellslide.classify.decision import decide
 from cellslide.classify.taxonomy import project
 from cellslide.errors import UsageError
 from cellslide.evaluate.calibration import class_labels
-from cellslide.evaluate.dataset import Dataset, Sample, read_dataset
+from cellslide.evaluate.dataset import Dataset, Sample
+from cellslide.evaluate.layouts.registry import open_dataset
 from cellslide.evaluate.paths import ORDER, PathPredictor, TypedCells, applies, gather
 from cellslide.evaluate.protocols import Protocol, protocol_of
 from cellslide.evaluate.report import EvalReport, Predictor, evaluate_dataset, pixel_size, summarise
@@ -60,9 +61,11 @@ class Scoring:
         limit  only so many images.
         Raises UsageError for a data set that cannot be read, an unknown protocol, or a pixel size that is not known.
         """
-        data = read_dataset(folder, split)
+        data = open_dataset(folder, split)
         data = replace(data, samples=data.samples[:limit])
         rule = protocol_of(protocol, data)
+        if rule.cut is not None:
+            data = replace(data, samples=tuple(part for sample in data.samples for part in rule.cut(sample)))
         for sample in data.samples:
             pixel_size(sample, mpp)
         return cls(data, split, scored_classes(data, rule, class_map), rule, mpp, progress or Silent())

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import MANIFEST, Sample, read_rows
+from cellslide.evaluate.layouts.registry import layout_of
 from cellslide.train.artefacts import add_artefact
 from cellslide.train.augment import crop_matrix, pale_nuclei, recolor, warp
 from cellslide.train.hover.recipe import HoverRecipe
@@ -106,7 +107,10 @@ def card_of(images: ImageSet[Any, Any], count: Callable[[Sequence[Any]], Any]) -
 
 
 def licences(path: Path) -> list[str]:
-    """Return the licences that the manifest of a data set, or a list of slides, names, sorted."""
+    """Return the licences that the manifest of a data set, a list of slides or its layout names, sorted."""
+    layout = layout_of(path) if path.is_dir() else None
+    if layout is not None:
+        return [layout.licence] if layout.licence else []
     listed = path if path.suffix == ".csv" else path / MANIFEST
     rows = read_rows(listed, ()) if listed.is_file() else []
     return sorted({row["licence"] for row in rows if row.get("licence")})

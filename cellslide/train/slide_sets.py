@@ -13,7 +13,8 @@ from typing import Literal
 import numpy as np
 
 from cellslide.errors import UsageError
-from cellslide.evaluate.dataset import MANIFEST, Sample, read_dataset, read_rows
+from cellslide.evaluate.dataset import MANIFEST, Sample, read_rows
+from cellslide.evaluate.layouts.registry import open_dataset
 from cellslide.slides.reopen import reopen, slide_path
 from cellslide.store.anndata_columns import Categorical
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable, open_table
@@ -67,7 +68,7 @@ def read_samples(path: Path) -> Sequence[AnySample]:
         return [_listed(path, row, f"{path} line {line}") for line, row in rows]
     if not (path / MANIFEST).is_file() and (tables := tables_below(path)):
         return [_slide_sample(table, set_name(path), {}, path, str(path)) for table in tables]
-    return read_dataset(path).samples
+    return open_dataset(path).samples
 
 
 def _listed(path: Path, row: Mapping[str, str], where: str) -> SlideSample:

@@ -147,7 +147,9 @@ def surroundings(path: Path) -> dict[Path, Surroundings]:
 
     The wider image has the annotated one's pixel size. Raises UsageError for a place that is no number.
     """
-    found = {}
+    found: dict[Path, Surroundings] = {}
+    if not (path / MANIFEST).is_file():
+        return found
     with (path / MANIFEST).open(newline="", encoding="utf-8-sig") as file:
         for line, row in enumerate(csv.DictReader(file, restval=""), 2):
             if row.get("field"):

@@ -1,0 +1,1 @@
+"""Data sets read as their authors distribute them, a file each."""
