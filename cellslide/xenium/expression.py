@@ -15,6 +15,8 @@ from cellslide.xenium.bundle import Bundle, XeniumCells
 MERGE_EVERY = 32
 MOST_GENES = 2000
 N_PCA, N_NEIGHBOURS, RESOLUTION = 30, 15, 0.6
+# From so many cells on scanpy looks for neighbours by descent, not exactly.
+MANY_CELLS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,8 @@ def cluster_cells(counts: sp.csr_matrix, settings: LabelSettings) -> Clusters:
     scanpy.pp.log1p(data)
     n_pca = min(N_PCA, min(data.shape) - 1)
     scanpy.pp.pca(data, n_comps=n_pca, random_state=settings.seed)
-    scanpy.pp.neighbors(data, n_neighbors=N_NEIGHBOURS, random_state=settings.seed)
+    finder = _neighbour_finder(settings.seed) if len(data) >= MANY_CELLS else None
+    scanpy.pp.neighbors(data, n_neighbors=N_NEIGHBOURS, random_state=settings.seed, transformer=finder)
     scanpy.tl.leiden(
         data,
         resolution=settings.resolution,
@@ -125,6 +128,20 @@ def cluster_cells(counts: sp.csr_matrix, settings: LabelSettings) -> Clusters:
     )
     found = data.obs["leiden"].cat.codes.to_numpy().astype(np.int64)
     return Clusters(sp.csr_matrix(data.X), np.asarray(data.obsm["X_pca"], np.float64), _by_size(found))
+
+
+def _neighbour_finder(seed: int) -> Any:
+    """Return the search by descent that scanpy takes for many cells, in a form that it can read.
+
+    From its version 0.7 on pynndescent gives a csr_array, which scanpy up to 1.11 does not know.
+    """
+    from pynndescent import PyNNDescentTransformer
+
+    class Finder(PyNNDescentTransformer):  # type: ignore[misc]
+        def fit_transform(self, data: Any, *given: Any, **named: Any) -> sp.csr_matrix:
+            return sp.csr_matrix(super().fit_transform(data, *given, **named))
+
+    return Finder(n_neighbors=N_NEIGHBOURS, metric="euclidean", random_state=seed, n_jobs=1)
 
 
 def _by_size(cluster: Int64) -> Int64:

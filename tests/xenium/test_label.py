@@ -14,13 +14,14 @@ from cellslide.errors import UsageError
 from cellslide.formats.verify import verify_folder
 from cellslide.store.anndata_columns import Categorical
 from cellslide.types import Float64, Int64
+from cellslide.xenium import expression
 from cellslide.xenium.alignment import read_alignment
 from cellslide.xenium.bundle import Bundle
 from cellslide.xenium.confidence import match_nuclei, rate_labels, scale_margins
-from cellslide.xenium.expression import LabelSettings
+from cellslide.xenium.expression import LabelSettings, cluster_cells
 from cellslide.xenium.label import COLUMNS, LabelCounts, label_slide
 from cellslide.xenium.markers import AMBIGUOUS, name_clusters, override_names, read_markers, write_names
-from tests.support.xenium_slide import CLASSES, GENES, PaintedPair, paint_pair
+from tests.support.xenium_slide import CLASSES, GENES, PaintedPair, paint_pair, programmes
 
 needs_spatial = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("scanpy", "igraph")), reason="needs the extra spatial"
@@ -171,6 +172,33 @@ def test_painted_labels_are_recovered(labelled: tuple[PaintedPair, Path, LabelCo
     assert not kept[words == AMBIGUOUS].any()
     assert sum(counts.labels.values()) == counts.kept == int(kept.sum())
     assert verify_folder(folder).agrees
+
+
+@needs_spatial
+def test_neighbours_of_many_cells_come_in_a_form_that_scanpy_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynndescent
+    import scipy.sparse as sp
+    from sklearn.neighbors import KNeighborsTransformer
+
+    class Descent(KNeighborsTransformer):  # type: ignore[misc]
+        """As pynndescent from 0.7 on, without the time that it takes to compile."""
+
+        def __init__(self, n_neighbors: int, metric: str, random_state: int, n_jobs: int) -> None:
+            super().__init__(n_neighbors=n_neighbors, metric=metric, n_jobs=n_jobs)
+            self.random_state = random_state
+
+        def fit_transform(self, data: Any, *given: Any) -> Any:
+            return sp.csr_array(super().fit_transform(data))
+
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 3, 200)
+    counts = sp.csr_matrix(rng.poisson(programmes()[kind]))
+    few = cluster_cells(counts, LabelSettings()).cluster
+    monkeypatch.setattr(expression, "MANY_CELLS", 100)
+    monkeypatch.setattr(pynndescent, "PyNNDescentTransformer", Descent)
+    many = cluster_cells(counts, LabelSettings()).cluster
+    for other in (many, kind):
+        assert len(set(zip(few.tolist(), other.tolist(), strict=True))) == 3
 
 
 @needs_spatial
