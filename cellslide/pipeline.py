@@ -57,6 +57,7 @@ from cellslide.store.slide_folder import find_finished, held, recorded_run
 from cellslide.store.table_writer import CellTableWriter
 from cellslide.store.tile_checkpoint import Parts
 from cellslide.types import Cells, ModelSpec, RunRecord, Seconds, UInt8, concat
+from cellslide.types.address import full_name
 from cellslide.weights import LoadedModel
 from cellslide.weights.organs import Organ
 
@@ -102,14 +103,12 @@ def run_slide(
     folder, setup, began = out_dir / source.slide_id, segmenter.setup, time.perf_counter()
     organ = None if by is None else by.find_organ(source.organ)
     with open_source(source, setup.config) as slide, held(folder, watch) as watch:
-        record = begin_record(describe_slide(slide.info), segmenter)
-        refuse_other_slide(folder, record, setup.config.output.overwrite)
+        record = begin_record(describe_slide(slide.info, source.local), segmenter)
+        refuse_other_slide(folder, record, setup.config.output.overwrite, source.local)
         if earlier := finished(slide, folder, record, setup):
             if by is not None and organ is not None:
                 return classify_table(folder, slide, by.classifier, by.rule, organ, watch)
-            renew_files(folder, watch)
-            write_missing(folder, setup.config.output, earlier, watch, changed_sizes(folder))
-            return earlier, True
+            return _kept(folder, setup, earlier, watch)
         parts, typing = Parts.open(folder, fingerprint(record), setup.config.output.overwrite), None
         with recorded_run(record, folder, segmenter.peak_device_bytes, began):
             layout = lay_out(slide, setup)
@@ -125,6 +124,40 @@ def run_slide(
     if isinstance(typing, Exception):
         raise typing
     return record, False
+
+
+def _kept(folder: Path, setup: Setup, earlier: RunRecord, watch: Watch) -> Done:
+    """Put right the files of a finished slide, and return its record."""
+    renew_files(folder, watch)
+    write_missing(folder, setup.config.output, earlier, watch, changed_sizes(folder))
+    return earlier, True
+
+
+def done_before(
+    target: Target, segmenter: Segmenter | None, by: SlideClassifier | None, watch: Watch = IDLE
+) -> Done | None:
+    """Return the record of a slide that is done and of whose pixels nothing is needed, its files put right; else None.
+
+    Its folder alone tells, so a slide that takes long to fetch is not fetched for this.
+    Raises UsageError where it was done with other settings, naming the differences.
+    """
+    folder, source = target.folder, target.source
+    earlier = read_record(folder)
+    if earlier is None or earlier.status != "done" or earlier.slide["path"] != full_name(source.path):
+        return None
+    if TISSUE_FILE in changed_sizes(folder) or (by is not None and "classify" not in earlier.config):
+        return None
+    config = None if segmenter is None else segmenter.config
+    given = (config and config.mpp) or (by and by.classifier.config.mpp) or source.mpp
+    slide = earlier.slide if given is None else {**earlier.slide, "mpp": given}
+    if segmenter is None and slide != earlier.slide:
+        return None
+    with held(folder, watch) as watch:
+        if segmenter is not None and find_finished(folder, begin_record(slide, segmenter)) is None:
+            return None
+        if by is not None:
+            return classify_table(folder, None, by.classifier, by.rule, by.find_organ(source.organ), watch)
+        return None if segmenter is None else _kept(folder, segmenter.setup, earlier, watch)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
-"""Slides copied to a local disk before they are read, and removed after: for `--stage-dir`.
+"""Slides copied to a local disk before they are read, and removed after: for `--stage-dir`, and for web addresses.
 
 A slide is all of its files: the companion folder of an MRXS, the files of a DICOM series, the parts that a Hamamatsu
-index or an OME-TIFF names. What does not fit is read where it lies. What a killed run left is removed by the next one.
+index or an OME-TIFF names. What does not fit is read where it lies. What a killed run left is removed by the next one;
+what it had fetched is kept, for a run that goes on.
 """
 
 from __future__ import annotations
@@ -11,21 +12,28 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
+from cellslide.batch.fetch import Fetch
 from cellslide.classify.targets import Target
-from cellslide.errors import CellslideError
+from cellslide.errors import CellslideError, SlideError
 from cellslide.progress import IDLE, Watch
-from cellslide.slides.inputs import SlideInput
+from cellslide.slides.inputs import SlideInput, folder_name
+from cellslide.slides.remote import file_name
 from cellslide.slides.slide_formats import slide_files
 from cellslide.store.run_record import read_record
 
 PREFIX = "cellslide-stage-"
+# Where slides at addresses come to in the output folder, where no --stage-dir is given.
+STAGE_FOLDER = ".stage"
+# What was fetched in part and not gone on with for so long (s) is removed.
+OLDEST_PART_S = 7 * 86_400
 # Left free on the local disk, for what else needs it.
 RESERVE_BYTES = 1 << 30
 PIECE_BYTES = 16 << 20
@@ -53,11 +61,11 @@ class LocalCopies:
     def of(self, source: SlideInput, watch: Watch = IDLE) -> Iterator[SlideInput]:
         """Yield the slide with its copy as `local`, removed at the end; the slide as it is where it cannot be copied.
 
-        Raises Interrupted when asked to stop.
+        Raises Interrupted when asked to stop, and as `Fetch` where it lies at an address.
         """
         scratch = None
         try:
-            scratch, copy = self._copied(source, watch)
+            scratch, copy = self._copied(source, watch) if source.remote is None else self._fetched(source, watch)
             yield replace(source, local=copy)
         finally:
             if scratch is not None:
@@ -69,7 +77,7 @@ class LocalCopies:
             pieces = pieces_of(path)
             if not self._fits(source, sum(piece.size_bytes for piece in pieces)):
                 return None, None
-            scratch = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{socket.gethostname()}-{os.getpid()}-", dir=self.folder))
+            scratch = self._scratch()
         except OSError as error:
             return self._given_up(source, error)
         try:
@@ -81,6 +89,41 @@ class LocalCopies:
             shutil.rmtree(scratch, ignore_errors=True)
             return self._given_up(source, error)
         except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+
+    def _scratch(self) -> Path:
+        return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{socket.gethostname()}-{os.getpid()}-", dir=self.folder))
+
+    def _fetched(self, source: SlideInput, watch: Watch) -> tuple[Path, Path]:
+        """Fetch a slide; what has come of one that breaks off is left in the folder under a name of its own."""
+        fetch = Fetch(source)
+        name, size = fetch.part_name, fetch.offer.size_bytes
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_left(self.folder)
+            scratch, free = self._scratch(), shutil.disk_usage(self.folder).free - self.reserve_bytes
+        except OSError as error:
+            raise SlideError(f"--stage-dir {self.folder}: cannot be written ({error.strerror})") from error
+        part, kept = scratch / (name or "part"), None if name is None else self.folder / name
+        try:
+            if kept is not None:
+                with suppress(FileNotFoundError):
+                    os.replace(kept, part)
+            if size is not None and size - (part.stat().st_size if part.exists() else 0) > free:
+                raise SlideError(
+                    f"{source.path}: its {size / (1 << 30):.1f} GiB do not fit into {self.folder} with "
+                    f"{self.reserve_bytes / (1 << 30):.1f} GiB kept free; give a larger --stage-dir"
+                )
+            watch.progress.stage("fetch")
+            fetch.into(part, free if size is None else size, watch)
+            copy = scratch / folder_name(str(file_name(source.path)))
+            os.replace(part, copy)
+            return scratch, copy
+        except BaseException:
+            if kept is not None:
+                with suppress(OSError):
+                    os.replace(part, kept)
             shutil.rmtree(scratch, ignore_errors=True)
             raise
 
@@ -119,22 +162,38 @@ def _copy(piece: Piece, place: Path, watch: Watch) -> None:
 
 
 def remove_left(folder: Path, is_running: Callable[[int], bool] = psutil.pid_exists) -> None:
-    """Remove what processes of this host left that do not run any more."""
+    """Remove what processes of this host left that do not run any more, save what they had fetched not long ago."""
     own = f"{PREFIX}{socket.gethostname()}-"
     for left in folder.glob(f"{PREFIX}*"):
         pid = left.name.removeprefix(own).partition("-")[0]
         if left.name.startswith(own) and pid.isdigit() and not is_running(int(pid)):
+            with suppress(OSError):
+                for part in left.glob("cellslide-*.part"):
+                    os.replace(part, folder / part.name)
             shutil.rmtree(left, ignore_errors=True)
+    for part in folder.glob("cellslide-*.part"):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > OLDEST_PART_S:
+                part.unlink()
 
 
 @contextmanager
 def local_target(target: Target, copies: LocalCopies | None, watch: Watch) -> Iterator[Target]:
-    """Yield a slide with its local copy while it is worked on; `copies` None changes nothing. Raises Interrupted."""
-    if copies is None:
+    """Yield a slide with its local copy while it is worked on; raises as `LocalCopies.of`.
+
+    copies  None changes nothing, save that a slide at an address comes to the output folder.
+    """
+    if copies is None and target.source.remote is None:
         yield target
         return
-    with copies.of(target.source, watch) as source:
-        yield replace(target, source=source)
+    copies = copies or LocalCopies(target.folder.parent / STAGE_FOLDER)
+    try:
+        with copies.of(target.source, watch) as source:
+            yield replace(target, source=source)
+    finally:
+        if copies.folder.name == STAGE_FOLDER:
+            with suppress(OSError):
+                copies.folder.rmdir()
 
 
 def is_done(target: Target, typed: bool) -> bool:

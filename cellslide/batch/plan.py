@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cellslide.batch.fetch import Fetch
 from cellslide.batch.preflight import Checked, nearest_there
 from cellslide.batch.work import SlideWork
 from cellslide.classify import SlideClassifier, prepare
@@ -85,8 +86,10 @@ def _plan_slide(
         return "running", "another run works on it"
     if one.error is not None:
         return "failing", f"cannot be done: {in_words(one.error)}"
+    if one.target.source.remote is not None:
+        return one.state, _plan_fetch(one)
     try:
-        with work.look(one.target) as slide:
+        with work.open_slide(one.target) as slide:
             if segmenter is None:
                 if by is None:
                     raise ValueError("nothing to do")
@@ -99,6 +102,14 @@ def _plan_slide(
             return one.state, _plan_tiles(slide, segmenter, by, total)
     except CellslideError as error:
         return "failing", f"cannot be done: {in_words(error)}"
+
+
+def _plan_fetch(one: Checked) -> str:
+    """Return in words what becomes of a slide at an address; its tiles are not known before it is here."""
+    if one.state == "done":
+        return "done already, is not fetched if the settings are the same"
+    size = Fetch(one.target.source).ask().size_bytes
+    return "would be fetched" if size is None else f"would be fetched, {size / 1e6:,.0f} MB"
 
 
 def _stale(one: Checked, slide: Slide, segmenter: Segmenter) -> str:

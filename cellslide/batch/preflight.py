@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cellslide.batch.workers import Work
 from cellslide.classify.targets import Target
-from cellslide.errors import CellslideError, UsageError, in_words
+from cellslide.errors import CellslideError, MissingDependencyError, UsageError, in_words
 from cellslide.store.lock import who_works
 from cellslide.store.run_record import TABLE, read_record
 
@@ -82,13 +82,18 @@ def nearest_there(folder: Path) -> Path:
 
 
 def check_slide(look: Callable[[Target], Slide | None], target: Target) -> Checked:
-    """Return what the folder of a slide holds; one that is not done is opened, to see whether it can be read."""
+    """Return what the folder of a slide holds; one that is not done is opened, to see whether it can be read.
+
+    Raises MissingDependencyError where nothing here could read it.
+    """
     state = state_of(target.folder)
     if state in ("done", "running"):
         return Checked(target, state)
     try:
         if (slide := look(target)) is not None:
             slide.close()
+    except MissingDependencyError:
+        raise
     except Exception as error:  # Libraries raise what they like on a damaged file.
         return Checked(target, "unreadable", error)
     return Checked(target, state)

@@ -23,6 +23,7 @@ from cellslide.slides.identity import slide_sha256
 from cellslide.slides.inputs import SlideInput
 from cellslide.store.run_record import read_record, write_record
 from cellslide.types import RunRecord, Verdict
+from cellslide.types.address import full_name
 
 # Broken weights or a missing device would fail every slide in the same way.
 ENVIRONMENT = 3
@@ -130,7 +131,7 @@ def write_failure(source: SlideInput, segmenter: Segmenter, folder: Path, words:
         return
     unknown = dict.fromkeys(("mpp", "mpp_source", "width", "height", "vendor"))
     head = slide_sha256(source.path) if source.path.exists() else None
-    record = begin_record({"path": os.path.abspath(source.path), "sha256_head": head, **unknown}, segmenter)
+    record = begin_record({"path": full_name(source.path), "sha256_head": head, **unknown}, segmenter)
     record.status, record.finished, record.error = "failed", record.started, words
     # Where the folder cannot be written, the line on the screen has to do.
     with suppress(OSError):

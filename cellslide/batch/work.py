@@ -6,6 +6,7 @@ Settings are pickled, networks are not: each process opens its own.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -13,8 +14,9 @@ from functools import partial
 from typing import ClassVar
 
 from cellslide import weights
+from cellslide.batch.fetch import Fetch
 from cellslide.batch.local_copy import LocalCopies, is_done, local_target
-from cellslide.batch.run import SlideOutcome, reported, tried, write_failure
+from cellslide.batch.run import SlideOutcome, failed, reported, tried, write_failure
 from cellslide.batch.workers import Handle
 from cellslide.classify import SlideClassifier, open_classifier, regate_slide
 from cellslide.classify.foreign import import_cells
@@ -23,12 +25,12 @@ from cellslide.classify.slide import typed_by
 from cellslide.classify.targets import Target, open_target, require_cells
 from cellslide.config import ClassifyConfig, EmbedConfig, InferConfig, SegmentConfig
 from cellslide.embed import Embedder, embed_target, open_embedder
-from cellslide.errors import UsageError
+from cellslide.errors import BusyError, SlideError, UsageError
 from cellslide.formats.registry import find_formats
 from cellslide.inference.device import available_cpus, require_devices
 from cellslide.inference.segmenter import Segmenter, check_settings, load_segmenter
 from cellslide.inference.stream import default_workers
-from cellslide.pipeline import classify_slide, open_source, run_slide
+from cellslide.pipeline import classify_slide, done_before, open_source, run_slide
 from cellslide.progress import IDLE, Progress, StopCheck, Watch
 from cellslide.slides.slide import Slide
 from cellslide.store.slide_folder import held
@@ -115,8 +117,17 @@ class SlideWork:
             if part is not None:
                 part.check()
 
-    def look(self, target: Target) -> Slide:
-        """Open a slide as the work will."""
+    def look(self, target: Target) -> Slide | None:
+        """Open a slide as the work will; one at an address is asked for."""
+        if target.source.remote is not None:
+            if self.segment is None:
+                require_cells(target)
+            Fetch(target.source).ask()
+            return None
+        return self.open_slide(target)
+
+    def open_slide(self, target: Target) -> Slide:
+        """Open a slide that is here as the work will."""
         if self.segment is not None:
             return open_source(target.source, self.segment.config)
         if self.classify is None:
@@ -152,17 +163,30 @@ class SlideWork:
         progress: Progress,
         stop: StopCheck,
     ) -> SlideOutcome:
-        watch = Watch(progress, stop)
-        with self.local(target, watch) as target:
+        watch, began = Watch(progress, stop), time.perf_counter()
+        with ExitStack() as stack:
+            try:
+                if target.source.remote is not None and not self._anew:
+                    known = done_before(target, segmenter, by, watch)
+                    if known is not None:
+                        return reported(target, tried(target.source, lambda: known))
+                target = stack.enter_context(self.local(target, watch))
+            except (SlideError, UsageError, BusyError) as error:
+                note = None if segmenter is None else partial(write_failure, target.source, segmenter, target.folder)
+                return failed(target.source, error, time.perf_counter() - began, note)
             return do_slide(target, segmenter, by, watch)
+
+    @property
+    def _anew(self) -> bool:
+        last = self.classify or self.segment
+        return last is not None and last.config.output.overwrite
 
     @contextmanager
     def local(self, target: Target, watch: Watch) -> Iterator[Target]:
-        """Yield a slide with its copy on a local disk."""
-        last = self.classify or self.segment
-        anew = last is not None and last.config.output.overwrite
-        done = not anew and is_done(target, typed=self.classify is not None)
-        with local_target(target, None if done else self.copies, watch) as copied:
+        """Yield a slide with its copy on a local disk; raises as `local_target`."""
+        done = not self._anew and is_done(target, typed=self.classify is not None)
+        left = done and target.source.remote is None
+        with local_target(target, None if left else self.copies, watch) as copied:
             yield copied
 
 

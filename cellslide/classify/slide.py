@@ -90,12 +90,12 @@ class SlideClassifier:
 
 
 def classify_table(
-    folder: Path, slide: Slide, classifier: Classifier, rule: Rule, organ: Organ, watch: Watch = IDLE
+    folder: Path, slide: Slide | None, classifier: Classifier, rule: Rule, organ: Organ, watch: Watch = IDLE
 ) -> tuple[RunRecord, bool]:
     """Type the cells of `folder/cells.zarr` from the pixels of `slide`; also return whether they were typed so before.
 
-    Where the network's part is done, only the rule is applied anew. Raises UsageError when the folder holds work done
-    with other settings, Interrupted when asked to stop (what is done is kept).
+    Where the network's part is done, only the rule is applied anew, and `slide` may be None. Raises UsageError when the
+    folder holds work done with other settings, Interrupted when asked to stop (what is done is kept).
     """
     typed = type_table(folder, slide, classifier, rule, organ, watch)
     if isinstance(typed, Typing):
@@ -104,7 +104,7 @@ def classify_table(
 
 
 def type_table(
-    folder: Path, slide: Slide, classifier: Classifier, rule: Rule, organ: Organ, watch: Watch = IDLE
+    folder: Path, slide: Slide | None, classifier: Classifier, rule: Rule, organ: Organ, watch: Watch = IDLE
 ) -> Typing | tuple[RunRecord, bool]:
     """Do the network's part of `classify_table` and keep its probabilities on disk; `write_typed` does the rest.
 
@@ -121,6 +121,8 @@ def type_table(
             if words := differences(earlier["network"], network):
                 raise StaleError(f"{folder}: typed with other settings ({words}); --overwrite types it anew")
             return _decide_again(folder, record, rule, classifier.config.output, watch, settled)
+    if slide is None:
+        raise ValueError(f"{folder}: its cells are not typed, and there are no pixels")
     return type_cells(folder, xy, slide, classifier, organ, watch)
 
 

@@ -112,5 +112,5 @@ def check_slide(target: Target, slide: Slide) -> None:
         raise SlideError(
             f"{slide.info.path}: {sizes[1]} pixels, the cells in {target.folder} lie on {sizes[0]}; use another -o"
         )
-    if words := other_slide(read_record(target.folder), slide.info.path):
+    if words := other_slide(read_record(target.folder), slide.info.path, target.source.local):
         raise SlideError(f"{target.folder}: {words}; use another -o")

@@ -45,7 +45,8 @@ shard_option = click.option("--shard", metavar="I/N", callback=_shard, help="Onl
 
 stage_option = click.option(
     "--stage-dir", type=FOLDER, metavar="DIR",
-    help="Copy each slide to this local folder first, as far as it fits, and remove it after.",
+    help="Copy each slide to this local folder first, as far as it fits, and remove it after; slides at addresses are "
+    "fetched to it.  [default for these: .stage in the output folder]",
 )  # fmt: skip
 
 strict_option = click.option(

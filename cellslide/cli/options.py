@@ -37,7 +37,7 @@ def settings_of(kind: type[S], flags: Mapping[str, Any], **more: Any) -> S:
 
 
 def slides_argument(function: F) -> F:
-    """Add SLIDES (parameter `slides`, tuple of str): files, folders, globs, or one .csv, .tsv or .txt list."""
+    """Add SLIDES (parameter `slides`, tuple of str): files, folders, globs, addresses, or one list of them."""
     return click.argument("slides", nargs=-1, required=True, metavar="SLIDES...")(function)
 
 

@@ -28,6 +28,7 @@ NAME_WIDTH, BAR_WIDTH, TEXT_WIDTH = 20, 18, 38
 STAGE_WORDS = {
     "tiles": "finding, tile", "pieces": "typing, piece", "windows": "reading, window", "copy": "copying",
     "merge": "merging", "write": "writing the table", "cells": "writing files", "classes": "writing files",
+    "fetch": "fetching",
 }  # fmt: skip
 COUNTED = ("tiles", "pieces", "windows")
 # A longer table scrolls away; then only what is not done is listed, and the summary has the rest.

@@ -88,7 +88,7 @@ def command(
     strict: bool,
     **settings: Any,
 ) -> int:
-    """Find and type every nucleus of SLIDES: files, folders, patterns, or one .csv or .txt list.
+    """Find and type every nucleus of SLIDES: files, folders, patterns, web addresses, or one .csv or .txt list.
 
     Each slide gets the folder that `segment` writes, its cells typed as `classify` does it. The same command again
     skips what is done and goes on where it stopped.

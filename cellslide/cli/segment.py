@@ -71,7 +71,7 @@ def command(
     strict: bool,
     **settings: Any,
 ) -> int:
-    """Find every nucleus of SLIDES: files, folders, patterns, or one .csv or .txt list.
+    """Find every nucleus of SLIDES: files, folders, patterns, web addresses, or one .csv or .txt list.
 
     Each slide gets a folder with cells.zarr, cells.geojson.gz for QuPath, tissue.geojson and run.json. The same command
     again skips what is done and goes on where it stopped. Models give outlines, or boxes or points: `cellslide weights

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from cellslide.store.foreign_files import is_plain
 from cellslide.store.run_record import TABLE, read_record
 from cellslide.store.tile_checkpoint import PARTS_FOLDER
 from cellslide.types import RunRecord, SlideInfo
+from cellslide.types.address import full_name, to_path
 
 # Of a slide of many GB these bytes are read: the first, the last, and blocks at equal steps between.
 END_BYTES = 1 << 20
@@ -61,12 +61,16 @@ def is_slide(path: Path, known: str) -> bool:
     return known == slide_sha256(path) or known == _head_sha256(path)
 
 
-def describe_slide(info: SlideInfo) -> dict[str, Any]:
-    """Return the `slide` entry of the record; `mpp` is in µm per level-0 pixel, the mean of x and y."""
+def describe_slide(info: SlideInfo, local: Path | None = None) -> dict[str, Any]:
+    """Return the `slide` entry of the record; `mpp` is in µm per level-0 pixel, the mean of x and y.
+
+    local  a copy of the slide, to read from.
+    """
+    here = local or info.path
     return {
         # As typed it would mean another file from another folder.
-        "path": os.path.abspath(info.path),
-        "sha256_head": slide_sha256(info.path) if info.path.exists() else None,
+        "path": full_name(info.path),
+        "sha256_head": slide_sha256(here) if here.exists() else None,
         "mpp": (info.mpp_x + info.mpp_y) / 2,
         "mpp_source": info.mpp_source,
         "width": info.width_px,
@@ -75,18 +79,21 @@ def describe_slide(info: SlideInfo) -> dict[str, Any]:
     }
 
 
-def other_slide(earlier: RunRecord | None, path: Path) -> str:
-    """Return in words that a record is of another slide than the one at `path`, or "", also where that is gone."""
-    known = None if earlier is None else earlier.slide.get("sha256_head")
-    if earlier is None or known is None or not path.exists() or is_slide(path, known):
+def other_slide(earlier: RunRecord | None, path: Path, local: Path | None = None) -> str:
+    """Return in words that a record is of another slide than the one at `path`, or "", also where that is gone.
+
+    local  a copy of the slide, to read from.
+    """
+    known, here = None if earlier is None else earlier.slide.get("sha256_head"), local or path
+    if earlier is None or known is None or not here.exists() or is_slide(here, known):
         return ""
-    then, now = (os.path.abspath(str(name)) for name in (earlier.slide.get("path"), path))
+    then, now = full_name(to_path(str(earlier.slide.get("path")))), full_name(path)
     if then == now:
         return f"{now} has changed since: another slide lay there then"
     return f"another slide of this name was done here: {then} then, {now} now"
 
 
-def refuse_other_slide(folder: Path, record: RunRecord, overwrite: bool) -> None:
+def refuse_other_slide(folder: Path, record: RunRecord, overwrite: bool, local: Path | None = None) -> None:
     """Raise UsageError where a folder holds the work of another slide of the same name; warn where that is given up."""
     if not (folder / TABLE).is_dir() and not (folder / PARTS_FOLDER).is_dir():
         return
@@ -94,7 +101,7 @@ def refuse_other_slide(folder: Path, record: RunRecord, overwrite: bool) -> None
         earlier = read_record(folder)
         if earlier is not None and earlier.slide.get("sha256_head") == record.slide["sha256_head"]:
             return  # Known without reading the slide again.
-        words = other_slide(earlier, Path(record.slide["path"]))
+        words = other_slide(earlier, to_path(record.slide["path"]), local)
     except SlideError:
         return  # What is no record is answered where it is needed.
     if words and overwrite:

@@ -1,4 +1,4 @@
-"""From what the user names to a list of slides: files, folders, globs, and .csv, .tsv or .txt lists.
+"""From what the user names to a list of slides: files, addresses, folders, globs, and .csv, .tsv or .txt lists.
 
 The order is the order given, folders and globs sorted by name, so a run over many slides is the same run each time.
 """
@@ -18,7 +18,9 @@ from pathlib import Path
 
 from cellslide.errors import HIDDEN, UsageError
 from cellslide.slides.lists import Listed, read_lines, read_table
+from cellslide.slides.remote import Remote, file_name, to_remote
 from cellslide.slides.slide_formats import dicom_series, format_of, is_ome_zarr, series_uid
+from cellslide.types.address import Address, is_address
 
 # Room for a hash, and for the endings of files that are being written.
 MOST_NAME_BYTES = 200
@@ -32,7 +34,8 @@ log = logging.getLogger(__name__)
 class SlideInput:
     """One slide to work on: its file (or DICOM folder), what the list says of it, and its id, unique in the run.
 
-    local  a copy of it that is quicker to read; the slide is still the one at `path`.
+    local   a copy of it that is quicker to read; the slide is still the one at `path`.
+    remote  what is fetched where `path` is an address: without its copy such a slide cannot be read.
     """
 
     path: Path
@@ -40,10 +43,11 @@ class SlideInput:
     organ: str | None = None
     slide_id: str = ""
     local: Path | None = None
+    remote: Remote | None = None
 
 
 def expand_slides(args: Sequence[str | Path]) -> list[SlideInput]:
-    """Return the slides that files, folders, glob patterns and lists name, each once.
+    """Return the slides that files, addresses, folders, glob patterns and lists name, each once.
 
     Raises UsageError for what is not there, a list that cannot be read, or a slide listed with two pixel sizes.
     """
@@ -52,6 +56,8 @@ def expand_slides(args: Sequence[str | Path]) -> list[SlideInput]:
 
 
 def _expand(path: Path, text: str) -> list[SlideInput]:
+    if is_address(text):
+        return [_at_address(text)]
     if path.is_dir() and not is_ome_zarr(path):
         return [SlideInput(p) for p in _in_folder(path)]
     if path.exists():
@@ -68,6 +74,11 @@ def _expand(path: Path, text: str) -> list[SlideInput]:
             for item in (_expand(p, str(p)) if _is_slide(p) or p.is_file() or dicom_series(p) else [])
         ]
     raise UsageError(f"{text}: no such file or folder")
+
+
+def _at_address(text: str, sha256: str | None = None) -> SlideInput:
+    path, remote = to_remote(text, sha256)
+    return SlideInput(path, remote=remote)
 
 
 def _is_slide(path: Path) -> bool:
@@ -106,25 +117,27 @@ def _read_csv(path: Path) -> list[SlideInput]:
 
 
 def _of_list(path: Path, rows: list[Listed]) -> list[SlideInput]:
-    found = [replace(item, mpp=row.mpp, organ=row.organ) for row in rows for item in _listed(path, row.entry)]
+    found = [replace(item, mpp=row.mpp, organ=row.organ) for row in rows for item in _listed(path, row)]
     return _not_empty(path, found)
 
 
-def _listed(list_file: Path, entry: str) -> list[SlideInput]:
+def _listed(list_file: Path, row: Listed) -> list[SlideInput]:
     """Return the slides of one entry, also one that is not there: it fails in its turn, and stops no other.
 
     Relative paths start at the list file.
     """
-    path = list_file.parent / entry
+    if is_address(row.entry):
+        return [_at_address(row.entry, row.sha256)]
+    path = list_file.parent / row.entry
     if not path.exists():
-        log.warning("%s: it lists %s, which is not there (%s)", list_file, entry, path)
+        log.warning("%s: it lists %s, which is not there (%s)", list_file, row.entry, path)
     return [SlideInput(p) for p in _in_folder(path)] if path.is_dir() and not is_ome_zarr(path) else [SlideInput(path)]
 
 
 def _not_empty(path: Path, found: list[SlideInput]) -> list[SlideInput]:
     if not found:
         raise UsageError(f"{path}: the list names no slide")
-    if not any(item.path.exists() for item in found):
+    if not any(item.remote or item.path.exists() for item in found):
         first = found[0].path
         raise UsageError(f"{path}: it lists {first.name}, which is not there ({first}), nor is any other")
     return found
@@ -137,11 +150,12 @@ def _absolute(path: Path) -> str:
 def _unique(found: Iterable[SlideInput]) -> list[SlideInput]:
     by_path: dict[str, SlideInput] = {}
     for item in found:
-        first = by_path.setdefault(_absolute(item.path), item)
+        key = item.remote.known_by if item.remote else _absolute(item.path)
+        first = by_path.setdefault(key, item)
         if first.mpp is not None and item.mpp is not None and first.mpp != item.mpp:
             raise UsageError(f"{item.path}: listed twice, with mpp {first.mpp:g} and {item.mpp:g}")
         if first.mpp is None and item.mpp is not None:
-            by_path[_absolute(item.path)] = replace(first, mpp=item.mpp, organ=first.organ or item.organ)
+            by_path[key] = replace(first, mpp=item.mpp, organ=first.organ or item.organ)
     return list(by_path.values())
 
 
@@ -177,19 +191,23 @@ def _with_ids(found: list[SlideInput]) -> list[SlideInput]:
     names = [folder_name(stem) for stem in stems]
     shared = Counter(_folded(name) for name in names)
     ids = [
-        name if name == stem and shared[_folded(name)] == 1 else f"{name}-{_path_hash(item.path)}"
+        name if name == stem and shared[_folded(name)] == 1 else f"{name}-{_path_hash(item)}"
         for item, stem, name in zip(found, stems, names, strict=True)
     ]
     return [replace(item, slide_id=slide_id) for item, slide_id in zip(found, ids, strict=True)]
 
 
 def _stem(path: Path) -> str:
+    if isinstance(path, Address):
+        return file_name(path).stem
     absolute = Path(_absolute(path))
     return absolute.name if absolute.is_dir() and not is_ome_zarr(absolute) else absolute.stem
 
 
-def _path_hash(path: Path) -> str:
-    return hashlib.sha256(os.fsencode(_absolute(path))).hexdigest()[:8]
+def _path_hash(item: SlideInput) -> str:
+    if item.remote is not None:
+        return item.remote.known_by[:8]
+    return hashlib.sha256(os.fsencode(_absolute(item.path))).hexdigest()[:8]
 
 
 def _folded(name: str) -> str:

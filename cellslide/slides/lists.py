@@ -35,11 +35,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One entry of a list: what stands in its column path, its pixel size (µm) and its organ."""
+    """One entry of a list: what stands in its column path, its pixel size (µm), organ, and the hash of its bytes."""
 
     entry: str
     mpp: float | None = None
     organ: str | None = None
+    sha256: str | None = None
 
 
 def read_lines(path: Path) -> list[Listed]:
@@ -72,6 +73,7 @@ class _Columns:
     path: int
     mpp: tuple[int, ...]
     organ: int | None
+    sha256: int | None
 
 
 def _plain(name: str) -> str:
@@ -90,8 +92,8 @@ def _columns(path: Path, names: Sequence[str], header: str) -> _Columns:
     sizes = [
         k for k, name in enumerate(names) if name in MPP_HEADERS or re.sub(r"_?[xy](_um)?$", r"\1", name) in MPP_HEADERS
     ]
-    organ = names.index("organ") if "organ" in names else None
-    rest = [name for k, name in enumerate(names) if name and k not in (column, organ, *sizes)]
+    organ, sha256 = (names.index(name) if name in names else None for name in ("organ", "sha256"))
+    rest = [name for k, name in enumerate(names) if name and k not in (column, organ, sha256, *sizes)]
     if doubtful := next((name for name in rest if LOOKS_LIKE.search(name)), None):
         raise UsageError(
             f"{path}: the column {doubtful} looks like a pixel size and is not known; name it mpp (µm per pixel of "
@@ -99,8 +101,8 @@ def _columns(path: Path, names: Sequence[str], header: str) -> _Columns:
         )
     if rest:
         words = ", ".join(rest[:8])[:200] + (", ..." if len(rest) > 8 else "")
-        _log.info("%s: its columns %s are not used; known are path, mpp and organ", path, words)
-    return _Columns(column, tuple(sizes), organ)
+        _log.info("%s: its columns %s are not used; known are path, mpp, organ and sha256", path, words)
+    return _Columns(column, tuple(sizes), organ, sha256)
 
 
 def _row(path: Path, line: int, row: list[str], width: int, place: _Columns) -> Listed | None:
@@ -110,7 +112,10 @@ def _row(path: Path, line: int, row: list[str], width: int, place: _Columns) -> 
     if not cells[place.path]:
         return None
     mpp = _one_size(path, line, [text for k in place.mpp if (text := cells[k])])
-    return Listed(cells[place.path], mpp, (cells[place.organ] or None) if place.organ is not None else None)
+    organ, sha256 = (None if k is None else cells[k] or None for k in (place.organ, place.sha256))
+    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise UsageError(f"{path}: line {line}: sha256 {sha256[:80]!r} must be 64 hexadecimal digits, or empty")
+    return Listed(cells[place.path], mpp, organ, sha256 and sha256.lower())
 
 
 def _one_size(path: Path, line: int, texts: list[str]) -> float | None:

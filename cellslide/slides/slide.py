@@ -154,9 +154,10 @@ def open_slide(
     pixel size is not known, FluorescenceError for a slide of fluorescence unless it is allowed, UsageError if there is
     no such file, SlideError if it cannot be read.
     """
-    reader = open_reader(local or Path(path))
+    path = path if isinstance(path, Path) else Path(path)
+    reader = open_reader(local or path)
     # What is said of the slide, errors too, names the slide and not its copy.
-    reader.header = replace(reader.header, path=Path(path))
+    reader.header = replace(reader.header, path=path)
     try:
         _tell(reader.header, allow_fluorescence)
         return Slide(reader, _info(reader.header, mpp, mpp_source, slide_id))

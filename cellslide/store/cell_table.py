@@ -65,6 +65,7 @@ from cellslide.types import (
     RunRecord,
     SlideInfo,
 )
+from cellslide.types.address import to_path
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -327,7 +328,7 @@ def _read_kind(text: str) -> ModelKind:
 
 def _read_slide(text: str) -> SlideInfo:
     values = parse_json(text, "the slide of the table", TableError)
-    values["path"] = Path(str(values["path"]))
+    values["path"] = to_path(str(values["path"]))
     values["levels"] = tuple(Level(**level) for level in values["levels"])
     values["bounds"] = tuple(int(v) for v in values["bounds"]) if values["bounds"] else None
     info = SlideInfo(**values)

@@ -23,6 +23,7 @@ from cellslide.slides.readers.tiff import TiffReader
 from cellslide.slides.readers.tiled import TiledReader, tiff_levels, tiled_reader
 from cellslide.slides.readers.vendor import OpenSlideReader
 from cellslide.slides.slide_formats import format_of
+from cellslide.types.address import Address
 
 __all__ = [
     "WHITE",
@@ -51,6 +52,8 @@ def open_reader(path: Path) -> SlideReader:
 
     Raises UsageError if it is not there, SlideError if no library can read it.
     """
+    if isinstance(path, Address):
+        raise UsageError(f"{path}: only run, segment and classify fetch slides; copy it to a file first and name that")
     if not path.exists():
         raise UsageError(f"{path}: no such file")
     format = format_of(path)
