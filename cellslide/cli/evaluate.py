@@ -50,7 +50,7 @@ FOLDER_IN = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option(
     "--protocol", metavar="NAME",
     help="How a data set is scored: pannuke, conic, conic-cellvta (its 2 x 2 tiles), consep (7 classes joined to 4), "
-    "monuseg, nuinsseg, brca-m2c, promptnucseg, ocelot, puma, or optimal.  "
+    "monuseg, nuinsseg, brca-m2c, promptnucseg, ocelot, puma (10 classes joined to 3), puma-10, or optimal.  "
     "[default: brca-m2c for points with classes, else optimal]",
 )  # fmt: skip
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N images.")
@@ -89,8 +89,8 @@ def command(
 ) -> None:  # fmt: skip
     """Score a model or its predictions on the labelled images in DATASET_DIR.
 
-    DATASET_DIR holds manifest.csv with images, masks (instance labels) or points, or is PanNuke or CoNIC as they are
-    distributed. `--model classical` is the
+    DATASET_DIR holds manifest.csv with images, masks (instance labels) or points, or is PanNuke, CoNIC,
+    CoNSeP, MoNuSeg, OCELOT, PUMA, NuInsSeg or NuClass's cells as they are distributed. `--model classical` is the
     baseline without training: haematoxylin, Otsu, watershed. A classifier types the annotated points, by every rule.
     SAMPLES.csv (slide, bundle, patient, split) scores weights of `train fusion` beside the baselines.
 

@@ -213,6 +213,10 @@ CONSEP_CLASSES = {
     "tumor_epithelial": "epithelial",
     "stromal": "spindle-shaped",
 }
+# Track 1 of the challenge.
+PUMA_CLASSES = {"lymphocyte": "tils", "plasma_cell": "tils"} | dict.fromkeys(
+    ("histiocyte", "melanophage", "neutrophil", "stroma", "epithelium", "endothelium", "apoptosis"), "other"
+)
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
@@ -220,7 +224,8 @@ PROTOCOLS: dict[str, Protocol] = {
         BRCA_M2C,
         Protocol("promptnucseg", 12, 0.25, False, _by_score, "PromptNucSeg, DPA-P2PNet"),
         Protocol("ocelot", 15, 0.2, False, _by_score, "OCELOT 2023 challenge"),
-        Protocol("puma", 15, 0.23, True, _by_truth, "PUMA challenge", per_image=True),
+        Protocol("puma", 15, 0.23, True, _by_truth, "PUMA challenge", per_image=True, joined=PUMA_CLASSES),
+        Protocol("puma-10", 15, 0.23, True, _by_truth, "PUMA challenge, track 2", per_image=True),
         Protocol("pannuke", 12, 0.25, False, _by_sum, "HoVer-Net, CellViT, CellDETR on PanNuke", "weighted"),
         Protocol("consep", 12, 0.25, False, _by_sum, "HoVer-Net on CoNSeP", "weighted", joined=CONSEP_CLASSES),
         Protocol("conic", 6, 0.5, False, _by_sum, "HoVer-Net on Lizard", "weighted"),

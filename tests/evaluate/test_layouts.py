@@ -16,7 +16,19 @@ from cellslide.evaluate.report import EvalReport
 from cellslide.evaluate.score import Nuclei, truth_of
 from cellslide.evaluate.scoring import Scoring
 from tests.support.labelled import paint
-from tests.support.layouts import PLACES, SHAPE, drawn, write_conic, write_pannuke
+from tests.support.layouts import (
+    PLACES,
+    SHAPE,
+    drawn,
+    write_conic,
+    write_consep,
+    write_monuseg,
+    write_nuclass,
+    write_nuinsseg,
+    write_ocelot,
+    write_pannuke,
+    write_puma,
+)
 
 NEO, INF, EPI = "neoplastic", "inflammatory", "epithelial"
 
@@ -94,6 +106,94 @@ def test_conic_patches_and_the_tiles_of_cellvta(tmp_path: Path) -> None:
     np.testing.assert_allclose(truth_of(tiles[3]).xy, [(345 - 224, 300 - 224)], atol=0.6)
 
 
+def test_consep_joins_its_classes(tmp_path: Path) -> None:
+    write_consep(tmp_path, ("healthy epithelial", "muscle"))
+    (sample,) = open_dataset(tmp_path, "test").samples
+    assert (sample.stem, sample.mpp) == ("test_1", 0.25) and sample.load_image().shape == (*SHAPE, 3)
+    assert truth_of(sample).class_name == ("healthy epithelial", "muscle")
+    report = scored(tmp_path, "consep", "test", {"test_1": ("tumor_epithelial", "stromal")})
+    assert {c.name: c.support for c in report.classes or ()} == {
+        "epithelial": 1, "inflammatory": 0, "other": 0, "spindle-shaped": 1,
+    }  # fmt: skip
+    assert report.instance.mpq == pytest.approx(1, abs=1e-5) and report.mean_f1 == 1
+
+
+def test_monuseg_fills_outlines_as_its_authors_do(tmp_path: Path) -> None:
+    # Pixel centres are whole numbers from 1 there: columns 4 to 9 have theirs within 4.5 to 10.5.
+    first = [(4.5, 2.5), (10.5, 2.5), (10.5, 6.5), (4.5, 6.5)]
+    second = [(x + 4, y) for x, y in first]
+    write_monuseg(tmp_path / "train", [first, second, [(1.0, 1.0)]])
+    (sample,) = open_dataset(tmp_path).samples
+    assert (sample.patient, sample.split, sample.mpp, sample.points_path) == ("TCGA-18-5592", "train", 0.25, None)
+    mask = sample.load_mask()
+    rows, cols = np.nonzero(mask)
+    assert (rows.min(), rows.max(), cols.min(), cols.max()) == (2, 5, 4, 13)
+    # Of the overlap the first has all.
+    assert [np.count_nonzero(mask == k) for k in np.unique(mask)[1:]] in ([16, 24], [24, 16])
+    assert len(np.unique(mask[2, 4:10])) == 1
+    report = scored(tmp_path, "monuseg", "train", {sample.stem: ("", "")})
+    assert report.classes is None and report.instance.aji == 0
+    (tmp_path / "train" / "Tissue Images" / f"{sample.stem}.tif").unlink()
+    with pytest.raises(UsageError, match=r"image TCGA-18-5592.*\.tif is missing"):
+        open_dataset(tmp_path)
+
+
+def test_ocelot_pairs_within_15_pixels(tmp_path: Path) -> None:
+    write_ocelot(tmp_path)
+    first, second = sorted(open_dataset(tmp_path).samples, key=lambda s: s.stem)
+    assert (first.split, first.organ, first.patient, first.mpp) == ("train", "kidney", "TCGA-A1-A0SK", 0.195)
+    assert first.mask_path is None and first.load_points().class_name == ("tumor", "other")
+
+    def predict(sample: Sample, _: float) -> Nuclei:
+        return Nuclei(np.array([(14.0, 29.0), (46, 55.5)]), class_name=("tumor", "other"))
+
+    report = Scoring.read(tmp_path, None, "ocelot").score("twin", predict)[0]
+    # The tumour cell is 15 px away, the other 15.5; the second image has none.
+    assert {c.name: (c.support, c.f1) for c in report.classes or ()} == {"other": (1, 0), "tumor": (1, 2 / 3)}
+    assert report.mean_f1 == pytest.approx(1 / 3) and len(second.load_points()) == 0
+    (tmp_path / "metadata.json").unlink()
+    with pytest.raises(UsageError, match=r"metadata\.json.*missing"):
+        open_dataset(tmp_path)
+
+
+def test_puma_joins_ten_classes_to_three(tmp_path: Path) -> None:
+    write_puma(tmp_path, ["tumor", "plasma_cell", "lymphocyte", "stroma"])
+    (sample,) = open_dataset(tmp_path).samples
+    assert (sample.cohort, sample.mpp) == ("primary", 0.23)
+    mask = sample.load_mask()
+    assert [np.count_nonzero(mask == k) for k in range(1, 5)] == [64, 64, 64, 128]
+    assert np.array_equal(mask[40:48, 8:16], mask[40:48, 20:28])
+    truth = truth_of(sample)
+
+    def predict(*_: object) -> Nuclei:
+        return Nuclei(truth.xy, class_name=("tumor", "tils", "tumor", "other"))
+
+    report = Scoring.read(tmp_path, None, "puma").score("twin", predict)[0]
+    found = {c.name: (c.support, c.f1) for c in report.classes or ()}
+    assert found == {"other": (1, 1), "tils": (2, pytest.approx(2 / 3)), "tumor": (1, pytest.approx(2 / 3))}
+    assert len(Scoring.read(tmp_path, None, "puma-10").classes.names) == 10
+
+
+def test_nuinsseg_has_organs_and_no_pixel_size(tmp_path: Path) -> None:
+    write_nuinsseg(tmp_path)
+    (sample,) = open_dataset(tmp_path).samples
+    assert (sample.organ, sample.mpp) == ("human bladder", None)
+    assert np.array_equal(sample.load_mask(), drawn(("a", "b"))[0])
+    with pytest.raises(UsageError, match="--mpp"):
+        Scoring.read(tmp_path, None, "nuinsseg")
+
+
+@pytest.mark.parametrize("one_array", [True, False])
+def test_nuclass_is_a_crop_a_cell(tmp_path: Path, one_array: bool) -> None:
+    write_nuclass(tmp_path, [("c1", 14, "lung"), ("c2", "Acinar", "pancreas")], one_array)
+    first, second = open_dataset(tmp_path, "val").samples
+    assert (first.organ, first.load_points().class_name, second.load_points().class_name) == (
+        "lung", ("T_Cell",), ("Acinar",),
+    )  # fmt: skip
+    x, y = first.load_points().xy[0].astype(int)
+    assert first.load_image()[y, x].tolist() == [90, 60, 140]
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"manifest\.csv is missing.*pannuke: masks\.npy"):
         open_dataset(tmp_path)
@@ -120,3 +220,13 @@ def test_command_reads_a_layout(tmp_path: Path) -> None:
     command = ["evaluate", "--model", "classical", str(tmp_path), "--protocol", "pannuke", "--no-progress"]
     result = CliRunner().invoke(cli, command)
     assert result.exit_code == 0 and "1 images, 2 nuclei" in result.output, result.output
+
+
+def test_a_damaged_mat_is_one_error(tmp_path: Path) -> None:
+    write_consep(tmp_path, ("muscle", ""))
+    (sample,) = open_dataset(tmp_path).samples
+    assert sample.mask_path is not None
+    for content in (b"", b"MATLAB 7.3 MAT-file" + bytes(600)):
+        sample.mask_path.write_bytes(content)
+        with pytest.raises(UsageError, match=r"test_1\.mat: inst_map and type_map cannot be read"):
+            sample.load_mask()

@@ -36,7 +36,8 @@ def test_the_circle_itself_is_in_or_out() -> None:
     inside = {name: found(name, true, column(10 + protocol.radius_px), protocol.mpp) for name, protocol in
               PROTOCOLS.items()}  # fmt: skip
     assert inside == {"optimal": 1, "brca-m2c": 0, "promptnucseg": 1, "ocelot": 1, "puma": 0, "pannuke": 1,
-                      "consep": 1, "conic": 1, "conic-cellvta": 1, "monuseg": 1, "nuinsseg": 1}  # fmt: skip
+                      "consep": 1, "conic": 1, "conic-cellvta": 1, "monuseg": 1, "nuinsseg": 1,
+                      "puma-10": 0}  # fmt: skip
     for name, protocol in PROTOCOLS.items():
         assert found(name, true, column(10 + protocol.radius_px - 1e-6), protocol.mpp) == 1
         assert found(name, true, column(10 + protocol.radius_px + 1e-3), protocol.mpp) == 0
@@ -141,6 +142,7 @@ def test_radius_follows_the_pixel_size_but_not_its_last_digit() -> None:
     assert {p.name: p.radius_um for p in PROTOCOLS.values()} == {
         "optimal": 3, "brca-m2c": 3, "promptnucseg": 3, "ocelot": 3, "puma": 3.45, "pannuke": 3, "consep": 3,
         "conic": 3, "conic-cellvta": 3, "monuseg": 3, "nuinsseg": 3,
+        "puma-10": 3.45,
     }  # fmt: skip
 
 

@@ -12,7 +12,16 @@ from PIL import Image
 
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import Sample, Source
-from cellslide.evaluate.layouts.layout import Layout, array_image, files, load_array, read_csv, require_file, sample
+from cellslide.evaluate.layouts.layout import (
+    Layout,
+    array_image,
+    files,
+    load_array,
+    read_csv,
+    require_file,
+    sample,
+    typed_labels,
+)
 from cellslide.types import Int32, UInt8
 
 # Values 1 to 6 of the second channel of the labels.
@@ -37,18 +46,14 @@ def read(root: Path) -> Iterator[Sample]:
         of, _, number = name.rpartition("-")
         source = Source(partial(array_image, images, i), partial(nuclei, path, i), classes=CLASSES)
         said = {"organ": "colon", "patient": of if number.isdigit() else "", "cohort": of.partition("_")[0]}
-        yield sample(root, Path(name).name, (labels.shape[2], labels.shape[1]), source, path, MPP, **said)
+        size = (labels.shape[2], labels.shape[1])
+        yield sample(root, root / f"{Path(name).name}.png", size, source, path, MPP, **said)
 
 
 def nuclei(path: Path, row: int) -> tuple[Int32, Sequence[str]]:
     """Return the label map (H, W) of patch `row`, labels from 1 without gaps, and the class of each label."""
     instance, kind = np.moveaxis(np.asarray(load_array(path, 4, 2)[row]).astype(np.int32), -1, 0)
-    ids, first, rank = np.unique(instance, return_index=True, return_inverse=True)
-    kinds = kind.ravel()[first[ids > 0]]
-    if len(kinds) and not 0 <= kinds.min() <= kinds.max() <= len(CLASSES):
-        raise UsageError(f"{path}: patch {row} has class {kinds.max()}, but there are {len(CLASSES)}")
-    labels = rank.reshape(instance.shape) + (0 if ids[0] == 0 else 1)
-    return labels.astype(np.int32), [("", *CLASSES)[k] for k in kinds.tolist()]
+    return typed_labels(instance, kind, CLASSES, path)
 
 
 def cut(whole: Sample) -> list[Sample]:

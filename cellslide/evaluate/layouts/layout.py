@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import Sample, Source, open_image
 from cellslide.geometry.outlines import rasterise
+from cellslide.store.foreign_files import read_text
 from cellslide.types import Int32, UInt8
 
 DEPTH = 4
@@ -63,9 +65,8 @@ def load_array(path: Path, ndim: int, channels: int | None = None) -> NDArray[An
 def read_csv(path: Path) -> list[list[str]]:
     """Return the rows of a CSV; raises UsageError where it cannot be read."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return [row for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        return [row for row in csv.reader(io.StringIO(read_text(path, UsageError))) if row]
+    except csv.Error as error:
         raise UsageError(f"{path}: cannot be read as CSV ({error})") from error
 
 
@@ -98,13 +99,29 @@ def fill(rings: Sequence[NDArray[Any]], size: tuple[int, int]) -> Int32:
     return rasterise(np.asarray(xy, np.float32), start, (size[1], size[0]))
 
 
+def typed_labels(instance: Int32, kind: Int32, names: Sequence[str], where: Path) -> tuple[Int32, list[str]]:
+    """Return a label map (H, W) with labels from 1 without gaps, and the name of each, of which `kind` has the number.
+
+    Raises UsageError for a number without a name; 0 is a nucleus of no class.
+    """
+    ids, first, rank = np.unique(instance, return_index=True, return_inverse=True)
+    kinds = kind.ravel()[first[ids > 0]]
+    if len(kinds) and not 0 <= kinds.min() <= kinds.max() <= len(names):
+        raise UsageError(f"{where}: has class {kinds.max()}, but there are {len(names)}")
+    labels = rank.reshape(instance.shape) + (0 if ids[0] == 0 else 1)
+    return labels.astype(np.int32), [("", *names)[k] for k in kinds.tolist()]
+
+
 def sample(
-    root: Path, stem: str, size: tuple[int, int], source: Source, truth: Path, mpp: float | None, **said: str
+    root: Path, image: Path, size: tuple[int, int], source: Source, truth: Path, mpp: float | None, **said: str
 ) -> Sample:
-    """Return a sample: `truth` is the file of its nuclei or points, `said` its split, patient, organ and cohort."""
+    """Return a sample: `truth` is the file of its nuclei or points, `said` its split, patient, organ and cohort.
+
+    image  its file, or a name below the folder where it has none.
+    """
     texts = {"split": "", "patient": "", "organ": "", **said}
     return Sample(
-        image_path=root / f"{stem}.png",
+        image_path=image,
         mask_path=None if source.nuclei is None else truth,
         points_path=truth if source.classes or source.nuclei is None else None,
         mpp=mpp,

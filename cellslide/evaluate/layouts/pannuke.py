@@ -48,7 +48,8 @@ def _read_fold(root: Path, fold: str, found: dict[str, Path]) -> Iterator[Sample
     for i, tissue in enumerate(tissues.tolist()):
         source = Source(partial(array_image, found["images"], i), partial(nuclei, found["masks"], i), classes=CLASSES)
         size = (images.shape[2], images.shape[1])
-        yield sample(root, f"{fold}_{i:05d}", size, source, found["masks"], 0.25, split=fold, organ=str(tissue))
+        name = root / f"{fold}_{i:05d}.png"
+        yield sample(root, name, size, source, found["masks"], 0.25, split=fold, organ=str(tissue))
 
 
 def nuclei(path: Path, row: int) -> tuple[Int32, Sequence[str]]:

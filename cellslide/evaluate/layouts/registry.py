@@ -6,10 +6,11 @@ from pathlib import Path
 
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import MANIFEST, Dataset, read_dataset, require_split
-from cellslide.evaluate.layouts import conic, pannuke
+from cellslide.evaluate.layouts import conic, consep, monuseg, nuclass, nuinsseg, ocelot, pannuke, puma
 from cellslide.evaluate.layouts.layout import Layout
 
-LAYOUTS = (pannuke.LAYOUT, conic.LAYOUT)
+# The sign of the last one, any XML, is the weakest.
+LAYOUTS = tuple(part.LAYOUT for part in (pannuke, conic, consep, ocelot, puma, nuinsseg, nuclass, monuseg))
 
 
 def layout_of(root: Path) -> Layout | None:
