@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("cellslide.cli.verify:command", "Check that the files of finished slides agree."),
     "compare": ("cellslide.cli.compare:command", "Compare two results of the same slides, with pictures."),
     "measure": ("cellslide.cli.measure:command", "Count nuclei by region: densities, shares, neighbours, distances."),
+    "dataset": ("cellslide.cli.dataset:command", "Make a data set of corrected nuclei; say what to correct next."),
     "view": ("cellslide.cli.view:command", "Walk through a slide and its nuclei in the browser of this machine."),
     "explain": ("cellslide.cli.explain:command", "Show where the classifier looked, on chosen cells."),
     "evaluate": ("cellslide.cli.evaluate:command", "Score a model or its predictions on a labelled data set."),
@@ -53,7 +54,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 SECTIONS = {
     "Slides": ("run", "segment", "classify", "embed", "xenium", "genes"),
     "Results": ("report", "measure", "view", "explain", "compare", "export", "verify"),
-    "Models": ("weights", "evaluate", "calibrate", "probe", "train", "pretrain"),
+    "Models": ("weights", "evaluate", "calibrate", "probe", "dataset", "train", "pretrain"),
     "This machine": ("info", "doctor", "bench", "demo"),
 }
 

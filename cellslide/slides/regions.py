@@ -66,7 +66,7 @@ def load_regions(path: Path, info: SlideInfo, origin: Origin = "bounds") -> list
     try:
         objects = list(_objects(parse_json(unpacked(path), "the text", UsageError)))
         found = [(_region_name(holder), _polygons(geometry)) for geometry, holder in objects
-                 if _kind(holder) not in DETECTIONS and not _is_ignored(holder)]  # fmt: skip
+                 if kind_of(holder) not in DETECTIONS and not _is_ignored(holder)]  # fmt: skip
     except (
         UsageError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, EOFError, RecursionError,
         OverflowError, MemoryError, zlib.error, shapely.errors.ShapelyError,
@@ -82,15 +82,29 @@ def load_regions(path: Path, info: SlideInfo, origin: Origin = "bounds") -> list
     return regions
 
 
+def load_objects(path: Path, flag: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return (geometry, the Feature that holds it) of all that a GeoJSON file (.gz too) holds, in its order.
+
+    Raises UsageError that names `flag` for a file that is none.
+    """
+    try:
+        return list(_objects(parse_json(unpacked(path), "the text", UsageError)))
+    except (
+        UsageError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, EOFError, RecursionError,
+        MemoryError, zlib.error,
+    ) as error:  # fmt: skip
+        raise UsageError(f"{flag} {path}: not GeoJSON: {str(error)[:200]}") from error
+
+
 def _region_name(holder: dict[str, Any]) -> str:
     properties = holder.get("properties")
     name = properties.get("name") if isinstance(properties, dict) else None
-    words = name if isinstance(name, str) and name.strip() else ": ".join(_class_words(holder))
+    words = name if isinstance(name, str) and name.strip() else ": ".join(class_words(holder))
     return words.strip()[:100] or "region"
 
 
 def _is_ignored(holder: dict[str, Any]) -> bool:
-    return any(word.strip().lower().rstrip("*") == IGNORED for word in _class_words(holder))
+    return any(word.strip().lower().rstrip("*") == IGNORED for word in class_words(holder))
 
 
 def origin_offset(info: SlideInfo, origin: Origin) -> tuple[int, int]:
@@ -139,7 +153,7 @@ def _objects(content: Any) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 def _union(objects: list[tuple[dict[str, Any], dict[str, Any]]], path: Path) -> tuple[BaseGeometry, Counter[str]]:
     """Return what is to be searched, and how many geometries of other kinds are left out, by kind."""
-    kinds = [_kind(holder) for _, holder in objects]
+    kinds = [kind_of(holder) for _, holder in objects]
     some_regions = any(kind and kind not in DETECTIONS for kind in kinds)
     wanted: list[BaseGeometry] = []
     ignored: list[BaseGeometry] = []
@@ -154,7 +168,7 @@ def _union(objects: list[tuple[dict[str, Any], dict[str, Any]]], path: Path) -> 
             left_out[str(geometry["type"])[:40]] += 1
             continue
         (ignored if _is_ignored(holder) else wanted).extend(polygons)
-        names[": ".join(_class_words(holder)) or "none"] = None
+        names[": ".join(class_words(holder)) or "none"] = None
     if not wanted:
         what = "no polygon in it" if not ignored else "only regions to ignore; draw what is to be searched, too"
         raise UsageError(f"--roi {path}: {what}")
@@ -166,14 +180,15 @@ def _union(objects: list[tuple[dict[str, Any], dict[str, Any]]], path: Path) -> 
     return (shapely.difference(roi, shapely.union_all(ignored)) if ignored else roi), left_out
 
 
-def _kind(holder: dict[str, Any]) -> str:
+def kind_of(holder: dict[str, Any]) -> str:
+    """Return what an object is (annotation, detection, cell ...), in lower case, "" where that is not said."""
     properties = holder.get("properties")
     found = [(place.get(key) if isinstance(place, dict) else None) for place in (properties, holder)
              for key in ("objectType", "object_type")]  # fmt: skip
     return next((str(word).lower() for word in found if word), "")
 
 
-def _class_words(holder: dict[str, Any]) -> list[str]:
+def class_words(holder: dict[str, Any]) -> list[str]:
     """Return the names of an object's class, a derived one in its parts."""
     for place in (holder.get("properties"), holder):
         entry = place.get("classification", place.get("class")) if isinstance(place, dict) else None
