@@ -59,7 +59,7 @@ def set_name(path: Path) -> str:
 
 
 def read_samples(path: Path) -> Sequence[AnySample]:
-    """Return the images of a data set, or the slides of a list or of a folder of tables.
+    """Return the images of a data set, ours or as its authors distribute it, or the slides of a list or of tables.
 
     Raises UsageError for what is none of them, or a slide that is gone.
     """

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 
 pytest.importorskip("cellslide.train.framework", reason="extra `train` is not installed")
 
@@ -17,7 +19,7 @@ from cellslide.errors import UsageError
 from cellslide.train.augment import crop_matrix, warp
 from cellslide.train.celldetr.data import BoxDataset, collate, load_box_sets
 from cellslide.train.celldetr.recipe import CellDETRRecipe
-from cellslide.train.celldetr.training import CellDETRTraining
+from cellslide.train.celldetr.training import CLASS_HEAD, CellDETRTraining
 from cellslide.train.data import image_of
 from cellslide.train.fit import fit
 from cellslide.train.points.data import IGNORED, FieldDataset, load_point_sets
@@ -26,7 +28,9 @@ from cellslide.train.recipe import AugmentConfig, build
 from cellslide.train.slide_fields import SIGHT, SlideFields
 from cellslide.train.task import FitOptions, build_recipe
 from cellslide.train.tasks import celldetr, points
+from tests.conftest import CHECKOUT
 from tests.support.labelled_slides import LabelledSlide, labelled_slide
+from tests.support.layouts import write_pannuke
 from tests.train.test_celldetr import TINY
 from tests.train.test_points import MODEL
 
@@ -163,3 +167,44 @@ def test_points_are_learned_from_slides(slide: LabelledSlide, tmp_path: Path) ->
     fit(points.TASK, recipe, FitOptions(tmp_path / "run", [slide.folder], "cpu", 0, log_every=1000))
     metrics = json.loads((tmp_path / "run/card.json").read_text())["metrics"]
     assert "val/detection_f1" in metrics and np.isfinite(metrics["train/loss"])
+
+
+def test_the_example_of_transcripts_learns_ten_types_and_a_probe_the_last_layer_alone(
+    slide: LabelledSlide, tmp_path: Path
+) -> None:
+    example = CHECKOUT / "examples/train-celldetr-transcripts"
+    small = {"crop_px": 64, "batch_size": 2, "epoch_samples": 4, "epochs": 1, "val_fields": 2}
+
+    def read(name: str, **changes: Any) -> CellDETRRecipe:
+        document = yaml.safe_load((example / f"{name}.yaml").read_text())
+        return build(CellDETRRecipe, {**document, **small, "model": {**document["model"], "config": TINY}, **changes})
+
+    (tmp_path / "cohort.csv").write_text(f"cells,patient\n{slide.folder},P\n")
+    (tmp_path / "own.csv").write_text(
+        "cell_id,label\n" + "".join(f"cell-{k},{'NK' if k % 2 else 'b'}\n" for k in range(90))
+    )
+    renamed = {"cohort": {"val": {"area": 0.3}, "classes": {"a": "T", "b": "Malignant"}}}
+    for labels, seen in (({}, {"T", "Malignant"}), ({"file": str(tmp_path / "own.csv")}, {"NK", "Malignant"})):
+        recipe = read("types", datasets=renamed, labels=labels)
+        item = load_box_sets([tmp_path / "cohort.csv"], recipe)[0].train[0]
+        assert {recipe.model.classes[k] for k in np.unique(item.label) if k >= 0} == seen  # type: ignore[union-attr]
+    first = FitOptions(tmp_path / "types", [tmp_path / "cohort.csv"], "cpu", 0, log_every=1000)
+    fit(celldetr.TASK, read("types", datasets=renamed), first)
+    model = {"config": TINY, "classes": ["a", "b"], "probe": True}
+    second = FitOptions(tmp_path / "probe", [slide.folder], "cpu", 0, init=tmp_path / "types", log_every=1000)
+    fit(celldetr.TASK, read("pannuke", model=model, datasets={}, optim={"lr": 0.01, "warmup_steps": 0}), second)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("types", "probe"))
+    assert before.keys() == after.keys()
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {
+        n for n in before if n.startswith(CLASS_HEAD)
+    }
+
+
+def test_pannuke_trains_as_it_is_distributed(tmp_path: Path) -> None:
+    for fold in (1, 2):
+        write_pannuke(tmp_path / "pannuke", fold, ["Breast", "Colon"], [("neoplastic", "dead"), ("", "connective")])
+    document = yaml.safe_load((CHECKOUT / "examples/train-celldetr-transcripts/pannuke.yaml").read_text())
+    found = load_box_sets([tmp_path / "pannuke"], build(CellDETRRecipe, document))[0]
+    classes = [sorted(item.label_class[1:][np.isin(np.arange(1, len(item.label_class)), item.labels)].tolist())
+               for item in found.train]  # fmt: skip
+    assert classes == [[1, 4], [3]] and [item.label.tolist() for item in found.val] == [[0, 3], [2]]

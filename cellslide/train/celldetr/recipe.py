@@ -29,6 +29,7 @@ class DetrModelConfig:
     """The network's configuration, how its images are normalised, its classes, and weights to begin with.
 
     classes          names of the points' classes, in order; empty finds nuclei without typing them.
+    probe            only the layer of the classes learns, on the frozen features of the weights of --init.
     encoder_weights  file with the backbone's weights, under any prefix; encoder_licence: theirs, where the file does
                      not say it.
     """
@@ -37,6 +38,7 @@ class DetrModelConfig:
     mean: tuple[float, float, float] = CELLDETR_MEAN
     std: tuple[float, float, float] = CELLDETR_STD
     classes: tuple[str, ...] = ()
+    probe: bool = False
     encoder_weights: str | None = None
     encoder_licence: str | None = None
 
@@ -162,6 +164,7 @@ class CellDETRRecipe(Recipe):
         config = {**own, "mode": self.mode, "score_threshold": self.score_threshold, **model.config}
         det_classes, layers = config.get("det_classes", 1), config.get("repr_layers", 1)
         require(det_classes == 1, "model.config.det_classes", det_classes, "1; the representation decoder types nuclei")
+        require(not model.probe or n_classes > 0, "model.probe", model.probe, "false without model.classes")
         require(layers > 0 or n_classes == 0, "model.config.repr_layers", layers, "1 or more with model.classes")
         classes = class_specs(model.classes)
         return {"arch": "celldetr", "config": config, "mean": model.mean, "std": model.std, "classes": classes}

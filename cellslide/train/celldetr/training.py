@@ -33,7 +33,8 @@ from cellslide.train.export import read_state
 from cellslide.train.module import ImageTraining
 
 # What one training has and another has not: heads of the classes, and of the contrast.
-HEADS = ("decouple_class_embed.", "contrastive_project.")
+CLASS_HEAD = "decouple_class_embed."
+HEADS = (CLASS_HEAD, "contrastive_project.")
 
 
 class CellDETRTraining(ImageTraining):
@@ -45,6 +46,16 @@ class CellDETRTraining(ImageTraining):
     def __init__(self, recipe: CellDETRRecipe, model: CellDETR) -> None:
         super().__init__(recipe, model)
         self._scores = BoxScores(recipe)
+        if recipe.model.probe:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.startswith(CLASS_HEAD))
+
+    def train(self, mode: bool = True) -> CellDETRTraining:
+        """Switch modes; a network of which only the last layer learns stays in evaluation mode."""
+        super().train(mode)
+        if self.recipe.model.probe:
+            self.model.eval()
+        return self
 
     @property
     def net(self) -> CellDETR:
