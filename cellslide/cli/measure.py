@@ -66,7 +66,7 @@ def command(
         )  # fmt: skip
         whole = numbers.regions[0]
         words = f"{whole['nuclei']:,} nuclei on {whole['mm2']:.2f} mm², {len(numbers.regions):,} regions"
-        click.echo(f"{numbers.slide}: {words}")
+        click.echo(f"{numbers.slide}: {words}; errors of the classifier: {numbers.errors}")
         found.append(numbers)
 
     failed = each(slide_folders(folder, regions), work)

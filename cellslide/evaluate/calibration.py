@@ -30,6 +30,7 @@ from cellslide.classify.decision import (
 from cellslide.errors import UsageError
 from cellslide.evaluate.classification import (
     class_tallies,
+    confusion,
     expected_calibration_error,
     mean_f1,
     reliability_bins,
@@ -167,7 +168,7 @@ def fit_safe_gate(
 
 
 def _fit_thresholds(calibration: Calibration, probs: PathProbs, labels: Int64, config: FitConfig) -> Calibration:
-    """Add the abstain threshold, those of the classes, and the classes' frequencies, for the calibrated mix."""
+    """Add the abstain threshold, those of the classes, their frequencies and confusion, for the rule by default."""
     decision = decide(probs, DecisionConfig(default_gate(calibration)), calibration)
     named, sure = decision.class_index, decision.class_prob.astype(np.float64)
     per_class = tuple(
@@ -176,7 +177,8 @@ def _fit_thresholds(calibration: Calibration, probs: PathProbs, labels: Int64, c
     )
     abstain = accuracy_threshold(sure, named == labels, config)
     prior = tuple(decision.prob.mean(axis=0, dtype=np.float64).tolist())
-    return replace(calibration, thresholds=per_class, abstain=abstain, class_prior=prior)
+    counts = tuple(map(tuple, confusion(labels, named, decision.prob.shape[1]).tolist()))
+    return replace(calibration, thresholds=per_class, abstain=abstain, class_prior=prior, confusion=counts)
 
 
 def fit_unseen(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cellslide.measure.errors import Errors
 from cellslide.measure.nuclei import Nuclei
 from cellslide.measure.regions import Region
 
@@ -18,11 +19,13 @@ LYMPHOCYTE_UM2 = 50.0
 TIL_SQUARE_UM = 50.0
 
 
-def measure_counts(nuclei: Nuclei, region: Region) -> dict[str, Any]:
+def measure_counts(nuclei: Nuclei, region: Region, errors: Errors | None = None) -> dict[str, Any]:
     """Return the numbers of the nuclei of a region, by the names of the columns of `regions.csv`.
 
     A share is of the nuclei of which a class is said. Its interval has two parts: that of a sample of so many nuclei
     (Wilson 1927), at each end of what the share would be if none, or all, of those that abstained were of the class.
+
+    errors  also give the share of all typed nuclei without the errors of the classifier (`Errors.undone`).
     """
     counts, n, mm2 = nuclei.counts(), len(nuclei), region.mm2
     said, abstained = int(counts[:-1].sum()), int(counts[-1])
@@ -37,6 +40,10 @@ def measure_counts(nuclei: Nuclei, region: Region) -> dict[str, Any]:
         row[f"share_{name}"] = count / said if said else None
         row[f"share_{name}_low"] = wilson(count, said + abstained)[0] if said else None
         row[f"share_{name}_high"] = wilson(count + abstained, said + abstained)[1] if said else None
+    if errors is not None:
+        for name, values in zip(nuclei.classes, errors.undone(nuclei.named()).tolist(), strict=True):
+            for end, value in zip(("", "_low", "_high"), values, strict=True):
+                row[f"share_{name}_corrected{end}"] = None if np.isnan(value) else value
     row["stromal_til_percent"] = til_percent(nuclei)
     return row
 

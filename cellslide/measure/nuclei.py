@@ -26,23 +26,29 @@ class Nuclei:
     um     centroids (N, 2) in µm from the corner of level 0.
     code   int64 (N,) index into `classes`, `len(classes)` where the classifier abstained, UNTYPED where none was asked.
     area   float32 (N,) µm², 0 where nuclei are points.
+    top    int64 (N,) index of the most probable class, also of those that abstained; UNTYPED where none is a nucleus's.
     """
 
     um: Float64
     code: Int64
     area: Float32
     classes: tuple[str, ...]
+    top: Int64
 
     def __len__(self) -> int:
         return len(self.um)
 
     def of(self, rows: Bool) -> Nuclei:
         """Return some of the nuclei."""
-        return Nuclei(self.um[rows], self.code[rows], self.area[rows], self.classes)
+        return Nuclei(self.um[rows], self.code[rows], self.area[rows], self.classes, self.top[rows])
 
     def counts(self) -> Int64:
         """Return the nuclei by class and, last, those that abstained, int64 (K + 1,)."""
         return np.bincount(self.code[self.code >= 0], minlength=len(self.classes) + 1).astype(np.int64)
+
+    def named(self) -> Int64:
+        """Return the nuclei by their most probable class, int64 (K,)."""
+        return np.bincount(self.top[self.top >= 0], minlength=len(self.classes)).astype(np.int64)
 
     def kind(self, name: str) -> int | None:
         """Return the class that is a kind of `KINDS`, None where there is none."""
@@ -57,6 +63,7 @@ def read_nuclei(table: CellTable, with_artefacts: bool) -> Nuclei:
     lookup = np.array(
         [names.index(d) if d in names else len(names) if d == ABSTAINED else UNTYPED for d in decisions] + [UNTYPED]
     )
+    tops = np.array([names.index(name) if name in names else UNTYPED for name in table.class_names] + [UNTYPED])
     parts = []
     size_um = np.array([table.slide.mpp_x, table.slide.mpp_y])
     for start in range(0, len(table), BLOCK_ROWS):
@@ -66,9 +73,11 @@ def read_nuclei(table: CellTable, with_artefacts: bool) -> Nuclei:
             keep &= ~np.asarray(table.vector("in_artefact", start, stop), np.bool_)
         xy = np.stack([table.vector(name, start, stop) for name in "xy"], axis=1).astype(np.float64)
         code = lookup[table.codes("class", start, stop)]
+        top = tops[table.codes("class_top", start, stop)]
         area = np.asarray(table.vector("area_um2", start, stop), np.float32)
-        parts.append((xy[keep] * size_um, code[keep], area[keep]))
+        parts.append((xy[keep] * size_um, code[keep], area[keep], top[keep]))
     if not parts:
-        return Nuclei(np.empty((0, 2)), np.empty(0, np.int64), np.empty(0, np.float32), names)
-    um, code, area = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Nuclei(um, code.astype(np.int64), area, names)
+        none = np.empty(0, np.int64)
+        return Nuclei(np.empty((0, 2)), none, np.empty(0, np.float32), names, none)
+    um, code, area, top = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Nuclei(um, code.astype(np.int64), area, names, top.astype(np.int64))

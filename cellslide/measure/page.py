@@ -52,6 +52,7 @@ def _slide(found: SlideNumbers) -> dict[str, object]:
         "maps": list(_maps(found)), "outline": _outline(found), "size_um": found.size_um,
         "neighbours": [row for row in found.neighbours if row["region"] == "all"],
         "lines": list(_lines(found)), "grid": sum(row["kind"] == "grid" for row in found.regions),
+        "errors": found.errors,
     }  # fmt: skip
 
 

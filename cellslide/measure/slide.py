@@ -12,6 +12,7 @@ import shapely
 
 from cellslide.errors import UsageError
 from cellslide.measure.counts import measure_counts, measure_sizes
+from cellslide.measure.errors import known_errors
 from cellslide.measure.neighbours import measure_neighbours
 from cellslide.measure.nuclei import Nuclei, read_nuclei
 from cellslide.measure.regions import Region, annotated, bands, grid, pieces
@@ -51,7 +52,10 @@ class MeasureConfig:
 
 @dataclass(slots=True)
 class SlideNumbers:
-    """Rows of the four tables, and maps of the classes: nuclei per mm² on squares of MAP_UM (rows, cols)."""
+    """Rows of the four tables, and maps of the classes: nuclei per mm² on squares of MAP_UM (rows, cols).
+
+    errors  in words where the classifier's errors come from that are taken out, or why none are.
+    """
 
     slide: str
     regions: list[dict[str, Any]] = field(default_factory=list)
@@ -61,6 +65,7 @@ class SlideNumbers:
     maps: dict[str, Float64] = field(default_factory=dict)
     outlines: list[tuple[str, shapely.Geometry]] = field(default_factory=list)
     size_um: tuple[float, float] = (0.0, 0.0)
+    errors: str = ""
 
 
 def measure_slide(folder: Path, config: MeasureConfig) -> SlideNumbers:
@@ -69,13 +74,15 @@ def measure_slide(folder: Path, config: MeasureConfig) -> SlideNumbers:
         nuclei = read_nuclei(table, config.with_artefacts)
         tissue = searched_um(folder, table, config.with_artefacts)
         info = table.slide
-        numbers = SlideNumbers(folder.name, size_um=(info.width_px * info.mpp_x, info.height_px * info.mpp_y))
+        errors, words = known_errors(table.run.config.get("classify"), table.class_names, config.seed)
+        size_um = (info.width_px * info.mpp_x, info.height_px * info.mpp_y)
+        numbers = SlideNumbers(folder.name, size_um=size_um, errors=words)
         named = [] if config.regions is None else [
             (name, _in_um(shape, table)) for name, shape in load_regions(config.regions, info, config.origin)
         ]  # fmt: skip
     for region in _regions(nuclei, tissue, named, config):
         chosen = nuclei if region.kind == "slide" else nuclei.of(region.contains(nuclei.um))
-        numbers.regions.append(measure_counts(chosen, region))
+        numbers.regions.append(measure_counts(chosen, region, errors))
         if region.kind == "grid":
             continue
         numbers.classes += measure_sizes(chosen, region)

@@ -35,6 +35,7 @@ class Calibration:
     abstain_unseen  the same for an organ that was not trained, fitted on organs left out of training; or None.
     accuracy_unseen share of the nuclei of such organs that were typed right, or None.
     class_prior     per class, how frequent the calibrated probabilities take it to be (their mean), or None.
+    confusion       (K, K) counts of labelled nuclei by the default rule without abstention, rows truth, or None.
     paths           "local" where the mix gained too little over the local path: the default leaves the global one out.
     """
 
@@ -51,6 +52,7 @@ class Calibration:
     abstain_unseen: float | None = None
     accuracy_unseen: float | None = None
     class_prior: tuple[float, ...] | None = None
+    confusion: tuple[tuple[int, ...], ...] | None = None
     paths: Literal["both", "local"] = "both"
 
 

@@ -34,7 +34,7 @@ _SAFE_GATE_KEYS = {"tau": "tau", "gamma": "gamma", "accepts": "safe_accepts",
                    "reliability_local": "reliability_local", "reliability_global": "reliability_global"}  # fmt: skip
 _CALIBRATION_KEYS = (
     "temperature_local", "temperature_global", "temperature_mix", "thresholds", "abstain", "abstain_unseen",
-    "accuracy_unseen", "class_prior", "paths",
+    "accuracy_unseen", "class_prior", "confusion", "paths",
 )  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -269,6 +269,8 @@ def _number_or_row(entry: WeightsEntry, key: str, value: Any) -> Any:
         if value not in ("both", "local"):
             raise ValueError(f"paths {short(value)}: must be both or local")
         return value
+    if key == "confusion":
+        return _counts(entry, value)
     if key not in ("thresholds", "class_prior", "reliability_local", "reliability_global"):
         number = float(value)
         if key.startswith("temperature") and not number > 0:
@@ -278,6 +280,16 @@ def _number_or_row(entry: WeightsEntry, key: str, value: Any) -> Any:
     if len(row) != len(entry.classes):
         raise ValueError(f"{key} has {len(row)} numbers for {len(entry.classes)} classes")
     return row
+
+
+def _counts(entry: WeightsEntry, value: Any) -> tuple[tuple[int, ...], ...]:
+    n = len(entry.classes)
+    table = tuple(tuple(row) for row in value)
+    if len(table) != n or any(len(row) != n for row in table):
+        raise ValueError(f"confusion must have {n} rows of {n} counts, one for each class")
+    if not all(type(count) is int and 0 <= count < 1 << 31 for row in table for count in row):
+        raise ValueError("confusion: must hold whole numbers, none below 0")
+    return table
 
 
 def calibration_as_yaml(calibration: Calibration) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -178,6 +178,8 @@ def test_what_is_accepted_reaches_the_target() -> None:
     right = decision.class_index == labels
     assert right.mean() < 0.8 and right[~decision.abstained].mean() >= 0.85
     assert 0.2 < decision.abstained.mean() < 0.9
+    by_hand = [[int(((labels == t) & (decision.class_index == p)).sum()) for p in range(3)] for t in range(3)]
+    assert np.array_equal(calibration.confusion, by_hand), "of all, those that abstain too"
 
 
 def test_gain_is_measured_on_other_images() -> None:

@@ -16,6 +16,7 @@ from cellslide.api import measure
 from cellslide.cli.main import cli
 from cellslide.errors import UsageError
 from cellslide.measure.counts import measure_counts, til_percent, wilson
+from cellslide.measure.errors import errors_of, known_errors
 from cellslide.measure.neighbours import measure_neighbours
 from cellslide.measure.nuclei import Nuclei
 from cellslide.measure.regions import Region, bands, grid, pieces
@@ -27,7 +28,8 @@ NAMES = ("epithelial", "lymphocyte", "stromal")
 def nuclei(um: object, code: object, area: object = None) -> Nuclei:
     code = np.asarray(code, np.int64)
     area = np.full(len(code), 30.0) if area is None else area
-    return Nuclei(np.asarray(um, np.float64).reshape(-1, 2), code, np.asarray(area, np.float32), NAMES)
+    top = np.where(code < len(NAMES), code, -1)
+    return Nuclei(np.asarray(um, np.float64).reshape(-1, 2), code, np.asarray(area, np.float32), NAMES, top)
 
 
 def lattice(width: float, height: float, step: float) -> np.ndarray:
@@ -44,6 +46,8 @@ def test_counts_densities_and_shares() -> None:
     assert found["share_epithelial"] == 0.5
     # At each end: none, or all, of what abstained is of the class.
     assert found["share_epithelial_low"] == wilson(4, 9)[0] and found["share_epithelial_high"] == wilson(5, 9)[1]
+    found = measure_counts(nuclei(np.zeros((4, 2)), [0, 0, 1, 2]), region, errors_of(np.diag([9, 9, 9]), 0))
+    assert [found[f"share_{name}_corrected"] for name in NAMES] == [0.5, 0.25, 0.25]
     nothing = measure_counts(nuclei(np.zeros((0, 2)), []), region)
     assert nothing["nuclei"] == 0 and nothing["share_stromal"] is None and nothing["median_area_um2"] is None
 
@@ -52,6 +56,52 @@ def test_wilson_is_the_published_interval() -> None:
     # Newcombe 1998, table I: 81 of 263.
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=2e-4)
     assert wilson(0, 0) == (0.0, 1.0) and wilson(0, 20)[0] == 0.0 and wilson(20, 20)[1] == 1.0
+
+
+def test_errors_are_undone_as_published() -> None:
+    """Rogan and Gladen 1978: (named + specificity - 1) / (sensitivity + specificity - 1)."""
+    errors = errors_of(np.array([[90, 10], [20, 80]]), 0)
+    share, low, high = errors.undone(np.array([500, 500]))[0]
+    assert share == pytest.approx((0.5 + 0.8 - 1) / 0.7) and low < share < high
+    assert errors.undone(np.array([100, 900]))[:, 0].tolist() == [0.0, 1.0], "no share lies below 0"
+    assert errors_of(np.array([[90, 10], [20, 80]]) * 100, 0).undone(np.array([500, 500]))[0, 1] > low
+    assert np.isnan(errors.undone(np.array([0, 0]))).all()
+    right = errors_of(np.diag([5, 6, 7]), 0).undone(np.array([1, 1, 2]))
+    assert right[:, 0].tolist() == [0.25, 0.25, 0.5]
+
+
+def test_the_corrected_interval_holds_the_truth_as_often_as_it_says() -> None:
+    rng, rates, truth = np.random.default_rng(0), np.array([[0.8, 0.15, 0.05], [0.1, 0.8, 0.1], [0.3, 0.1, 0.6]]), 0.5
+    held = 0
+    for _ in range(100):
+        labelled = np.stack([rng.multinomial(200, row) for row in rates])
+        named = rng.multinomial(400, np.array([0.2, 0.3, truth]) @ rates)
+        _, low, high = errors_of(labelled, 0).undone(named)[2]
+        held += low <= truth <= high
+    assert 89 <= held <= 99
+
+
+def test_the_confusion_is_used_only_where_it_was_counted_so() -> None:
+    counts, names = [[8, 2, 0], [1, 9, 0], [0, 1, 9]], ("a", "b", "not_nucleus")
+    calibration = {"confusion": counts, "paths": "local"}
+
+    def typing(**changes: object) -> dict[str, object]:
+        rule = {"calibration": calibration, "decision": {"gate": "local", "prior": None}}
+        return {"spec": {"weights_id": "w"}, "rule": rule, "organ_trained": True, **changes}
+
+    errors, words = known_errors(typing(), names, 0)
+    assert errors is not None and errors.n == 20 and "20 labelled nuclei on which w" in words
+    assert errors.undone(np.array([5, 5]))[0, 0] == pytest.approx((0.5 + 0.9 - 1) / 0.7)
+    other = {"calibration": calibration, "decision": {"gate": "mix", "prior": None}}
+    for told in (
+        None,
+        typing(organ_trained=False),
+        typing(rule=other),
+        typing(rule={**other, "calibration": {}}),
+        typing(rule={**typing()["rule"], "calibration": {**calibration, "confusion": [[0, 0], [1, 1]]}}),
+        typing(rule={**typing()["rule"], "calibration": {**calibration, "confusion": [[1, 1, 0]] * 3}}),
+    ):
+        assert known_errors(told, names, 0)[0] is None  # fmt: skip
 
 
 def test_a_checkerboard_and_two_halves_have_the_neighbours_that_they_must() -> None:
@@ -83,7 +133,8 @@ def test_bands_follow_the_border_of_the_tumour() -> None:
     assert found["outside the border"].mm2 == pytest.approx(0.2, abs=0.03)
     assert found["inside the border"].contains(np.array([[900.0, 500.0], [700.0, 500.0]])).tolist() == [True, False]
     with pytest.raises(UsageError, match="--border"):
-        list(bands(Nuclei(xy, np.zeros(len(xy), np.int64), np.zeros(len(xy), np.float32), ("a",)), tissue, 200.0))
+        none = np.zeros(len(xy), np.int64)
+        list(bands(Nuclei(xy, none, np.zeros(len(xy), np.float32), ("a",), none), tissue, 200.0))
 
 
 def test_til_score_of_known_squares() -> None:
@@ -136,6 +187,7 @@ def test_the_command_writes_tables_and_a_page(viewed: Viewed, tmp_path: Path) ->
     said = sum(table[f"n_{c.name}"] for c in CLASSES)
     assert said + table["abstained"] + table["untyped"] == 300
     page = (output / "measure.html").read_text()
+    assert "holds no confusion" in page and "holds no confusion" in result.output
     assert "left half" in page and "http" not in page.split("</style>")[1]
     assert {p.name for p in output.iterdir()} == {"measure.html"} | {
         f"{name}.{kind}" for name in ("regions", "classes", "neighbours", "curves") for kind in ("csv", "parquet")

@@ -340,6 +340,7 @@ def _entry(calibration: Any = None, safe_gate: Any = None) -> WeightsEntry:
     [
         Calibration(),
         Calibration(1.5, 0.5, 2.0, (0.9, 0.8), (0.7, 0.6), 0.35, 0.1, False, (0.4, 0.5), 0.3),
+        Calibration(confusion=((9, 1), (2, 8))),
     ],
 )
 def test_calibration_reads_back(calibration: Calibration) -> None:
@@ -359,6 +360,8 @@ def test_entry_without_calibration_has_the_defaults() -> None:
         ({"thresholds": [0.1]}, None, "1 numbers for 2 classes"),
         (None, {"reliability_local": [0.1, 0.2, 0.3]}, "3 numbers for 2 classes"),
         (None, {"tau": "high"}, "high"),
+        ({"confusion": [[1, 2]]}, None, "2 rows of 2 counts"),
+        ({"confusion": [[1, 2], [0.5, 1]]}, None, "whole numbers"),
     ],
 )
 def test_faults_of_a_calibration_are_named(calibration: Any, safe_gate: Any, message: str) -> None:
