@@ -171,7 +171,7 @@ class SetConfig(Protocol):
     """What tells which samples of a data set are used."""
 
     @property
-    def split(self) -> str | None: ...
+    def split(self) -> str | tuple[str, ...] | None: ...
     @property
     def val(self) -> ValConfig: ...
     @property
@@ -216,7 +216,11 @@ def _choose(path: Path, config: SetConfig, fold: Fold | None) -> Chosen:
         if missing:
             where = f"{path}: recipe datasets.{set_name(path)}.val.{name}"
             raise UsageError(f"{where}: no such {name.removesuffix('s')} {', '.join(missing)}")
-    train = [s for s in samples if s not in val and config.split in (None, s.split)]
+    held = {id(s) for s in val}
+    train = [s for s in samples if id(s) not in held and _trains(s, config.split)]
+    if config.val.share > 0:
+        drawn = {id(s) for s in train if zlib.crc32((s.patient or s.stem).encode()) / 2**32 < config.val.share}
+        val, train = val + [s for s in train if id(s) in drawn], [s for s in train if id(s) not in drawn]
     if config.val.area == 0:
         return Chosen(train, val)
     slides = [s for s in train if isinstance(s, SlideSample)]
@@ -226,6 +230,10 @@ def _choose(path: Path, config: SetConfig, fold: Fold | None) -> Chosen:
     return Chosen(
         [replace(s, part="outside") for s in slides], val + [replace(s, part="inside", patient="") for s in slides]
     )
+
+
+def _trains(sample: AnySample, split: str | tuple[str, ...] | None) -> bool:
+    return split is None or sample.split == split or (not isinstance(split, str) and sample.split in split)
 
 
 def _choose_fold(samples: list[AnySample], config: SetConfig, fold: Fold) -> Chosen:

@@ -30,6 +30,7 @@ class ValConfig:
     """Which samples of a data set validate: whole patients, whole organs, a split of the manifest, or images by name
     (without suffix). Patients never straddle.
 
+    share     of the others so large a part validates too, drawn by patient, or by image where no patient is named.
     area      of each other slide, the middle of it that holds this share of the area of its nuclei validates too.
     guard_um  nuclei so near to the middle do neither; None is the width of what the network sees of a nucleus.
     """
@@ -38,11 +39,13 @@ class ValConfig:
     organs: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
     split: str | None = None
+    share: float = 0.0
     area: float = 0.0
     guard_um: float | None = None
 
     def __post_init__(self) -> None:
-        require(0 <= self.area < 1, "datasets.val.area", self.area, "0 up to, not including, 1")
+        for name in ("share", "area"):
+            require(0 <= getattr(self, name) < 1, f"datasets.val.{name}", getattr(self, name), "0 up to 1, without 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,7 @@ class DatasetConfig:
     mpp              a number in µm/px, "manifest", or "from-nuclei" (per image, so that the median nucleus has
                      `nucleus_um` as its diameter).
     weight           share of the drawn crops, relative to the other sets.
-    split            the rows of the manifest that are used at all; "test" is never read.
+    split            the rows of the manifest that train, of one split or of several; "test" is never read.
     folds            whether its images validate in a cross-validation; False for labels that are no truth, which only
                      train, without the patients that validate elsewhere.
     trust_single     foreground sets: train the HoVer branch too where a blob holds one nucleus.
@@ -117,7 +120,7 @@ class DatasetConfig:
     supervision: Supervision = "auto"
     mpp: float | str = "manifest"
     nucleus_um: float = 5.25
-    split: str | None = "train"
+    split: str | tuple[str, ...] | None = "train"
     folds: bool = True
     trust_single: bool = True
     exclude_patients: tuple[str, ...] = ()
@@ -128,7 +131,8 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, "datasets.weight", self.weight, "0 or more")
-        require(self.split != "test", "datasets.split", self.split, "another split: test data never enters training")
+        names = (self.split,) if isinstance(self.split, str) else self.split or ()
+        require("test" not in names, "datasets.split", self.split, "another split: test data never enters training")
         require(self.val.split != "test", "datasets.val.split", self.val.split, "another split than test")
         known = isinstance(self.mpp, str) and self.mpp in ("manifest", "from-nuclei")
         ok = known or (not isinstance(self.mpp, str) and 0.05 <= self.mpp <= 2)

@@ -17,6 +17,7 @@ from tests.support.labelled import discs, paint
 
 SHAPE = (64, 64)
 PLACES = [(14.0, 14.0), (46.0, 40.0)]
+CELLS = "14,14,2\n46,40,1\n"
 # Classes of the two discs of each image; "" draws none there.
 Kinds = Sequence[tuple[str, str]]
 
@@ -88,13 +89,16 @@ def write_monuseg(root: Path, rings: Sequence[Sequence[tuple[float, float]]]) ->
 
 def write_ocelot(root: Path) -> None:
     """Write an image of each split with two cells, in the one for tests none."""
-    for split, key, rows in (("train", "001", "14,14,2\n46,40,1\n"), ("test", "002", "")):
+    for split, key, rows in (("train", "001", CELLS), ("test", "002", ""), ("val", "003", CELLS)):
         for part in ("images", "annotations"):
             (root / part / split / "cell").mkdir(parents=True)
         save(root / "images" / split / "cell" / f"{key}.jpg", drawn(("a", "b"))[0])
         (root / "annotations" / split / "cell" / f"{key}.csv").write_text(rows)
-    about = {"slide_name": "TCGA-A1-A0SK-01Z", "organ": "kidney", "cell": {"resized_mpp_x": 0.195}}
-    (root / "metadata.json").write_text(json.dumps({"sample_pairs": {"001": about, "002": about}}))
+    about = {
+        key: {"slide_name": f"TCGA-A1-A{key}-01Z", "organ": "kidney", "cell": {"resized_mpp_x": 0.195}}
+        for key in ("001", "002", "003")
+    }
+    (root / "metadata.json").write_text(json.dumps({"sample_pairs": about}))
 
 
 def write_puma(root: Path, kinds: Sequence[str]) -> None:
@@ -129,9 +133,9 @@ def write_nuinsseg(root: Path) -> None:
     )
 
 
-def write_nuclass(root: Path, cells: Sequence[tuple[str, int | str, str]], one_array: bool) -> None:
-    """Write cells (id, class, organ) of the split val."""
-    folder = root / "val"
+def write_nuclass(root: Path, cells: Sequence[tuple[str, int | str, str]], one_array: bool, split: str = "val") -> None:
+    """Write cells (id, class, organ) of a split."""
+    folder = root / split
     folder.mkdir(parents=True)
     kept = {key: {"class_id": kind, "tissue_type": organ} for key, kind, organ in cells}
     (folder / "annotations.json").write_text(json.dumps(kept))

@@ -1,6 +1,6 @@
 """The recipe of a NuClass training: one for its three stages, each of which reads what concerns it.
 
-Defaults are the paper's (tables A2-A4) where it states them.
+Defaults are the paper's table A2 (path local), A3 and A4 for what those stages alone read, but for the batch.
 """
 
 from __future__ import annotations
