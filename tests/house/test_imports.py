@@ -16,8 +16,8 @@ PACKAGE = CHECKOUT / "cellslide"
 # A file may import from its own room, from rooms of its own rank and from those below (docs/architecture.md).
 ROOMS = (
     "cli > api > batch > bench, train, view, embed, measure, dataset > genes > evaluate, report, xenium > classify, "
-    "pipeline > inference, formats > weights, slides, plausibility > models, store, nuclei > geometry > config, progress "
-    "> types, errors"
+    "pipeline > inference, formats > weights, slides, plausibility > models, store, nuclei > geometry > config, "
+    "progress > types, errors"
 )
 RANKS = {room.strip(): rank for rank, rooms in enumerate(ROOMS.split(">")) for room in rooms.split(",")}
 RANKS |= {"": -2, "__main__": -2}
