@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,28 +15,31 @@ from cellslide.report.pixels import CROP_PX, CROP_UM, Crop
 from cellslide.report.regions import SearchedRegion, outline
 from cellslide.report.rendering import part, template
 from cellslide.report.statistics import CellStatistics
+from cellslide.report.worth import worth
 from cellslide.store.cell_table import CellTable
 from cellslide.store.table_schema import ABSTAINED, NOT_NUCLEUS
-from cellslide.types import RunRecord, UInt8, Verdict, hex_color
+from cellslide.types import Check, RunRecord, UInt8, Verdict, hex_color
 
 TITLES: dict[Kind, str] = {
-    "sure": "most certain", "unsure": "least certain", "disputed": "most disputed", "small": "smallest",
+    "sure": "most certain", "unsure": "least certain", "disputed": "the two paths disagree most", "small": "smallest",
     "large": "largest",
 }  # fmt: skip
 # What checks are called on the page.
 CHECKS = {
     "pixel_size_um": "Pixel size (µm)", "tiles_lost": "Tiles lost", "nuclei_per_mm2": "Nuclei per mm²",
-    "stain": "Stain (optical density of red, green, blue)", "jpeg_blocks": "JPEG blocks",
+    "stain": "Stain (optical density of red, green, blue)", "jpeg_blocks": "JPEG blocks (steps from compression)",
     "out_of_focus": "Out of focus", "artefacts": "No clean tissue",
     "enough_to_judge": "Nuclei to judge by", "pixel_size_by_nuclei": "Pixel size by the nuclei (times the stated one)",
-    "nucleus_diameter_um": "Width of nuclei (median, µm)", "specks": "Share of specks",
-    "giants": "Share of giants", "outlines_crossing": "Outlines that cross themselves",
+    "nucleus_diameter_um": "Width of nuclei (median, µm)", "specks": "Share of specks (too small for a nucleus)",
+    "giants": "Share of giants (far larger than the others)", "outlines_crossing": "Outlines that cross themselves",
     "nuclei_at_seams": "Nuclei at seams of tiles", "size_drift": "Change of size along the slide",
     "not_typed": "Share not typed", "abstained": "Share of no class", "organ": "Organ",
     "class_mix_change": "Change of the mix of classes",
 }  # fmt: skip
 STAGES = ("read", "infer", "decode", "merge", "classify", "write")
 MOST_CROSSES = 300
+# How much of the slide the view shows about a nucleus of the gallery.
+VIEW_UM = 150.0
 # Where fewer cells than this fall on a bin, a share of them says nothing.
 LEAST_CELLS = 0.02
 
@@ -109,12 +113,13 @@ class MatrixRow:
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """A crop of the gallery: image, outline as an SVG path, and words."""
+    """A crop of the gallery: image, outline as an SVG path, words, and its place as the view's address has it."""
 
     image: str
     outline: str
     caption: str
     alt: str
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +143,8 @@ def render(material: Material, budget: Budget) -> str:
         confidence=confidence(tally), gate=chart_of(tally.gate, "weight of the global path", form=".2f", whole=True),
         matrix=tuple(matrix(tally)), agreed=agreed(tally), dispute=dispute(tally),
         gallery=tuple(gallery(material, budget)), settings=tuple(settings(record)), stages=tuple(stages(record)),
+        worth=worth(record), size_check=size_check(material.verdict),
+        view=f"cellslide view {shlex.quote(str(material.table.path.parent))} --open",
         chart_width=WIDTH, chart_height=HEIGHT, crop_px=CROP_PX, crop_um=CROP_UM,
     )  # fmt: skip
 
@@ -150,6 +157,11 @@ def verdict(found: Verdict) -> str:
     if found.word == "look":
         return f"Look before you use these numbers: {odd} of {n} checks came out otherwise than expected."
     return f"Do not use these numbers as they are: {odd} of {n} checks came out otherwise than expected."
+
+
+def size_check(found: Verdict) -> Check | None:
+    """Return the check of the median width of nuclei, None where it was not made."""
+    return next((check for check in found.checks if check.name == "nucleus_diameter_um"), None)
 
 
 def class_rows(material: Material) -> tuple[ClassRow, ...]:
@@ -325,7 +337,8 @@ def _shots(material: Material, k: int, kind: Kind, n: int, quality: int) -> Iter
         if crop is not None:
             caption = _caption(pick, kind, material.tally)
             alt = f"nucleus {pick.row}, {material.tally.classes[k]}, {caption}; x {pick.xy[0]:.0f}, y {pick.xy[1]:.0f}"
-            yield Shot(webp_uri(crop.image, min(quality + 5, 90)), crop_path(crop), caption, alt)
+            place = f"x={pick.xy[0]:.0f}&y={pick.xy[1]:.0f}&w={VIEW_UM / material.tally.frame.mpp:.0f}"
+            yield Shot(webp_uri(crop.image, min(quality + 5, 90)), crop_path(crop), caption, alt, place)
 
 
 def _caption(pick: GalleryCell, kind: Kind, tally: CellStatistics) -> str:

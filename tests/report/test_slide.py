@@ -96,6 +96,15 @@ def test_the_page_says_what_the_table_says(chromium: Chromium, made: Path, table
         assert f"{np.mean(local == global_):.1%}" in page.text("#paths")
         assert "fake-classifier" in page.text("#run") and "Apache-2.0" in page.text("#run")
         page.shot("report-typed-1280")
+        page.click("#gallery a.crop")
+        place = page.text("figure:target .place")
+        assert page.run("decodeURI(location.hash)") == place
+        assert page.run("new Set([...document.querySelectorAll('[id]')].map(e => e.id)).size") == page.run(
+            "document.querySelectorAll('[id]').length"
+        )
+        x, y, w = (float(word.split("=")[1]) for word in place.strip("#").split("&"))
+        assert np.hypot(table.vector("x") - x, table.vector("y") - y).min() < 1 and w == 300
+        assert f"cellslide view {made / 's'}" in page.text("#gallery")
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, True), (400, False), (400, True)])
