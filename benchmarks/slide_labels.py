@@ -5,7 +5,8 @@
 Fields of BRCA-M2C are laid out as two slides, one of the training images and one of those that validate. Over the
 nuclei of the first a bundle is painted (`painted-transcripts`, 10 % doublets), `xenium label` names them, and
 `train nuclass-local` learns from the column `label`, from `truth` of the nuclei that were kept (`truth_kept`), and from
-`truth` of all. All are scored by the true classes of the second slide. About five minutes of one core.
+`truth` of all. All are scored by the true classes of the second slide. Labels take a
+minute and a half of one core, each training under two.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import numpy as np
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import MANIFEST, Sample, read_rows
 from cellslide.evaluate.layouts.registry import open_dataset
+from cellslide.slides.identity import is_slide
 from cellslide.slides.reopen import reopen, slide_path
 from cellslide.store.anndata_columns import Categorical
 from cellslide.store.cell_table import BLOCK_ROWS, CellTable, open_table
@@ -83,6 +84,11 @@ def _slide_sample(path: Path, dataset: str, row: Mapping[str, str], root: Path, 
         at = root / row["slide"] if row.get("slide") else slide_path(table)
         if not is_plain(at):
             raise UsageError(f"{where}: the slide {at} is not there; name it in the column slide of a .csv list")
+        known = table.run.slide.get("sha256_head")
+        if known is not None and not is_slide(at, known):
+            raise UsageError(
+                f"{where}: {at} is not the slide of {path}; name that one in the column slide of a .csv list"
+            )
         with reopen(table, at) as slide:
             info = slide.info
     return SlideSample(

@@ -82,7 +82,8 @@ def test_a_list_says_patient_organ_and_split(listed: Path, slides: list[Labelled
     with pytest.raises(UsageError, match="column slide"):
         load_cell_sets([listed], recipe(labels={"file": str(labels)}))
     wrong = listed.parent / "wrong.csv"
-    for rows, words in (("cells\nnowhere\n", "line 2.*nowhere"), ("cells,slide\ns,gone.tif\n", r"gone\.tif is not")):
+    for rows, words in (("cells\nnowhere\n", "line 2.*nowhere"), ("cells,slide\ns,gone.tif\n", r"gone\.tif is not"),
+                        ("cells,slide\ns,../t.tif\n", r"t\.tif is not the slide")):  # fmt: skip
         wrong.write_text(rows)
         with pytest.raises(UsageError, match=words):
             read_samples(wrong)

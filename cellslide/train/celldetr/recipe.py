@@ -146,6 +146,7 @@ class CellDETRRecipe(Recipe):
 
     def __post_init__(self) -> None:
         self.check_length(1, self.fold)
+        require(self.val_fields >= 0, "val_fields", self.val_fields, "0 or more")
         whole = self.crop_px % 32 == 0 and self.crop_px >= 64
         require(whole, "crop_px", self.crop_px, "a multiple of 32, at least 64")
         require(0 <= self.nuclei_share <= 1, "nuclei_share", self.nuclei_share, "0 to 1")

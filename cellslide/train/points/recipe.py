@@ -130,6 +130,7 @@ class PointsRecipe(Recipe):
 
     def __post_init__(self) -> None:
         self.check_length(1, self.fold)
+        require(self.val_fields >= 0, "val_fields", self.val_fields, "0 or more")
         whole = self.field_px % FIELD_MULTIPLE == 0 and self.field_px >= FIELD_MULTIPLE
         require(whole, "field_px", self.field_px, f"a multiple of {FIELD_MULTIPLE}")
         for name in ("centred", "balance"):
