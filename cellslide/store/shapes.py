@@ -22,6 +22,7 @@ from cellslide.geometry.columns import slice_rows
 from cellslide.store.anndata_columns import TableError, write_mapping
 from cellslide.types import Bool, Cells, Float64, Int64, UInt8
 
+MICROMETRES = "micrometres"
 ROW_GROUP, STREAM_ROWS = 25_000, 5_000
 POLYGON_HEADER = np.frombuffer(b"\x01\x03\x00\x00\x00\x01\x00\x00\x00", np.uint8)
 POINT_HEADER = np.frombuffer(b"\x01\x01\x00\x00\x00", np.uint8)
@@ -276,19 +277,33 @@ class ShapeReader:
         return RingStream(self.file)
 
 
-def mark_store(root: zarr.Group, shapes: bool) -> None:
-    """Write the group attributes by which SpatialData knows the store and, where there are shapes, their frame."""
+def frame_steps(axes: str, scales: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
+    """Return how an element's coordinates become those of each frame: its name, and x and y of a unit in it."""
+    kinds = [{"name": n, "type": "channel"} if n == "c" else {"name": n, "type": "space", "unit": "unit"} for n in axes]
+    steps = []
+    for name, (x, y) in scales.items():
+        unit = "micrometer" if name == MICROMETRES else "unit"
+        out = [axis if axis["type"] == "channel" else {**axis, "unit": unit} for axis in kinds]
+        by = [{"c": 1.0, "x": x, "y": y}[n] for n in axes]
+        step: dict[str, Any] = {"type": "identity"} if set(by) == {1.0} else {"type": "scale", "scale": by}
+        steps.append({**step, "input": {"name": axes, "axes": kinds}, "output": {"name": name, "axes": out}})
+    return steps
+
+
+def mark_store(root: zarr.Group, shapes: bool, mpp: tuple[float, float] = (1.0, 1.0)) -> None:
+    """Write the group attributes by which SpatialData knows the store and, where there are shapes, their frames.
+
+    mpp  µm per pixel of level 0 in x and y: "global" is level-0 pixels, MICROMETRES their µm.
+    """
     root.attrs.update({"spatialdata_attrs": {"version": "0.2", "spatialdata_software_version": "0.7.3"}})
     for name in ("shapes", "tables"):
         root.require_group(name)
     if not shapes:
         return
-    axes = [{"name": name, "type": "space", "unit": "unit"} for name in ("x", "y")]
-    frame: dict[str, Any] = {"input": {"name": "xy", "axes": axes}, "output": {"name": "global", "axes": axes}}
     attrs: dict[str, Any] = {
         "encoding-type": "ngff:shapes",
         "axes": ["x", "y"],
-        "coordinateTransformations": [{"type": "identity", **frame}],
+        "coordinateTransformations": frame_steps("xy", {"global": (1.0, 1.0), MICROMETRES: mpp}),
         "spatialdata_attrs": {"version": "0.3"},
     }
     root.require_group("shapes/nuclei").attrs.update(attrs)

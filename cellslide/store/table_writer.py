@@ -170,7 +170,7 @@ class CellTableWriter:
         _write_uuids(self.group, self.n, key, given.pop("uuid", None))
         _write_columns(self.group, given)
         _write_uns(self.group, self.slide, self.spec.kind, self.classes, run)
-        mark_store(self.root, has_shapes)
+        mark_store(self.root, has_shapes, (self.slide.mpp_x, self.slide.mpp_y))
         link_shapes(self.group, has_shapes)
         self.staging.publish()
 
