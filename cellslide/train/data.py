@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from cellslide.errors import UsageError
 from cellslide.evaluate.dataset import MANIFEST, Sample, read_rows
 from cellslide.evaluate.layouts.registry import layout_of
+from cellslide.store.recovery import tables_below
 from cellslide.train.artefacts import add_artefact
 from cellslide.train.augment import crop_matrix, pale_nuclei, recolor, warp
 from cellslide.train.hover.recipe import HoverRecipe
@@ -108,7 +109,8 @@ def card_of(images: ImageSet[Any, Any], count: Callable[[Sequence[Any]], Any]) -
 
 def licences(path: Path) -> list[str]:
     """Return the licences that the manifest of a data set, a list of slides or its layout names, sorted."""
-    layout = layout_of(path) if path.is_dir() else None
+    # A folder of tables has no layout, and many files that one would look through.
+    layout = layout_of(path) if path.is_dir() and not tables_below(path) else None
     if layout is not None:
         return [layout.licence] if layout.licence else []
     listed = path if path.suffix == ".csv" else path / MANIFEST
