@@ -72,8 +72,9 @@ def grid(tissue: BaseGeometry, edge_um: float) -> Iterator[Region]:
     for row in rows:
         for col in cols:
             square = shapely.box(col * edge_um, row * edge_um, (col + 1) * edge_um, (row + 1) * edge_um)
-            if shapely.intersects(tissue, square):
-                yield Region(f"{col},{row}", "grid", shapely.intersection(tissue, square))
+            # What only touches the tissue holds none of it.
+            if shapely.intersects(tissue, square) and (part := shapely.intersection(tissue, square)).area > 0:
+                yield Region(f"{col},{row}", "grid", part)
 
 
 def bands(nuclei: Nuclei, tissue: BaseGeometry, width_um: float) -> Iterator[Region]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
@@ -195,9 +196,12 @@ def tutorial_ends_with_densities_and_a_picture(world: dict[str, Any]) -> None:
     searched = 400 * 300 * 0.5**2 / 1e6
     assert world["per_mm2"].sum() == pytest.approx(N / searched, rel=1e-3)
     squares = pd.read_csv("densities.csv", index_col=["row", "column"])
-    # 200 x 150 µm are two by two squares of 100 µm.
-    assert len(squares) == 4 and squares.to_numpy().sum() * 0.01 == pytest.approx(N)
-    assert Path("nuclei.png").stat().st_size > 10_000
+    # 200 x 150 µm are two by two squares of 100 µm, the lower ones cut in half.
+    assert list(squares) == ["per_mm2_pink", "per_mm2_blue"] and len(squares) == 4
+    areas = np.array([0.01, 0.01, 0.005, 0.005])[:, None]
+    said = N - world["squares"]["abstained"].sum()
+    assert (squares.sort_index().to_numpy() * areas).sum() == pytest.approx(said, rel=1e-3)
+    assert Path("densities.png").stat().st_size > 10_000 and Path("numbers/measure.html").is_file()
 
 
 CHECKS = {

@@ -150,6 +150,7 @@ def test_pieces_and_squares_cover_what_was_searched() -> None:
     assert [(r.name, r.mm2) for r in pieces(tissue)] == [("piece 1", 0.025), ("piece 2", 0.01)]
     squares = list(grid(tissue, 100.0))
     assert sum(r.mm2 for r in squares) == pytest.approx(tissue.area / 1e6) and squares[0].name == "0,0"
+    assert min(r.mm2 for r in squares) > 0, "none that only touches the tissue"
     with pytest.raises(UsageError, match="--grid"):
         list(grid(shapely.box(0, 0, 1e6, 1e6), 20.0))
 
