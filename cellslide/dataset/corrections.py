@@ -67,8 +67,8 @@ def read_corrections(path: Path, table: CellTable, origin: Origin = "bounds", ch
     changes = [found for g, h in marked if (found := _change(g, h, path)) is not None]
     if changes and len(changes) < len(marked):
         raise UsageError(
-            f"--corrections {path}: of {len(marked)} nuclei {len(marked) - len(changes)} have no property `correction`"
-            "; give all nuclei, or changes alone"
+            f"--corrections {path}: {len(marked) - len(changes)} of {len(marked)} nuclei have no `correction`; "
+            "give all nuclei, or changes alone"
         )
     now = _changed(table, region, changes, path) if changes or not marked else (_nucleus(g, h) for g, h in marked)
     shapely.prepare(region)

@@ -26,7 +26,7 @@ SCRIPT = "text/javascript; charset=utf-8"
 STATIC = {
     "view.css": "text/css; charset=utf-8",
     "openseadragon.min.js": SCRIPT,
-    **{f"{name}.js": SCRIPT for name in ("view", "decide", "cells", "draw", "controls", "panel", "find")},
+    **{f"{name}.js": SCRIPT for name in ("view", "decide", "cells", "draw", "controls", "panel", "find", "correct")},
 }
 HTML, JSON, BINARY = "text/html; charset=utf-8", "application/json", "application/octet-stream"
 JPEG, PNG = "image/jpeg", "image/png"

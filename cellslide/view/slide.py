@@ -19,6 +19,7 @@ from cellslide.errors import UsageError, short
 from cellslide.inference.search import TISSUE_FILE
 from cellslide.report.images import color_of
 from cellslide.report.regions import read_searched
+from cellslide.slides.regions import origin_offset
 from cellslide.slides.reopen import reopen_or_why
 from cellslide.store.cell_table import Categorical, CellTable, open_table
 from cellslide.store.run_record import TABLE
@@ -69,6 +70,7 @@ class ViewedSlide:
             "width": info.width_px,
             "height": info.height_px,
             "mpp": self.index.mpp,
+            "origin": list(origin_offset(info, "bounds")),
             "tile": TILE_PX,
             "top": top_level(info),
             "trouble": self.trouble or "",

@@ -50,7 +50,8 @@ def test_rows_compare_with_the_plain_form(model: LoadedModel, monkeypatch: pytes
 
 def test_all_finders_of_the_package_are_measured() -> None:
     assert {model.entry.id for model in shipped()} == {
-        "cellslide-nuclei-small", "cellslide-nuclei-light", "cellslide-points-small", "cellslide-boxes-small"
+        "cellslide-nuclei-small", "cellslide-nuclei-light", "cellslide-points", "cellslide-points-small",
+        "cellslide-boxes-small",
     }  # fmt: skip
 
 

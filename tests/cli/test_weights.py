@@ -32,7 +32,7 @@ def test_list_names_all_and_marks_the_default() -> None:
     lines = run("list").stdout.splitlines()
     assert [line.split()[0].rstrip("*") for line in lines] == list(Manifest.load().entries)
     starred = [line for line in lines if line.split()[0].endswith("*")]
-    names = ["cellslide-nuclei-light*", "cellslide-points-small*", "cells-breast-colon*"]
+    names = ["cellslide-nuclei-light*", "cellslide-points*", "cells-breast-colon*"]
     assert [line.split()[0] for line in starred] == names
     by_id = {line.split()[0]: line for line in lines}
     assert " gated " in by_id["uni"]

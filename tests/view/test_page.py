@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 import socket
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -473,3 +475,50 @@ def test_a_link_opened_from_another_site_leads_to_the_slide(chromium: Chromium, 
         page.click("#a")
         settled(page)
         assert page.raw.url.partition("#")[0] == f"http://{LOOPBACK}:{server.server_port}/s/s/"
+
+
+def test_corrections_are_saved_as_geojson(chromium: Chromium, server: Server, viewed: Viewed) -> None:
+    """Deleted, retyped, added and a checked square come out as they were marked; undo takes back the last."""
+    near = np.argsort(np.abs(viewed.xy - (WIDTH / 2, HEIGHT / 2)).max(axis=1))
+    first, second = viewed.xy[near[0]], viewed.xy[near[3]]
+    corners = np.array([[WIDTH * 0.3, HEIGHT * 0.3], [WIDTH * 0.6, HEIGHT * 0.7]])
+    with looking(chromium, server) as page:
+        mouse = page.raw.mouse
+        assert page.raw.locator("#save").is_hidden() and page.raw.locator("#undo").is_disabled()
+        page.press("x")
+        assert "Choose a nucleus" in page.text("#trouble")
+        for place in (first, second):
+            mouse.click(*at(page, place))
+            page.wait("!document.getElementById('nucleus').hidden")
+            page.raw.wait_for_load_state("networkidle")
+            if place is first:
+                page.press("x")
+        page.raw.select_option("#class-of", CLASSES[1].name)
+        page.click("#retype-it")
+        page.press("a")
+        mouse.click(*at(page, np.array([WIDTH * 0.25, HEIGHT * 0.8])))
+        page.press("a", "c")
+        mouse.move(*at(page, corners[0]))
+        mouse.down()
+        mouse.move(*at(page, corners[1]), steps=4)
+        mouse.up()
+        assert page.text("#corrected") == "1 deleted, 1 retyped, 1 added, 1 checked"
+        inside = ((viewed.xy >= corners[0] + 2) & (viewed.xy < corners[1] - 2)).all(axis=1)
+        counted = sum(int(n) for n in re.findall(r" (\d+)(?:,|$)", page.text("#measured").split("mm²:")[1]))
+        assert inside.sum() <= counted <= inside.sum() + 12
+        page.shot("view-corrections", whole=False)
+        saved = json.loads(unquote(page.run("() => document.getElementById('save').href").split(",", 1)[1]))
+        square, *marks = saved["features"]
+        assert square["properties"]["classification"]["name"] == "checked"
+        assert np.allclose(square["geometry"]["coordinates"][0][0], corners[0], atol=2)
+        assert [m["properties"]["correction"] for m in marks] == ["deleted", "retyped", "added"]
+        assert marks[1]["properties"]["classification"]["name"] == CLASSES[1].name and marks[1]["id"] != marks[0]["id"]
+        assert np.allclose(marks[0]["geometry"]["coordinates"], first, atol=3)
+        page.click("#undo")
+        assert page.text("#corrected") == "1 deleted, 1 retyped, 1 added"
+        page.press("c", "m")
+        mouse.move(*at(page, corners[0]))
+        mouse.down()
+        mouse.move(*at(page, corners[1]), steps=4)
+        mouse.up()
+        assert re.match(r"[\d.]+ [µm]m", page.text("#measured"))

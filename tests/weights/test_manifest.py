@@ -58,7 +58,7 @@ def entry_of(**values: Any) -> WeightsEntry:
 def test_shipped_manifest_is_complete() -> None:
     manifest = Manifest.load()
     assert manifest.defaults == {
-        "segment": "cellslide-nuclei-light", "detect": "cellslide-points-small", "classify": "cells-breast-colon",
+        "segment": "cellslide-nuclei-light", "detect": "cellslide-points", "classify": "cells-breast-colon",
     }  # fmt: skip
     named = {
         "cellvta-uni-pannuke-split1", "cellvta-uni-conic", "cellvit-256-x40", "cellvit-256-x20", "cellvit-sam-h-x40",

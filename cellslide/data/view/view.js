@@ -2,6 +2,7 @@
 
 import { Cells, queryOf } from "./cells.js";
 import { Controls } from "./controls.js";
+import { Corrector } from "./correct.js";
 import { Overlay } from "./draw.js";
 import { Finder } from "./find.js";
 import { Panel } from "./panel.js";
@@ -26,6 +27,11 @@ class View {
     this.panel = new Panel(facts, () => this.decided(), () => this.close());
     this.cells = new Cells(facts, () => this.controls.policy, () => this.cellsChanged(), (words) => this.trouble(words));
     this.finder = new Finder(facts, this.viewer, () => this.seen(), (row) => this.chooseRow(row), (words, ms) => this.trouble(words, ms));
+    this.corrector = new Corrector(facts, this.viewer, {
+      chosen: () => (this.chosen === null || this.panel.cell?.row !== this.chosen ? null : this.panel.cell.obs),
+      seen: () => this.seen(), count: (box) => this.cells.data && this.cells.count(box), draw: () => this.draw(),
+      trouble: (words, ms) => this.trouble(words, ms),
+    });
     this.fetchSoon = later(() => this.fetch(), WAIT_MS);
     this.countSoon = later(() => this.countSlide(), WAIT_MS);
     this.refetchSoon = later(() => this.fetch(true), WAIT_MS);
@@ -42,11 +48,12 @@ class View {
     v.addHandler("animation-finish", () => this.countHere());
     v.addHandler("canvas-click", (event) => {
       if (!event.quick) return;
+      if (this.corrector.click(event.position)) { event.preventDefaultAction = true; return; }
       event.preventDefaultAction = this.choose(event.position.x, event.position.y);
     });
-    // Turning and flipping would leave the overlay behind.
+    // Turning and flipping would leave the overlay behind; A and D are keys of this page.
     v.addHandler("canvas-key", (event) => {
-      if (["r", "R", "f", "F", "j", "k"].includes(event.originalEvent.key)) event.preventDefaultAction = true;
+      if (["r", "R", "f", "F", "j", "k", "a", "A", "d", "D"].includes(event.originalEvent.key)) event.preventDefaultAction = true;
     });
     $("zoom-in").addEventListener("click", () => v.viewport.zoomBy(1.6).applyConstraints());
     $("zoom-out").addEventListener("click", () => v.viewport.zoomBy(1 / 1.6).applyConstraints());
@@ -65,6 +72,7 @@ class View {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select, input[type=color], input[type=text]")) return;
     const acts = {
       u: () => this.finder.next("uncertain"), d: () => this.finder.next("disputed"), l: () => this.finder.next("largest"),
+      x: () => this.corrector.mark("deleted"), a: () => this.corrector.take("add"), c: () => this.corrector.take("check"), m: () => this.corrector.take("ruler"),
       n: () => this.step(1), p: () => this.step(-1), o: () => this.toggleOverlay(), escape: () => this.close(),
       i: () => { $("filled").checked = this.overlay.filled = !this.overlay.filled; this.draw(); },
     };
@@ -107,6 +115,7 @@ class View {
     if (!seen) return;
     this.overlay.fit(seen.width, seen.height);
     this.overlay.draw(this.cells, seen, this.controls.marks, this.indexOfChosen());
+    this.corrector?.paint(this.overlay.canvas, this.overlay.ratio, seen);
     this.scaleBar(seen.scale);
   }
 
