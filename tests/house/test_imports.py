@@ -15,15 +15,9 @@ PACKAGE = CHECKOUT / "cellslide"
 
 # A file may import from its own room, from rooms of its own rank and from those below (docs/architecture.md).
 ROOMS = (
-<<<<<<< HEAD
     "cli > api > batch > bench, train, view, embed, measure, dataset > genes > evaluate, report, xenium > classify, "
     "pipeline > inference, formats > weights, slides, plausibility > models, store, nuclei > geometry > config, "
     "progress > types, errors"
-=======
-    "cli > api > batch > bench, train, view, embed, measure, dataset > genes > evaluate, report, xenium > "
-    "classify, pipeline > inference, formats > weights, slides, plausibility > models, store, nuclei > geometry > "
-    "config, progress > types, errors"
->>>>>>> 7e7248e (The point detector that ships knows breast and colon; corrections and a ruler in the view)
 )
 RANKS = {room.strip(): rank for rank, rooms in enumerate(ROOMS.split(">")) for room in rooms.split(",")}
 RANKS |= {"": -2, "__main__": -2}
