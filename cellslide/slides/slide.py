@@ -190,7 +190,7 @@ def inspect_slide(path: Path | str, allow_fluorescence: bool = False) -> SlideHe
 
     Raises FluorescenceError as `open_slide` does.
     """
-    reader = open_reader(Path(path))
+    reader = open_reader(path if isinstance(path, Path) else Path(path))
     try:
         _tell(reader.header, allow_fluorescence)
         return reader.header

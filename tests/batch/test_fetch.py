@@ -163,6 +163,8 @@ def test_addresses_among_files_and_in_lists(tmp_path: Path) -> None:
 def test_addresses_that_are_not_fetched(text: str) -> None:
     with pytest.raises(UsageError, match=text):
         expand_slides([text])
+    told = CliRunner().invoke(cli, ["info", "https://me:pw@host/a.svs"])
+    assert told.exit_code == 2 and "https://host/a.svs: only run, segment and classify" in told.output
 
 
 def test_s3(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
