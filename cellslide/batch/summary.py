@@ -12,6 +12,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -25,12 +26,13 @@ from cellslide.formats.csv_text import harmless
 from cellslide.plausibility.verdict import in_short
 from cellslide.report.cohort_page import page
 from cellslide.report.cohort_row import Row, outliers
+from cellslide.report.images import thumbnail
 from cellslide.store.atomic import write_json, write_text
 from cellslide.store.cell_table import open_table
 from cellslide.store.foreign_files import read_json
 from cellslide.store.run_record import RUN_FILE, TABLE, now_utc, plain, read_record
 from cellslide.store.table_schema import ABSTAINED
-from cellslide.types import RunRecord
+from cellslide.types import RunRecord, Verdict
 
 SUMMARY_FILE = "summary.csv"
 PAGE_FILE = "cohort.html"
@@ -183,8 +185,23 @@ def _described(row: Row, record: RunRecord, folder: Path) -> Row:
         ended=record.finished or "",
         verdict="" if record.verdict is None else record.verdict.word,
         reasons=() if record.verdict is None else tuple(map(in_short, record.verdict.reasons)),
+        **({} if record.verdict is None else _checked(record.verdict)),
+        thumbnail=thumbnail(folder / "report.html"),
         files=tuple(name for name in SHOWN_FILES if (folder / name).exists()),
     )
+
+
+def _checked(verdict: Verdict) -> dict[str, Any]:
+    """Return the checks by name, and what those that a cohort is compared by have measured."""
+    values = {check.name: check.value for check in verdict.checks}
+    # Optical densities of haematoxylin, then eosin: red, green, blue.
+    numbers = [float(word) for word in re.findall(r"-?\d+\.\d+", str(values.get("stain", "")))]
+    return {
+        "checks": {check.name: check.word for check in verdict.checks},
+        "width_um": values.get("nucleus_diameter_um"),
+        "out_of_focus": values.get("out_of_focus"),
+        "stain": round(numbers[4] - max(numbers[3], numbers[5]), 3) if len(numbers) == 6 else None,
+    }
 
 
 def _classes(counts: Mapping[str, Any]) -> dict[str, int]:
@@ -284,7 +301,7 @@ def to_csv(rows: Sequence[Row]) -> str:
     why = outliers(rows)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    names = [name for name in ROW_FIELDS if name not in ("folder", "files")]
+    names = [name for name in ROW_FIELDS if name not in ("folder", "files", "thumbnail")]
     writer.writerow([*names, "stands_out"])
     for row, words in zip(rows, why, strict=True):
         cells: list[Any] = [getattr(row, name) for name in names]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import re
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -21,6 +23,7 @@ COLORS = (
 SHAPES = ("circle", "square", "triangle", "diamond")
 NO_CLASS = (130, 130, 130)
 LEVELS = 63
+THUMBNAIL_PX, THUMBNAIL_QUALITY = 64, 50
 # Marks are as large as leaves the tissue to be seen: radius (px) and rim by how many there are.
 MARKS = ((1_500, 3, 1), (7_000, 2, 1))
 SMALL_MARK = (2, 0)
@@ -43,6 +46,19 @@ def webp_uri(image: UInt8, quality: int) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="WEBP", quality=quality, method=4)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def thumbnail(page: Path) -> str:
+    """Return the picture of the slide on a report as the data URI of a small WebP, "" where it has none."""
+    try:
+        found = re.search(r'class="base" src="data:image/webp;base64,([A-Za-z0-9+/=]+)"', page.read_text("utf-8"))
+        if found is None:
+            return ""
+        image = Image.open(io.BytesIO(base64.b64decode(found[1]))).convert("RGB")
+    except (OSError, ValueError):
+        return ""
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    return webp_uri(np.asarray(image), THUMBNAIL_QUALITY)
 
 
 def indexed_uri(indices: UInt8, palette: UInt8) -> str:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import re
 import threading
+import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from cellslide.batch import summary as ledger_module
 from cellslide.batch.run import SlideOutcome
@@ -25,7 +31,8 @@ from cellslide.batch.summary import (
 )
 from cellslide.classify.targets import Target
 from cellslide.report.cohort_page import page
-from cellslide.report.cohort_row import Row, outliers
+from cellslide.report.cohort_row import Row, batch_effects, outliers
+from cellslide.report.images import webp_uri
 from cellslide.slides.inputs import SlideInput
 from cellslide.store.atomic import write_json
 from tests.support.browser import Chromium
@@ -85,6 +92,24 @@ def test_classes_of_a_network_that_types_as_it_finds(tmp_path: Path) -> None:
     assert sum(counts.values()) == 40 and len(said) == len(CLASSES)
     assert len(text := rows_of(tmp_path)["a"]["classes"]) == len(" ".join(said)) and all(pair in text for pair in said)
     assert rows_of(tmp_path)["without a table"]["classes"] == ""
+
+
+def test_a_row_holds_the_checks_of_its_slide_and_what_they_measured(tmp_path: Path) -> None:
+    stain = "haematoxylin 0.64 0.71 0.29, eosin 0.10 0.85 0.51"
+    checks = [("nucleus_diameter_um", 6.2, "good"), ("stain", stain, "look"), ("out_of_focus", 0.04, "good")]
+    verdict = {
+        "word": "look",
+        "checks": [{"name": n, "value": v, "expected": "x", "word": w, "advice": ""} for n, v, w in checks],
+    }
+    record_of(tmp_path / "a", verdict=verdict)
+    picture = webp_uri(np.full((300, 900, 3), (200, 100, 150), np.uint8), 80)
+    (tmp_path / "a" / "report.html").write_text(f'<img class="base" src="{picture}" width="900">')
+    write_summary(tmp_path)
+    row = read_rows(tmp_path)[0]
+    assert (row.width_um, row.out_of_focus, row.stain) == (6.2, 0.04, 0.34) and row.checks["stain"] == "look"
+    with Image.open(io.BytesIO(base64.b64decode(row.thumbnail.split(",")[1]))) as small:
+        assert small.size == (64, 21) and np.abs(np.asarray(small).mean(axis=(0, 1)) - (200, 100, 150)).max() < 6
+    assert row.thumbnail in (tmp_path / PAGE_FILE).read_text() and "webp" not in (tmp_path / SUMMARY_FILE).read_text()
 
 
 def test_rows_of_earlier_runs_stay_and_newer_records_win(tmp_path: Path) -> None:
@@ -207,6 +232,56 @@ def test_page_of_many_slides_is_whole_and_loads_nothing() -> None:
     table.feed(text)
     assert len(table.rows) == 5001 and len(set(table.rows)) == 1 and not table.loads
     assert len(text) < 5_000_000 and "url(" not in text and "@import" not in text
+
+
+def test_scanners_that_differ_are_told_and_chance_is_not() -> None:
+    rows = [
+        Row(f"s{k}", "done", cells=1000 + 10 * k, tissue_mm2=1.0, width_um=(5.0, 7.5)[k % 2] + 0.01 * k,
+            vendor=("aperio", "hamamatsu")[k % 2], ended="2026-12-01T10:00:00Z")
+        for k in range(12)
+    ]  # fmt: skip
+    told = batch_effects(rows)
+    assert len(told) == 1 and told[0].startswith("scanner aperio (6 slides): small nuclei, median 5.05")
+    assert not batch_effects(rows[:5]), "two slides are no group"
+    assert not batch_effects([replace(row, width_um=6.0) for row in rows])
+
+
+def test_a_class_that_is_common_on_one_slide_stands_out_with_its_z() -> None:
+    rows = [Row(f"s{k}", "done", classes={"a": 50 + k, "b": 50}) for k in range(12)]
+    why = outliers([*rows, Row("odd", "done", classes={"a": 5, "b": 95})])
+    assert not any(why[:12]) and re.match(r"little a: 5\.0%, usual 52\.4% \(robust z -\d+", why[12][0])
+
+
+def test_checks_are_a_matrix_of_symbols(chromium: Chromium, tmp_path: Path) -> None:
+    words = {"pixel_size_um": "good", "stain": "look", "organ": "do not use"}
+    picture = "data:image/webp;base64," + "A" * 40
+    rows = [Row("a", "done", checks=words, verdict="do not use", folder="a", files=("run.json",), thumbnail=picture)]
+    rows += [
+        Row("b", "done", checks={"stain": "good"}, verdict="good", thumbnail="https://elsewhere/x.webp", folder="b")
+    ]
+    text = page(rows, [[], []], "out")
+    assert picture in text and "elsewhere" not in text
+    (tmp_path / "cohort.html").write_text(text.replace(picture, ""))
+    with chromium.page() as browser:
+        browser.open(tmp_path / "cohort.html")
+        assert browser.texts("th.m span") == ["Pixel size", "Stain", "Organ"]
+        assert browser.run("[...document.querySelectorAll('td.m')].map(e => e.textContent)") == ["✓○✗", "·✓·"]
+        colors = browser.run(
+            "[...document.querySelectorAll('tr:first-child td.m *')].map(e => getComputedStyle(e).color)"
+        )
+        assert len(set(colors)) == 3
+
+
+def test_ten_thousand_slides_stay_a_page() -> None:
+    words = {"stain": "good", "organ": "look"}
+    rows = [Row(f"s{k}", "done", 900, 1.5, folder=f"s{k}", checks=words, width_um=6.0 + k % 7) for k in range(10_000)]
+    rows[9_999] = Row("last", "failed", folder="last")
+    start = time.process_time()
+    text = page(rows, outliers(rows), "out")
+    assert time.process_time() - start < 20 and len(text) < 6_000_000
+    table = Table()
+    table.feed(text)
+    assert len(table.rows) == 5001 and ">last</td>" in text.replace("\n", "") and "5,000 slides that are done" in text
 
 
 def test_only_folders_that_are_meant_get_a_summary(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 var body=document.querySelector('tbody'),heads=[].slice.call(document.querySelectorAll('thead th'));
 var find=document.getElementById('find'),only=document.getElementById('only'),shown=document.getElementById('shown');
 var rows=[].slice.call(body.rows);
-function texts_of(r){return [].map.call(r.cells,function(c){return c.textContent;}).join('\n').toLowerCase();}
-var texts=rows.map(texts_of);
+var texts=rows.map(function(r){return r.textContent.toLowerCase();});
+function mark(r){var cell=r.querySelector('td.m');if(!cell||cell.firstElementChild)return;
+var signs=cell.textContent.trim();cell.textContent='';[].forEach.call(signs,function(sign){
+var e=document.createElement({'○':'u','✗':'b'}[sign]||'i');e.textContent=sign;cell.appendChild(e);});}
 function key(row,k,number){var cell=row.cells[k],v=cell.getAttribute('data-v');
 if(v===null)v=cell.textContent;return number?(v===''?NaN:Number(v)):v.toLowerCase();}
 function sort(th,k){var up=th.getAttribute('aria-sort')!=='ascending',number=th.hasAttribute('data-n');
@@ -21,7 +23,7 @@ var step=200,limit=step,more=document.getElementById('more');
 function filter(){var text=find.value.toLowerCase(),n=0,k=0;
 [].forEach.call(body.rows,function(r){var see=(!only.checked||r.className!=='')&&
 (text===''||texts[r.place].indexOf(text)>=0);
-if(see)n++;see=see&&n<=limit;if(see)k++;if(r.hidden===see)r.hidden=!see;});
+if(see)n++;see=see&&n<=limit;if(see){k++;mark(r);}if(r.hidden===see)r.hidden=!see;});
 shown.textContent=n+' of '+rows.length+' found'+(k<n?', the first '+k+' shown':'');more.hidden=k===n;}
 function anew(){limit=step;filter();}
 rows.forEach(function(r,i){r.place=i;});
