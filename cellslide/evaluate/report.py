@@ -14,14 +14,13 @@ import numpy as np
 
 from cellslide.errors import UsageError
 from cellslide.evaluate import classification
-from cellslide.evaluate.classification import BOOTSTRAPS
 from cellslide.evaluate.dataset import Dataset, Sample
 from cellslide.evaluate.detection import RADIUS_UM, Tally
+from cellslide.evaluate.intervals import intervals
 from cellslide.evaluate.matching import pooled_pq
 from cellslide.evaluate.protocols import OPTIMAL, Protocol, protocol_of
 from cellslide.evaluate.score import ClassSet, ImageScores, Nuclei, score_image, truth_of
 from cellslide.formats.csv_text import harmless
-from cellslide.types import Float64, Int64
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -339,48 +338,6 @@ def _group(scores: Sequence[ImageScores], classes: ClassSet, rule: Protocol) -> 
 def _macro(groups: Sequence[GroupScores]) -> GroupScores:
     means = {name: _mean([g.scores()[name] for g in groups]) for name in groups[0].scores()}
     return GroupScores(sum(g.n_images for g in groups), sum(g.n_nuclei for g in groups), **means)
-
-
-def intervals(
-    scores: Sequence[ImageScores], n_classes: int, rule: Protocol, draws: int = BOOTSTRAPS
-) -> dict[str, tuple[float, float]] | None:
-    """Return the middle 95 % of the scores over data sets of as many images, drawn with replacement from these.
-
-    Images are drawn, not nuclei, since nuclei of an image are alike (Efron & Tibshirani 1993, chapter 8). None for one
-    image. The draws are always the same.
-    """
-    if len(scores) < 2:
-        return None
-    rows = np.random.default_rng(0).integers(len(scores), size=(draws, len(scores)))
-    columns = {
-        "bpq": _drawn_means([s.bpq if s.n_true else None for s in scores], rows),
-        "detection_f1": _drawn_f1([s.detection for s in scores], rows),
-    }
-    if n_classes and not rule.per_image:
-        by_class = [
-            _drawn_f1([None if s.by_class is None else s.by_class[k] for s in scores], rows) for k in range(n_classes)
-        ]
-        present = [column for column in by_class if np.isfinite(column).any()]
-        if present:
-            columns["mean_f1"] = np.mean(present, axis=0)
-    found = {name: values[np.isfinite(values)] for name, values in columns.items()}
-    return {name: tuple(np.percentile(v, (2.5, 97.5)).tolist()) for name, v in found.items() if len(v)} or None
-
-
-def _drawn_means(values: Sequence[float | None], rows: Int64) -> Float64:
-    """Return the mean of the known values of each draw (D, N), NaN for one without."""
-    known = np.array([math.nan if v is None else v for v in values])[rows]
-    count = np.isfinite(known).sum(axis=1)
-    total = np.nansum(known, axis=1)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def _drawn_f1(tallies: Sequence[Tally | None], rows: Int64) -> Float64:
-    """Return F1 of the pooled counts of each draw (D, N), NaN for one without anything to count."""
-    counts = np.array([(t.tp, t.fp, t.fn) if t else (0, 0, 0) for t in tallies], np.int64)[rows].sum(axis=1)
-    tp, fp, fn = counts.T
-    total = 2 * tp + fp + fn
-    return np.where(total > 0, 2 * tp / np.maximum(total, 1), np.nan)
 
 
 def write_per_image(path: Path, scores: Sequence[ImageScores]) -> None:
