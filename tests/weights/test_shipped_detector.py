@@ -55,15 +55,15 @@ def test_validation_images_reach_the_bar(shared: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_tiles_of_512_and_1024_find_mostly_the_same_nuclei(shared: Path, model: LoadedModel) -> None:
+def test_tiles_of_512_and_1024_find_the_same_nuclei(shared: Path, model: LoadedModel) -> None:
     with open_slide(shared / "data" / "wsi" / "HE_example.tif", 0.5) as slide:
         image = slide.reader.read_level(0, 200, 200, 1000, 1000)
     small, large = (segment_array(model, image, 0.5, SegmentConfig(tiles=TileConfig(px))) for px in (512, 1024))
     assert len(small) > 2000
     for some, others in ((small, large), (large, small)):
         distance, _ = cKDTree(others.centroid_xy).query(some.centroid_xy)
-        # MUSE's decoder places its coarse maps by the corners of the tile, so what it sees shifts with the tile's size.
-        assert (distance <= 4.0).mean() >= 0.9
+        # Its maps lie by pixels and not by the tile's corners, as MUSE's do: 99.98 and 98.7 % where it was measured.
+        assert (distance <= 4.0).mean() >= 0.97
 
 
 @pytest.mark.slow
