@@ -37,7 +37,7 @@ def make_dataset(
     mpp          pixel size of the images in µm; tile_px  their largest edge.
     val          so many of the slides, the last ones by name, validate (split "val"); the others train.
     checked      class of the annotations around what was checked as a whole.
-    Raises UsageError for corrections that do not suit their slide, SlideError for a slide that is not there any more.
+    Raises UsageError for corrections that do not suit their slide, and for a slide that is not there any more.
     """
     from cellslide.classify.targets import expand_targets, open_target
     from cellslide.dataset.corrections import read_corrections
@@ -45,6 +45,7 @@ def make_dataset(
     from cellslide.evaluate.dataset import write_manifest
     from cellslide.store.atomic import Staging
     from cellslide.store.cell_table import open_table
+    from cellslide.store.foreign_files import is_plain
     from cellslide.store.run_record import TABLE
 
     folder = Path(out)
@@ -58,6 +59,8 @@ def make_dataset(
             (staging.folder / name).mkdir(parents=True)
         for number, (place, file) in enumerate(sorted(corrections.items(), key=lambda item: str(item[0]))):
             [target] = expand_targets([str(place)], Path(place).parent)
+            if target.known is not None and not is_plain(target.known.path):
+                raise UsageError(f"OUT {place}: its slide {target.known.path} is not there any more; put it back there")
             split = "val" if number >= len(corrections) - val else "train"
             with open_table(Path(place) / TABLE) as table, open_target(target, None) as slide:
                 found = read_corrections(Path(file), table, origin, checked)

@@ -76,7 +76,8 @@ def command(
     for name, cut in zip(sorted(place.name for place in chosen), cuts, strict=True):
         bare = f", {cut.without_outline:,} of them without an outline" if cut.without_outline else ""
         left = f"; {cut.left_out_share:.0%} of the regions is in no square" if cut.left_out_share > 0.01 else ""
-        click.echo(f"{name}: {len(cut.rows)} images, {cut.nuclei:,} nuclei{bare}{left}")
+        lost = f"; {cut.beside:,} corrections lie in no checked region and are not used" if cut.beside else ""
+        click.echo(f"{name}: {len(cut.rows)} images, {cut.nuclei:,} nuclei{bare}{left}{lost}")
     click.echo(str(output))
 
 

@@ -6,7 +6,7 @@ detection with a property `correction` (deleted, moved, retyped, added). Frame: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from cellslide.types import Float64, Int64, SlideInfo
 CHECKED = "checked"
 CHANGES = ("deleted", "moved", "retyped", "added")
 NUCLEI = DETECTIONS - {"tile"}
+# No nucleus reaches farther from its centroid; so far beside a region are nuclei looked for that its edge cuts.
+REACH_UM = 50.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +49,22 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """The regions that were checked, joined where they overlap, and all nuclei that are true in them."""
+    """The regions that were checked, and all nuclei that are true in them, with those that reach in from beside.
+
+    beside  changes to nuclei that lie in no checked region, before and after: they are not used.
+    """
 
     region: BaseGeometry
     nuclei: tuple[Nucleus, ...]
+    beside: int
 
 
 def read_corrections(path: Path, table: CellTable, origin: Origin = "bounds", checked: str = CHECKED) -> Checked:
     """Read a file of corrections; changes are applied to the nuclei of `table`.
 
     checked  class, or name, of the annotations that say which regions were checked.
-    Raises UsageError for a file without such a region, regions beside the slide, and changes to nuclei that are not
-    in the table.
+    Raises UsageError for a file without such a region, a region beside the slide, regions that overlap, changes to
+    nuclei that are not in the table, and two changes to one nucleus.
     """
     objects = [(shapely.affinity.translate(_shape(g, path), *origin_offset(table.slide, origin)), h)
                for g, h in load_objects(path, "--corrections")]  # fmt: skip
@@ -70,9 +76,17 @@ def read_corrections(path: Path, table: CellTable, origin: Origin = "bounds", ch
             f"--corrections {path}: {len(marked) - len(changes)} of {len(marked)} nuclei have no `correction`; "
             "give all nuclei, or changes alone"
         )
-    now = _changed(table, region, changes, path) if changes or not marked else (_nucleus(g, h) for g, h in marked)
     shapely.prepare(region)
-    return Checked(region, tuple(n for n in now if shapely.intersects_xy(region, *n.xy)))
+    if marked and not changes:
+        return Checked(region, tuple(n for g, h in marked if _reaches(n := _nucleus(g, h), region)), 0)
+    now, beside = _changed(table, region, changes, path)
+    return Checked(region, tuple(n for n in now if _reaches(n, region)), beside)
+
+
+def _reaches(nucleus: Nucleus, region: BaseGeometry) -> bool:
+    """Tell whether a nucleus lies in a region, or reaches into it: what its edge cuts is no background."""
+    outline = nucleus.outline
+    return bool(shapely.intersects_xy(region, *nucleus.xy)) or (outline is not None and region.intersects(outline))
 
 
 def _shape(geometry: dict[str, Any], path: Path) -> BaseGeometry:
@@ -97,10 +111,26 @@ def _region(
             f"--corrections {path}: no annotation of the class {checked!r}{more}; draw around what you have checked as "
             "a whole, or name another class by --checked"
         )
-    inside = shapely.intersection(shapely.union_all(regions), shapely.box(0, 0, info.width_px, info.height_px))
-    if inside.area <= 0:
-        raise UsageError(f"--corrections {path}: its checked regions lie beside the slide; check --geojson-origin")
-    return inside
+    slide = shapely.box(0, 0, info.width_px, info.height_px)
+    for region in regions:
+        if shapely.intersection(region, slide).area <= 0:
+            raise UsageError(
+                f"--corrections {path}: the checked region at {_place(region)} lies beside the slide, which has "
+                f"{info.width_px} x {info.height_px} px; check --geojson-origin"
+            )
+    for a, b in shapely.STRtree(regions).query(regions, predicate="intersects").T:
+        # Neighbours that were drawn by hand may share an edge to within a pixel.
+        if a < b and (common := shapely.intersection(regions[a], regions[b])).buffer(-0.5).area > 0:
+            raise UsageError(
+                f"--corrections {path}: two checked regions overlap at {_place(common)}; merge them into one, or "
+                "delete one"
+            )
+    return shapely.intersection(shapely.union_all(regions), slide)
+
+
+def _place(geometry: BaseGeometry) -> str:
+    x0, y0, x1, y1 = (f"{v:.0f}" for v in geometry.bounds)
+    return f"x {x0} to {x1}, y {y0} to {y1} px of level 0"
 
 
 def _name(holder: dict[str, Any]) -> str:
@@ -136,18 +166,25 @@ def _plain(name: str) -> str:
     return "" if name in (ABSTAINED, NUCLEUS.name) else name
 
 
-def _changed(table: CellTable, region: BaseGeometry, changes: Sequence[Change], path: Path) -> Iterator[Nucleus]:
-    """Yield the nuclei of a table near a region with the changes; rejected objects only where they were given a class.
+def _changed(
+    table: CellTable, region: BaseGeometry, changes: Sequence[Change], path: Path
+) -> tuple[list[Nucleus], int]:
+    """Return the nuclei of a table near a region with the changes, and how many changes lie in no region.
 
-    A nucleus may be moved into the region from beside it, so changed ones are looked for everywhere.
+    Rejected objects are left out save where they were given a class. A nucleus may be moved into the region from beside
+    it, so changed ones are looked for everywhere.
     """
     by_uuid = {change.uuid: change for change in changes if change.what != "added"}
-    left = set(by_uuid)
+    known = [change.uuid for change in changes if change.what != "added"]
+    if twice := sorted({uuid for uuid in known if known.count(uuid) > 1} if len(known) > len(by_uuid) else ()):
+        raise UsageError(f"--corrections {path}: nucleus {twice[0]} is changed twice; keep one of the changes")
+    left, beside, found = set(by_uuid), 0, []
     names = (*table.decisions, "")
-    shapely.prepare(region)
+    near = region.buffer(REACH_UM / min(table.slide.mpp_x, table.slide.mpp_y))
+    shapely.prepare(near)
     for chunk in table.iter_chunks(probabilities=False):
         xy = chunk.cells.centroid_xy
-        inside = np.asarray(shapely.intersects_xy(region, xy[:, 0], xy[:, 1]), np.bool_)
+        inside = np.asarray(shapely.intersects_xy(near, xy[:, 0], xy[:, 1]), np.bool_)
         uuids = [str(one) for one in chunk.uuid]
         touched = np.array([one in by_uuid for one in uuids], np.bool_)
         for row in np.flatnonzero(inside | touched):
@@ -157,15 +194,19 @@ def _changed(table: CellTable, region: BaseGeometry, changes: Sequence[Change], 
             before = Nucleus((float(xy[row, 0]), float(xy[row, 1])), _outline(chunk.cells, int(row)), _plain(name))
             if change is None:
                 if name != NOT_NUCLEUS:
-                    yield before
-            elif change.nucleus is not None:
-                yield _after(before, change)
+                    found.append(before)
+                continue
+            after = None if change.nucleus is None else _after(before, change)
+            beside += not any(n is not None and _reaches(n, region) for n in (before, after))
+            if after is not None:
+                found.append(after)
     if left:
         raise UsageError(
             f"--corrections {path}: {len(left)} changed nuclei are not in {table.path}, such as {sorted(left)[0]}; the "
             "file belongs to another run"
         )
-    yield from (change.nucleus for change in changes if change.what == "added" and change.nucleus is not None)
+    added = [change.nucleus for change in changes if change.what == "added" and change.nucleus is not None]
+    return found + added, beside + sum(not _reaches(n, region) for n in added)
 
 
 def _after(before: Nucleus, change: Change) -> Nucleus:

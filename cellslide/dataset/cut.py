@@ -29,12 +29,17 @@ SQUARE_SHARE = 0.995
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What one slide gave: rows of the manifest, nuclei, those without an outline, µm² of the regions left out."""
+    """What one slide gave: rows of the manifest, nuclei, those without an outline, and what was left out.
+
+    left_out_share  share of the regions' area that is in no image.
+    beside          changes that lie in no region.
+    """
 
     rows: tuple[dict[str, object], ...]
     nuclei: int
     without_outline: int
     left_out_share: float
+    beside: int
 
 
 def cut_slide(out: Path, slide: Slide, checked: Checked, mpp: float, tile_px: int, about: dict[str, object]) -> Cut:
@@ -69,7 +74,7 @@ def cut_slide(out: Path, slide: Slide, checked: Checked, mpp: float, tile_px: in
             "n_nuclei": len(here),
         })  # fmt: skip
     used = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes)
-    return Cut(tuple(rows), nuclei, bare, max(0.0, 1 - used / region.area))
+    return Cut(tuple(rows), nuclei, bare, max(0.0, 1 - used / region.area), checked.beside)
 
 
 def tiles_in(region: BaseGeometry, tile_px: int) -> Iterator[Box]:

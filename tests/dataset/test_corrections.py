@@ -117,6 +117,50 @@ def test_changes_to_a_table(folder: Path, tmp_path: Path) -> None:
     assert cut.nuclei == 4
 
 
+@pytest.mark.parametrize("as_changes", [True, False])
+def test_nuclei_that_an_edge_cuts_are_no_background(folder: Path, tmp_path: Path, as_changes: bool) -> None:
+    region = _feature(
+        [[[63.0, 20.0], [200.0, 20.0], [200.0, 200.0], [63.0, 200.0], [63.0, 20.0]]], "annotation", "checked"
+    )
+    marked = [] if as_changes else [_feature(_square(c, 6), "detection") for c in CENTRES]
+    [cut] = make_dataset({folder: _write(tmp_path / "c.geojson", [region, *marked])}, tmp_path / "set", mpp=MPP)
+    mask = read_dataset(tmp_path / "set").samples[0].load_mask()
+    assert [int((mask[:, x] > 0).sum()) for x in (0, 2, 3)] == [24, 24, 0], "3 px of two nuclei, 12 px high"
+    assert cut.nuclei == 2, "their centroids lie beside the region"
+
+
+def test_corrections_in_no_checked_region_are_counted(folder: Path, tmp_path: Path) -> None:
+    ids = _uuids(folder)
+    file = _write(tmp_path / "c.geojson", [
+        REGION,
+        _feature([320.0, 80.0], "detection", correction="deleted", id=ids[5]),
+        _feature([350.0, 350.0], "detection", correction="added"),
+        _feature([100.0, 100.0], "detection", correction="moved", id=ids[4]),
+    ])  # fmt: skip
+    args = ["dataset", str(folder), "--corrections", str(file), "-o", str(tmp_path / "set"), "--mpp", str(MPP)]
+    found = CliRunner().invoke(cli, args)
+    assert found.exit_code == 0 and "5 nuclei; 2 corrections lie in no checked region" in found.output
+
+
+def test_a_slide_that_is_gone_is_a_wrong_request(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "s.png").unlink()
+    with pytest.raises(UsageError, match=r"s\.png is not there any more; put it back"):
+        make_dataset({folder: _write(tmp_path / "c.geojson", [REGION])}, tmp_path / "set")
+
+
+def test_regions_may_touch(folder: Path, tmp_path: Path) -> None:
+    beside = _feature(_square((300, 100), 100), "annotation", "checked")
+    [cut] = make_dataset({folder: _write(tmp_path / "c.geojson", [REGION, beside])}, tmp_path / "set", mpp=MPP)
+    assert cut.nuclei == 5
+
+
+def test_two_changes_to_one_nucleus_are_refused(folder: Path, tmp_path: Path) -> None:
+    one = _uuids(folder)[0]
+    twice = [_feature([60.0, 60.0], "detection", correction=what, id=one) for what in ("deleted", "retyped")]
+    with pytest.raises(UsageError, match=f"{one} is changed twice"):
+        make_dataset({folder: _write(tmp_path / "c.geojson", [REGION, *twice])}, tmp_path / "set", mpp=MPP)
+
+
 def test_an_image_without_all_outlines_has_no_mask(folder: Path, tmp_path: Path) -> None:
     region = _feature(_square((150, 150), 150), "annotation", "Checked")
     marks = [region, _feature([20.0, 20.0], "detection", "a", correction="added")]
@@ -151,7 +195,9 @@ def test_regions_that_are_no_rectangle_give_squares_inside() -> None:
     ("features", "word"),
     [
         ([_feature(_square((60, 60), 6), "detection")], "no annotation of the class 'checked'"),
-        ([_feature(_square((900, 900), 50), "annotation", "checked")], "beside the slide"),
+        ([_feature(_square((900, 900), 50), "annotation", "checked")], "x 850 to 950, y 850 to 950 px"),
+        ([REGION, _feature(_square((900, 900), 50), "annotation", "checked")], "beside the slide"),
+        ([REGION, _feature(_square((150, 150), 100), "annotation", "checked")], "overlap at x 50 to 200"),
         ([_feature(_square((60, 60), 10), "annotation", "checked")], "draw larger ones"),
         ([REGION, _feature([60.0, 60.0], "detection", correction="deleted", id="nobody")], "nobody"),
         ([REGION, _feature([60.0, 60.0], "detection", correction="eaten", id="x")], "eaten"),
