@@ -62,14 +62,14 @@ def make_dataset(
             if target.known is not None and not is_plain(target.known.path):
                 raise UsageError(f"OUT {place}: its slide {target.known.path} is not there any more; put it back there")
             split = "val" if number >= len(corrections) - val else "train"
-            with open_table(Path(place) / TABLE) as table, open_target(target, None) as slide:
+            with open_table(Path(place) / TABLE) as table:
                 found = read_corrections(Path(file), table, origin, checked)
                 organ = str(table.run.config.get("organ") or "")
             about: dict[str, object] = {
-                "split": split, "patient": slide.info.slide_id, "organ": organ, "licence": licence,
+                "split": split, "patient": target.source.slide_id, "organ": organ, "licence": licence,
                 "note": "corrected nuclei",
             }  # fmt: skip
-            with slide:
+            with open_target(target, None) as slide:
                 cuts.append(cut_slide(staging.folder, slide, found, mpp, tile_px, about))
         write_manifest(staging.folder, [row for cut in cuts for row in cut.rows])
         staging.publish()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from click.testing import CliRunner
 from PIL import Image
 
@@ -56,20 +57,27 @@ def _write(path: Path, features: list[dict[str, Any]]) -> Path:
 REGION = _feature(_square((100, 100), 100), "annotation", "checked")
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """The results of a slide with six square nuclei of two kinds, imported from another tool."""
+def _results(slide: Path) -> Path:
+    """Write a slide with six square nuclei of two kinds, and their results, imported from another tool."""
     image = np.full((SIZE_PX, SIZE_PX, 3), 230, np.uint8)
     for x, y in CENTRES.astype(int):
         image[y - 6 : y + 6, x - 6 : x + 6] = (90, 60, 140)
-    slide = tmp_path / "s.png"
-    Image.fromarray(image).save(slide)
+    if slide.suffix == ".tif":
+        tifffile.imwrite(slide, image, tile=(128, 128), photometric="rgb")
+    else:
+        Image.fromarray(image).save(slide)
     nuclei = _write(
-        tmp_path / "nuclei.geojson",
+        slide.parent / "nuclei.geojson",
         [_feature(_square(c, 6), "detection", "ab"[k % 2]) for k, c in enumerate(CENTRES)],
     )
-    cellslide.import_cells(nuclei, slide, tmp_path / "out", mpp=MPP).close()
-    return tmp_path / "out" / "s"
+    cellslide.import_cells(nuclei, slide, slide.parent / "out", mpp=MPP).close()
+    return slide.parent / "out" / "s"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The results of a picture."""
+    return _results(tmp_path / "s.png")
 
 
 def _uuids(folder: Path) -> list[str]:
@@ -115,6 +123,14 @@ def test_changes_to_a_table(folder: Path, tmp_path: Path) -> None:
     assert not mask[54:66, 54:66].any()
     assert mask[58:70, 124:136].all(), "an outline goes where its nucleus is moved"
     assert cut.nuclei == 4
+
+
+def test_a_slide_is_open_while_it_is_cut(tmp_path: Path) -> None:
+    """Read as tiles, which a picture is not."""
+    place = _results(tmp_path / "s.tif")
+    [cut] = make_dataset({place: _write(tmp_path / "c.geojson", [REGION])}, tmp_path / "set", mpp=MPP)
+    [sample] = read_dataset(tmp_path / "set").samples
+    assert cut.nuclei == 4 and (sample.load_image()[60, 60] == (90, 60, 140)).all()
 
 
 @pytest.mark.parametrize("as_changes", [True, False])
