@@ -47,7 +47,7 @@ def suggest(table: CellTable, n: int) -> list[Suggestion]:
         if any((column + dx, line + dy) in taken for dx in (-1, 0, 1) for dy in (-1, 0, 1)):
             continue
         taken.add((int(column), int(line)))
-        why = "the paths disagree" if differ[row] else f"unsure, {1 - doubt[row]:.0%}"
+        why = "the paths disagree" if differ[row] else f"best class {1 - doubt[row]:.0%}"
         found.append(Suggestion((float(xy[row, 0]), float(xy[row, 1])), float(min(doubt[row] + differ[row], 1)), why))
         if len(found) == n:
             break

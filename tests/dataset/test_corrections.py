@@ -256,5 +256,5 @@ def test_suggestions_are_doubtful_and_apart(folder: Path, tmp_path: Path) -> Non
     found = suggest_corrections(folder, tmp_path / "s.geojson", 3)
     assert [one.xy for one in found] == [(320, 80), (120, 60), (300, 300)], "squares of 64 µm beside those are left out"
     written = json.loads((tmp_path / "s.geojson").read_text())["features"]
-    assert [f["properties"]["name"] for f in written] == ["1: unsure, 40%", "2: unsure, 50%", "3: unsure, 99%"]
+    assert [f["properties"]["name"] for f in written] == ["1: best class 40%", "2: best class 50%", "3: best class 99%"]
     assert written[1]["geometry"]["coordinates"][0][0] == [56, 0]
