@@ -56,7 +56,7 @@ def command(
     Examples:
       cellslide dataset out/slide --suggest 20 -o check.geojson
       cellslide dataset out/slide --corrections corrected.geojson -o set
-      cellslide dataset out --corrections corrected/ --val 2 -o set
+      cellslide dataset out --corrections corrected/ --val 1 -o many
       cellslide train cellvta set --init model.safetensors -o runs/mine
     """
     from cellslide.view.folders import find_slides

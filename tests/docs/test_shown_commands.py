@@ -88,6 +88,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "qupath.geojson").write_text(collection % ",".join(feature % (n, "detection") for n in nuclei))
     roi = square % (0, 0, 300, 0, 300, 220, 0, 220, 0, 0)
     (root / "tumour.geojson").write_text(collection % feature % (roi, "annotation"))
+    checked = (
+        '{"type":"Feature","geometry":%s,"properties":{"objectType":"annotation","classification":{"name":"checked"}}}'
+    )
+    (root / "corrected").mkdir()
+    for name in ("corrected.geojson", "corrected/slide.geojson", "corrected/a.geojson"):
+        (root / name).write_text(collection % checked % roi)
     labels = discs((96, 96), [(30, 30), (60, 60)], 9)
     for name in ("dataset", "data/tnbc", "data/mine", "data/typed", "data/brca-m2c", "data/other-organ"):
         write_manifest(root / name, [add_image(root / name, "one", labels, split="val")])
