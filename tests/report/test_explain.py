@@ -30,6 +30,7 @@ from cellslide.store.run_record import plain, write_record
 from cellslide.store.table_writer import CellTableWriter
 from cellslide.types import Cells, ClassSpec, ModelSpec, RunRecord, SlideInfo
 from tests.painted import paint_slide
+from tests.support.browser import Chromium
 from tests.support.fake_paths import CLASSES, SPEC, fake_classifier
 
 NAN = float("nan")
@@ -331,6 +332,16 @@ def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     read = read_page(write_gallery(tmp_path / "p.html", Heading("<t>"), [card]))
     assert read.tags.count("img") == 1 and "b" not in read.tags
     assert evil.name in read.text
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (400, True)])
+def test_page_fits_and_follows_the_light(
+    chromium: Chromium, folder: Path, tmp_path: Path, width: int, dark: bool
+) -> None:
+    made, _ = explain_slide(folder, Selection("uncertain", 2), fake_classifier(), tmp_path / "e.html")
+    with chromium.page(width_px=width, dark=dark) as page:
+        page.open(made)
+        assert not page.overflows() and (sum(page.color_at(width - 3, 3)) < 150) == dark
 
 
 def test_failed_page_leaves_the_old_one(tmp_path: Path) -> None:
