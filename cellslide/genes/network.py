@@ -13,7 +13,7 @@ import torch
 from cellslide.errors import UsageError, WeightsError
 from cellslide.genes.tiles import GeneTiles, TileShape, gene_columns, pooled
 from cellslide.inference.device import resolve_device
-from cellslide.models.backbones import patch_px
+from cellslide.models.backbones import create_backbone, patch_px
 from cellslide.models.checkpoint import build_empty, load_strict, read_checkpoint
 from cellslide.models.fusion_config import FusionConfig, TilePool
 from cellslide.models.morpho_fusion import MorphoFusion
@@ -24,8 +24,6 @@ from cellslide.weights.load import entry_beside, resolve_path
 from cellslide.weights.manifest import Manifest, WeightsEntry
 
 ARCH = "morpho_fusion"
-# The grid of patches of a network that looks at no image, as that of the paper's ViT.
-BLIND_EDGE_PX, BLIND_PATCH_PX = 224, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +72,10 @@ def open_network(model: str | None, weights: Path | None, device: str = "auto") 
 
 
 def _shape(module: MorphoFusion, mpp: float) -> TileShape:
-    edge, patch = BLIND_EDGE_PX, BLIND_PATCH_PX
-    if module.config.reads_image:
-        vit: Any = module.backbone.morph_encoder
-        edge, patch = int(vit.patch_embed.img_size[0]), patch_px(vit)
+    config = module.config
+    # A network that looks at no image counts on the grid of the ViT that its recipe names.
+    vit: Any = module.backbone.morph_encoder if config.reads_image else create_backbone(config.vit, config.vit_args)
+    edge, patch = int(vit.patch_embed.img_size[0]), patch_px(vit)
     return TileShape(mpp, edge, patch, int(module.config.tiles.get("stride", edge // patch // 2)))
 
 

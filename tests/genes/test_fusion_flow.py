@@ -279,3 +279,10 @@ def test_info_nce_is_that_of_the_plain_form() -> None:
     rows, cols = (np.log(np.exp(m).sum(1)) - np.diag(m) for m in (logits, logits.T))
     found = info_nce(torch.from_numpy(a), torch.from_numpy(b), torch.tensor(10.0))
     assert float(found) == pytest.approx((rows.mean() + cols.mean()) / 2)
+
+
+def test_a_network_without_an_image_is_scored_on_the_tiles_it_learned_from(table: Path, tmp_path: Path) -> None:
+    model = {**RECIPE["model"], "variant": "expr_only_token", "token_head": False}
+    args = ("--max-steps", 1, "--workers", 0, "-o", tmp_path / "r")
+    _cli("train", "fusion", table, "--recipe", _recipe(tmp_path, model=model), *args)
+    assert open_network(None, tmp_path / "r").shape == TileShape(1.0, 32, 8, 4)
